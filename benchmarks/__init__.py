@@ -1,0 +1,1 @@
+"""Claims about speed, each measured against its baseline in the same run on the same machine."""

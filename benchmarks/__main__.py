@@ -1,0 +1,87 @@
+"""`python -m benchmarks [CLAIM]`: measure all claims or one, print a line each, keep a record in `results/`."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import json
+import os
+import pkgutil
+import platform
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import benchmarks
+from benchmarks.claim import Claim
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def all_claims() -> dict[str, Callable[[], Claim]]:
+    """The `CLAIMS` of every module in this folder."""
+    claims: dict[str, Callable[[], Claim]] = {}
+    for module in pkgutil.iter_modules(benchmarks.__path__):
+        if module.name != "__main__":
+            claims.update(getattr(importlib.import_module(f"benchmarks.{module.name}"), "CLAIMS", {}))
+    return claims
+
+
+def record(claim: Claim) -> None:
+    """Append what was measured, where, and with which versions."""
+    RESULTS.mkdir(exist_ok=True)
+    entry = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {"cpu": _cpu_model(), "cores": os.cpu_count()},
+        "versions": _versions(),
+        "name": claim.name,
+        "ratio": round(claim.ratio, 3),
+        "goal": claim.goal,
+        "holds": claim.holds,
+        "ours": claim.ours,
+        "baseline": claim.baseline,
+        "fault": claim.fault,
+    }
+    with (RESULTS / f"{claim.name}.jsonl").open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def main(arguments: list[str]) -> int:
+    """Run; 0 if every claim holds, 1 if one misses its goal, 2 for an unknown name."""
+    claims = all_claims()
+    unknown = [name for name in arguments if name not in claims]
+    if unknown:
+        known = ", ".join(sorted(claims))
+        print(f"claim: expected one of {known}, got {', '.join(unknown)}. Pick a known one.", file=sys.stderr)
+        return 2
+    missed = False
+    for name in arguments or sorted(claims):
+        claim = claims[name]()
+        print(claim.line(), flush=True)
+        record(claim)
+        missed = missed or not claim.holds
+    return int(missed)
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _versions() -> dict[str, Any]:
+    found = {"python": platform.python_version()}
+    for package in ("torch", "numpy", "ray"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

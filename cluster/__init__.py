@@ -1,0 +1,1 @@
+"""Ray jobs around `tvilfm`: resources, data movement, restarts. No formulas."""

@@ -1,0 +1,134 @@
+"""The `tvilfm` command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from tvilfm.config import Config, known_keys, load_config, to_yaml
+
+DEFAULT_CONFIG = Path("ray_config.yaml")
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="TVI-LFM on Ray.")
+config_app = typer.Typer(no_args_is_help=True, help="Look at the run description.")
+data_app = typer.Typer(no_args_is_help=True, help="Datasets.")
+app.add_typer(config_app, name="config")
+app.add_typer(data_app, name="data")
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="Run description; default ./ray_config.yaml.", show_default=False)
+]
+SizeOption = Annotated[
+    str | None, typer.Option("--size", help="Recipe of the file's `sizes`: tiny, small, large.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Overrides, values as YAML.")
+]
+
+
+def _config(path: Path | None, size: str | None, overrides: list[str] | None) -> Config:
+    return load_config(path or DEFAULT_CONFIG, overrides or [], size=size)
+
+
+@app.command("run")
+def run_command(config: ConfigOption = None, size: SizeOption = None, overrides: Overrides = None) -> None:
+    """Run the whole chain: decode, train both stages, extract, evaluate, report. What is there is not made again."""
+    _run(_config(config, size, overrides), until="report")
+
+
+@app.command("train")
+def train_command(
+    stage: Annotated[Literal["base", "text"], typer.Option(help="Last stage to train.")] = "text",
+    config: ConfigOption = None,
+    size: SizeOption = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train up to a stage."""
+    _run(_config(config, size, overrides), until=stage)
+
+
+@app.command("evaluate")
+def evaluate_command(config: ConfigOption = None, size: SizeOption = None, overrides: Overrides = None) -> None:
+    """Evaluate a run, training what is missing, and print the table."""
+    _run(_config(config, size, overrides), until="results")
+
+
+def _run(config: Config, *, until: str) -> None:
+    from cluster.run import run
+    from tvilfm.report.tables import terminal_table
+
+    outcome = run(config, until=until)
+    console = Console()
+    if outcome.results is not None:
+        console.print(terminal_table(outcome.results))
+    if until == "report":
+        console.print(f"report: {outcome.path / 'report' / 'index.html'}", highlight=False)
+    else:
+        console.print(f"run: {outcome.path}", highlight=False)
+
+
+@config_app.command("show")
+def config_show(config: ConfigOption = None, size: SizeOption = None, overrides: Overrides = None) -> None:
+    """Print the resolved run description."""
+    typer.echo(to_yaml(_config(config, size, overrides)), nl=False)
+
+
+@config_app.command("schema")
+def config_schema(
+    as_json: Annotated[bool, typer.Option("--json", help="JSON schema in place of one line a key.")] = False,
+) -> None:
+    """Print every key with its default and what it means."""
+    if as_json:
+        typer.echo(json.dumps(Config.model_json_schema(), indent=2))
+        return
+    values = Config().model_dump(mode="json")
+    for key, description in known_keys().items():
+        node = values
+        for part in key.split("."):
+            node = node[part]
+        typer.echo(f"{key} = {json.dumps(node)}  # {description}")
+
+
+@data_app.command("synth")
+def data_synth(
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    identities: Annotated[
+        str, typer.Option(help="tiny, small, large, or TRAIN,VAL,TEST counts.", show_default=True)
+    ] = "small",
+    images_per_camera: Annotated[int, typer.Option(min=1, help="Visible images a camera; infrared twice as many.")] = 1,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    layout: Annotated[Literal["sysu_mm01"], typer.Option(help="On-disk layout.")] = "sysu_mm01",
+) -> None:
+    """Render the synthetic tri-modal benchmark; same seed, same bytes."""
+    from tvilfm.datasets.synthetic import SIZES, Size, write_sysu_layout
+
+    if identities in SIZES:
+        size = SIZES[identities]
+    else:
+        try:
+            train, val, test = (int(part) for part in identities.split(","))
+        except ValueError:
+            raise ValueError(
+                f"--identities: expected {', '.join(SIZES)} or TRAIN,VAL,TEST as in 800,80,120, got {identities!r}."
+            ) from None
+        size = Size(train=train, val=val, test=test, images_per_camera=images_per_camera)
+    write_sysu_layout(out, size, seed=seed)
+    typer.echo(f"{out}: {size.train} + {size.val} + {size.test} identities, layout {layout}, seed {seed}")
+
+
+def main() -> None:
+    """Run the command; a fault of the input ends in one message and status 2, not in a traceback."""
+    try:
+        app()
+    except (ValueError, FileExistsError, ConnectionError) as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Decode and resize a dataset once, in parallel on Ray Data, into one memory-mapped array."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from cluster.progress import ProgressFile
+from tvilfm.config import DataSection
+from tvilfm.datasets.pixels import create, decode_files
+
+
+def decode_dataset(folder: Path, root: Path, manifest: pa.Table, section: DataSection) -> None:
+    """Write `manifest.parquet` and `pixels.npy`, whose rows follow the manifest.
+
+    Workers decode; the driver writes. The pages it writes are those that training processes of this machine map.
+
+    Args:
+        folder: where to.
+        root: the dataset.
+        manifest: rows to decode.
+        section: size and batch.
+
+    Raises:
+        ValueError: a picture cannot be decoded; it is named.
+    """
+    rows = pa.table({"row": pa.array(np.arange(manifest.num_rows)), "image": manifest["image"]})
+    decoded = ray.data.from_arrow(rows).map_batches(
+        partial(_decode, root=root.absolute(), height=section.height, width=section.width),
+        batch_size=section.decode_batch,
+        num_cpus=1,
+    )
+    pixels = create(folder / "pixels.npy", manifest.num_rows, height=section.height, width=section.width)
+    progress, done = ProgressFile(folder / "progress.json"), 0
+    for batch in decoded.iter_batches(batch_size=None):
+        pixels[batch["row"]] = batch["pixels"]
+        done += len(batch["row"])
+        progress.update(done, manifest.num_rows)
+    pixels.flush()
+    pq.write_table(manifest, folder / "manifest.parquet")
+
+
+def _decode(batch: dict[str, Any], *, root: Path, height: int, width: int) -> dict[str, Any]:
+    return {"row": batch["row"], "pixels": decode_files(root, batch["image"], height=height, width=width)}

@@ -1,0 +1,98 @@
+"""Progress of work that runs in other processes: a file that the worker replaces and the driver watches."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+INTERVAL_S = 0.5
+PLAIN_INTERVAL_S = 15.0
+
+
+class ProgressFile:
+    """Written by one worker: how many of how many units are done, and a few words."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._written = path, 0.0
+
+    def update(self, done: int, total: int, note: str = "") -> None:
+        """Replace the file, at most every half second, and always at the end."""
+        now = time.monotonic()
+        if now - self._written < INTERVAL_S and done < total:
+            return
+        self._written = now
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"done": done, "total": total, "note": note}))
+        os.replace(temporary, self._path)
+
+
+@contextmanager
+def watch(path: Path, label: str, unit: str) -> Iterator[None]:
+    """Show a bar with rate and time left while the block runs; without a terminal, a line every 15 s.
+
+    Args:
+        path: the file that a `ProgressFile` writes.
+        label: name of the stage.
+        unit: what is counted.
+    """
+    path.unlink(missing_ok=True)
+    console = Console(stderr=True)
+    stop = threading.Event()
+    started = time.monotonic()
+    bar = Progress(
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    task = bar.add_task(label, total=None, rate="", note="")
+    first: list[tuple[float, int]] = []
+
+    def show() -> dict[str, object] | None:
+        try:
+            state = json.loads(path.read_text())
+        except (OSError, ValueError):
+            return None
+        now = time.monotonic()
+        if not first:
+            first.append((now, state["done"]))
+        seconds, done = now - first[0][0], state["done"] - first[0][1]
+        rate = f"{done / seconds:.1f} {unit}/s" if seconds > 0 and done else ""
+        bar.update(task, completed=state["done"], total=state["total"], rate=rate, note=state["note"])
+        return {**state, "rate": rate}
+
+    def follow() -> None:
+        printed = time.monotonic()
+        while not stop.wait(INTERVAL_S):
+            state = show()
+            if state and not console.is_terminal and time.monotonic() - printed > PLAIN_INTERVAL_S:
+                printed = time.monotonic()
+                console.print(
+                    f"{label}: {state['done']}/{state['total']} {unit} {state['rate']} {state['note']}", highlight=False
+                )
+
+    thread = threading.Thread(target=follow, daemon=True)
+    with bar:
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            show()
+    if not console.is_terminal:
+        console.print(f"{label}: done in {time.monotonic() - started:.1f} s", highlight=False)

@@ -1,0 +1,273 @@
+"""The main job: every stage from a dataset's folder to the report, each skipped when its result is there."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from rich.console import Console
+
+from cluster.features import write_features, write_views
+from cluster.pixels import decode_dataset
+from cluster.progress import watch
+from cluster.session import session
+from cluster.stages import STAGES, StageStore, stage_fingerprints
+from cluster.train import fit_stage
+from tvilfm.config import Config, to_yaml
+from tvilfm.datasets import read_dataset
+from tvilfm.datasets.captions import read_published
+from tvilfm.datasets.manifest import fingerprint, rows_of, select
+from tvilfm.datasets.pixels import open_pixels
+from tvilfm.datasets.synthetic import SIZES, Size, write_sysu_layout
+from tvilfm.datasets.transforms import Recipe
+from tvilfm.datasets.tri_modal import RECIPES, TrainingRows
+from tvilfm.evaluation.evaluator import Evaluator, all_texts
+from tvilfm.evaluation.features import FeatureTable
+from tvilfm.models import TVILFM
+from tvilfm.report.build import RunFacts, build_report, build_results
+from tvilfm.report.page import write_report
+from tvilfm.report.tables import Results
+
+UNITS = {"pixels": "images", "pretrain": "steps", "base": "steps", "views": "images", "text": "steps", "features": "rows"}
+PACKAGES = ("ray", "torch", "torchvision", "open_clip_torch", "transformers", "pyarrow", "numpy", "scikit-learn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run did.
+
+    Attributes:
+        path: the run folder.
+        made: stages made now, in order; the rest was there.
+        results: the table; None when the run ended before it.
+    """
+
+    path: Path
+    made: tuple[str, ...]
+    results: Results | None
+
+
+def run(config: Config, *, until: str = "report", console: Console | None = None) -> Outcome:
+    """Bring a run up to a stage, making what is missing and nothing else.
+
+    Args:
+        config: the run.
+        until: the last stage wanted, a key of `STAGES`.
+        console: told which stages are made and which were there; None = standard error.
+
+    Returns:
+        What was made, and the results once they are there.
+
+    Raises:
+        ValueError: a dataset, caption file or weight file that is not what it should be.
+        ray.train.TrainingFailedError: a training worker failed more often than `cluster.max_failures`.
+    """
+    return _Job(config, console or Console(stderr=True)).run(until)
+
+
+class _Job:
+    """One run: its tables, its stage store, and how each stage is made."""
+
+    def __init__(self, config: Config, console: Console) -> None:
+        self.config, self.console = config, console
+        make_synthetic(config, console)
+        self.manifest = read_dataset(config.data.name, config.data_root)
+        self.captions = read_published(config.data_root, self.manifest)
+        self.dataset = {
+            "dataset": fingerprint(self.manifest, root=config.data_root),
+            "captions": fingerprint(self.captions),
+        }
+        self.store = StageStore(config.stages_path, stage_fingerprints(config, self.dataset))
+
+    def run(self, until: str) -> Outcome:
+        wanted = self._wanted(until)
+        self._write_run_folder()
+        made = []
+        if any(not self.store.has(name) for name in wanted):
+            with session(self.config.cluster):
+                made = [name for name in wanted if self._ensure(name)]
+        path = self.config.run.path
+        results = None
+        if "results" in wanted:
+            results = Results.read(self.store.path("results") / "results.json")
+            results.write(path / "results.json")
+        if "report" in wanted:
+            (path / "report").mkdir(exist_ok=True)
+            page = (self.store.path("report") / "index.html").read_bytes()
+            (path / "report" / "index.html").write_bytes(page)
+        records = "".join(json.dumps(record) + "\n" for record in self._learning())
+        (path / "metrics.jsonl").write_text(records)
+        return Outcome(path=path, made=tuple(made), results=results)
+
+    def _wanted(self, until: str) -> list[str]:
+        """Stages up to `until`, without those that this config does not have."""
+        names = list(STAGES)
+        names = names[: names.index(until) + 1]
+        skipped = set()
+        if self.config.model.weights != "attributes":
+            skipped.add("pretrain")
+        if not self.config.train.text.cache_views:
+            skipped.add("views")
+        return [name for name in names if name not in skipped]
+
+    def _ensure(self, name: str) -> bool:
+        make: Callable[[Path], None] = getattr(self, f"_make_{name}")
+
+        def timed(folder: Path) -> None:
+            started = time.monotonic()
+            if name in UNITS:
+                with watch(folder / "progress.json", name, UNITS[name]):
+                    make(folder)
+            else:
+                make(folder)
+            (folder / "seconds.json").write_text(json.dumps(round(time.monotonic() - started, 1)))
+
+        made = self.store.ensure(name, timed)
+        if not made:
+            self.console.print(f"{name}: there already", style="dim", highlight=False)
+        return made
+
+    def _make_pixels(self, folder: Path) -> None:
+        decode_dataset(folder, self.config.data_root, self.manifest, self.config.data)
+
+    def _make_pretrain(self, folder: Path) -> None:
+        section = self.config.train.pretrain
+        truth = self.config.run.dir / "data" / f"pretrain-{section.identities}-{section.seed}"
+        if not truth.exists():
+            size = Size(train=section.identities, val=1, test=1, images_per_camera=1)
+            write_sysu_layout(truth, size, seed=section.seed, archetypes=False)
+        manifest = select(read_dataset("synthetic", truth), split="train")
+        decode_dataset(folder, truth, manifest, self.config.data)
+        inputs = {"pixels": folder, "truth": truth.absolute()}
+        fit_stage("pretrain", folder, self.config, {key: str(path) for key, path in inputs.items()})
+        (folder / "pixels.npy").unlink()
+
+    def _make_base(self, folder: Path) -> None:
+        inputs = self._inputs("pixels", "pretrain", captions=folder)
+        fit_stage("base", folder, self.config, inputs)
+
+    def _make_views(self, folder: Path) -> None:
+        rows = TrainingRows.from_manifest(self.manifest, use_val=self.config.train.text.use_val)
+        pixel_rows: dict[Recipe, list[int]] = {
+            recipe: rows_of(self.manifest, rows.infrared if recipe == "infrared" else rows.visible).tolist()
+            for recipe in RECIPES
+        }
+        write_views(folder, pixel_rows, self.config.train.text.cache_views, **self._pool("base"))
+
+    def _make_text(self, folder: Path) -> None:
+        inputs = self._inputs("pixels", "base", "views", captions=folder)
+        fit_stage("text", folder, self.config, inputs)
+
+    def _make_features(self, folder: Path) -> None:
+        test = select(self.manifest, split=("query", "gallery", "test"))
+        images = {}
+        for modality in ("visible", "infrared"):
+            subset = select(test, modality=modality)
+            images[modality] = (subset["image"].to_pylist(), rows_of(self.manifest, subset).tolist())
+        texts = all_texts(self.manifest, self.captions, self.config.evaluate, seed=self.config.run.seed)
+        write_features(folder, images, texts, **self._pool("text"))
+
+    def _make_results(self, folder: Path) -> None:
+        results = build_results(self._evaluator(), self.config)
+        results.write(folder / "results.json")
+
+    def _make_report(self, folder: Path) -> None:
+        facts = RunFacts(
+            versions=self._versions(),
+            dataset_fingerprint=self.dataset["dataset"],
+            seconds=self._seconds(),
+            learning=tuple(self._learning()),
+        )
+        report = build_report(
+            Results.read(self.store.path("results") / "results.json"),
+            self._evaluator(),
+            self.config,
+            manifest=self.manifest,
+            captions=self.captions,
+            pixels=open_pixels(self.store.path("pixels") / "pixels.npy"),
+            facts=facts,
+        )
+        write_report(report, folder / "index.html")
+
+    def _evaluator(self) -> Evaluator:
+        features = self.store.path("features")
+        return Evaluator(
+            TVILFM.from_pretrained(self.store.path("text") / "model").eval(),
+            self.manifest,
+            self.captions,
+            FeatureTable.read(features / "images.parquet"),
+            FeatureTable.read(features / "texts.parquet"),
+            self.config.evaluate,
+            filter_text=self.config.loss.filter_text,
+            seed=self.config.run.seed,
+        )
+
+    def _inputs(self, *names: str, captions: Path) -> dict[str, str]:
+        """Folders of finished stages that exist in this config, and the caption table written for the workers."""
+        pq.write_table(self.captions, captions / "captions.parquet")
+        inputs = {name: str(self.store.path(name)) for name in names if name in self._wanted("text")}
+        return inputs | {"captions": str(captions.absolute() / "captions.parquet")}
+
+    def _pool(self, model: str) -> dict[str, object]:
+        return {
+            "model": self.store.path(model) / "model",
+            "pixels": self.store.path("pixels") / "pixels.npy",
+            "pad": self.config.data.pad,
+            "seed": self.config.run.seed,
+            "section": self.config.cluster,
+            "chunk_size": self.config.evaluate.batch,
+        }
+
+    def _write_run_folder(self) -> None:
+        path = self.config.run.path
+        path.mkdir(parents=True, exist_ok=True)
+        _write(path / "config.yaml", to_yaml(self.config))
+        info = {
+            "seed": self.config.run.seed,
+            "versions": self._versions(),
+            "fingerprints": self.dataset,
+            "stages": {name: os.path.relpath(self.store.path(name), path) for name in self._wanted("report")},
+        }
+        _write(path / "run.json", json.dumps(info, indent=2))
+
+    def _versions(self) -> dict[str, str]:
+        return {"python": platform.python_version()} | {
+            name: importlib.metadata.version(name) for name in ("tvilfm", *PACKAGES)
+        }
+
+    def _seconds(self) -> dict[str, float]:
+        paths = {name: self.store.path(name) / "seconds.json" for name in self._wanted("results")}
+        return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+
+    def _learning(self) -> list[dict[str, object]]:
+        records = []
+        for name in self._wanted("text"):
+            path = self.store.path(name) / "metrics.jsonl"
+            if path.exists():
+                records += [{"stage": name, **json.loads(line)} for line in path.read_text().splitlines()]
+        return records
+
+
+def make_synthetic(config: Config, console: Console) -> None:
+    """Render the synthetic benchmark into `data.root` when it is asked for and not there."""
+    if config.data.name != "synthetic" or config.data_root.exists():
+        return
+    size = config.data.synthetic.size
+    console.print(f"data: rendering the synthetic benchmark ({size}) into {config.data_root}", highlight=False)
+    config.data_root.parent.mkdir(parents=True, exist_ok=True)
+    write_sysu_layout(config.data_root, SIZES[size], seed=config.data.synthetic.seed)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+

@@ -1,0 +1,47 @@
+"""The Ray session of a command: joined when an address is given, else started on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from tvilfm.config import ClusterSection
+
+
+@contextmanager
+def session(section: ClusterSection) -> Iterator[None]:
+    """Have Ray while the block runs; one that was running before goes on after it.
+
+    Raises:
+        ConnectionError: when no cluster answers at `cluster.address`.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # The uv hook would rebuild the environment of every worker when the command was started by `uv run`.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    try:
+        ray.init(
+            address=section.address,
+            include_dashboard=False if section.address is None else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"cluster.address: expected a Ray cluster at {section.address}, got no answer ({error}). "
+            "Start it with `ray start --head`, or set cluster.address=null to run on this machine."
+        ) from None
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,118 @@
+"""Stages of a run: what each depends on, where its result lies, and whether it is there.
+
+A stage's folder carries a fingerprint of everything that can change its result: the config keys it reads, the dataset,
+and the stages it builds on. A changed key so re-does exactly the stages that depend on it, and a sweep whose trials
+share a stages folder shares every stage they have in common. A stage works in `<folder>.partial` and is renamed when
+it is done: a folder without the suffix is complete, whatever was killed when.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tvilfm.config import Config
+
+FORMAT = 1  # raise when a stage's files or meaning change, so that older folders are not taken for new ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """The config keys (dotted, whole sections allowed) and earlier stages that decide a stage's result."""
+
+    keys: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+
+
+_BATCHES = ("run.seed", "data.pad", "train.p", "train.k", "train.autocast")
+_LOSSES = ("loss.id_weight", "loss.wrt_weight", "loss.wrt_numerics")
+_VISUAL_OPTIM = ("optim.lr", "optim.head_lr_factor", "optim.weight_decay")
+
+STAGES: dict[str, Stage] = {
+    "pixels": Stage(keys=("data.height", "data.width"), needs=("dataset",)),
+    "pretrain": Stage(
+        keys=("model.backbone", "data.height", "data.width", "data.pad", "run.seed", "train.pretrain"),
+    ),
+    "base": Stage(
+        keys=(*_BATCHES, *_LOSSES, *_VISUAL_OPTIM, "model.backbone", "model.weights", "train.base"),
+        needs=("pixels", "pretrain"),
+    ),
+    "views": Stage(keys=("run.seed", "data.pad", "train.text.cache_views", "train.text.use_val"), needs=("base",)),
+    "text": Stage(keys=(*_BATCHES, "loss", "optim", "model.text", "train.text"), needs=("views", "captions")),
+    "features": Stage(
+        keys=("run.seed", "evaluate.protocols", "evaluate.text_sources", "evaluate.batch"), needs=("text", "captions")
+    ),
+    "results": Stage(keys=("evaluate", "run.seed", "loss.filter_text"), needs=("features",)),
+    "report": Stage(keys=(), needs=("results",)),
+}
+
+
+def stage_fingerprints(config: Config, dataset: Mapping[str, str]) -> dict[str, str]:
+    """The fingerprint of every stage.
+
+    Args:
+        config: the run.
+        dataset: fingerprints of what lies on disk: `dataset` (rows and files) and `captions`.
+
+    Returns:
+        Stage name -> 12 hexadecimal digits; `pretrain` is left out where the weights come from elsewhere.
+    """
+    values = config.model_dump(mode="json")
+    found = dict(dataset)
+    for name, stage in STAGES.items():
+        if name == "pretrain" and config.model.weights != "attributes":
+            continue
+        inputs = {key: _at(values, key) for key in stage.keys}
+        needs = {need: found[need] for need in stage.needs if need in found}
+        text = json.dumps({"format": FORMAT, "stage": name, "keys": inputs, "needs": needs}, sort_keys=True)
+        found[name] = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return {name: found[name] for name in STAGES if name in found}
+
+
+def _at(values: object, dotted: str) -> object:
+    for part in dotted.split("."):
+        assert isinstance(values, dict)
+        values = values[part]
+    return values
+
+
+class StageStore:
+    """Finished stages under one folder."""
+
+    def __init__(self, root: Path, fingerprints: Mapping[str, str]) -> None:
+        self.root = root.absolute()  # workers run in other folders
+        self._fingerprints = dict(fingerprints)
+
+    def path(self, name: str) -> Path:
+        return self.root / f"{name}-{self._fingerprints[name]}"
+
+    def has(self, name: str) -> bool:
+        return self.path(name).is_dir()
+
+    def ensure(self, name: str, make: Callable[[Path], None]) -> bool:
+        """Make the stage unless it is there.
+
+        Args:
+            name: of the stage.
+            make: fills a folder, which may hold what an interrupted attempt left for it to go on from.
+
+        Returns:
+            True when it was made now.
+        """
+        target = self.path(name)
+        if target.is_dir():
+            return False
+        partial = target.with_name(target.name + ".partial")
+        partial.mkdir(parents=True, exist_ok=True)
+        make(partial)
+        partial.rename(target)
+        return True
+
+    def drop(self, name: str) -> None:
+        """Forget a stage, finished or not."""
+        for folder in (self.path(name), self.path(name).with_name(self.path(name).name + ".partial")):
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Search spaces for `tvilfm tune`, as YAML."""

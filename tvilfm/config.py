@@ -1,0 +1,377 @@
+"""The run description: frozen, typed sections that are read once and written beside the results.
+
+Precedence: defaults < fidelity preset < YAML file < `section.key=value` overrides. The preset is how
+`fidelity: published` and `fidelity: corrected` choose the dozen switches in which the released code and ours differ;
+in the file, `null` for such a switch means "as fidelity says". The resolved configuration that lands in the run
+folder holds no null switch: every choice is spelled out.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Fidelity = Literal["published", "corrected"]
+Numerics = Literal["published", "corrected"]
+Selection = Literal["val", "last", "test"]
+QueryTextSource = Literal["witness", "witness-heldout", "own"]
+
+FIDELITY_SWITCHES: dict[str, dict[Fidelity, object]] = {
+    "loss.wrt_numerics": {"published": "published", "corrected": "corrected"},
+    "optim.keep_unused_tokens": {"published": False, "corrected": True},
+    "optim.text_weight_decay": {"published": None, "corrected": 4e-5},
+    "train.base.select": {"published": "test", "corrected": "val"},
+    "train.text.select": {"published": "test", "corrected": "val"},
+    "train.text.freeze_batch_norm": {"published": False, "corrected": True},
+}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunSection(Section):
+    name: str = Field("demo", pattern=r"^[\w.-]+$", description="folder under run.dir that holds this run")
+    dir: Path = Field(Path("runs"), description="where runs live")
+    stages_dir: Path | None = Field(
+        None, description="where finished stages live, shared between runs; null = inside the run folder"
+    )
+    seed: int = Field(0, ge=0, description="every random draw of training and evaluation follows from it")
+
+    @property
+    def path(self) -> Path:
+        return self.dir / self.name
+
+
+class SyntheticSection(Section):
+    size: Literal["tiny", "small", "large"] = Field(
+        "small", description="identities of the synthetic benchmark"
+    )
+    seed: int = Field(0, ge=0, description="seed of the rendered people, apart from run.seed")
+
+
+class DataSection(Section):
+    name: Literal["synthetic", "sysu_mm01"] = Field(
+        "synthetic", description="synthetic (rendered into data.root when absent) or sysu_mm01"
+    )
+    root: Path | None = Field(
+        None, description="dataset folder; null = run.dir/data/<synthetic size and seed>"
+    )
+    height: int = Field(288, ge=16, description="pixels after resizing (METHOD 2)")
+    width: int = Field(144, ge=8, description="pixels after resizing (METHOD 2)")
+    pad: int = Field(10, ge=0, description="padding before the random crop, pixels (METHOD 4)")
+    decode_batch: int = Field(64, ge=1, description="images a Ray Data task decodes at once")
+    synthetic: SyntheticSection = SyntheticSection()
+
+
+class TextModelSection(Section):
+    width: int = Field(512, ge=8, description="CLIP RN50 text tower: 512")
+    layers: int = Field(12, ge=1, description="CLIP RN50 text tower: 12")
+    heads: int = Field(8, ge=1, description="CLIP RN50 text tower: 8")
+    weights: str = Field(
+        "openai", description="openai (open_clip's CLIP RN50), random, or a local state dict of that tower"
+    )
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> TextModelSection:
+        if self.width % self.heads:
+            raise ValueError(f"model.text.heads: expected a divisor of width {self.width}, got {self.heads}.")
+        return self
+
+
+class ModelSection(Section):
+    backbone: Literal["resnet50", "resnet18_half"] = Field(
+        "resnet50", description="resnet50 or resnet18_half (CPU)"
+    )
+    weights: str = Field(
+        "imagenet",
+        description="imagenet (torchvision), attributes (pre-train on synthetic attributes), random, or a local file",
+    )
+    text: TextModelSection = TextModelSection()
+
+
+class LossSection(Section):
+    id_weight: float = Field(1.0, ge=0, description="weight of the identity cross-entropy (METHOD 3)")
+    wrt_weight: float = Field(1.0, ge=0, description="weight of the weighted regularised triplet (METHOD 3)")
+    wrt_numerics: Numerics = Field("corrected", description="softmax inside WRT; null = as fidelity says")
+    filter_text: bool = Field(
+        True, description="SFF: subtract the infrared caption's feature (ablation: false)"
+    )
+    joint: bool = Field(True, description="MJL: loss over all modalities, not visible and fusion only")
+
+
+class OptimSection(Section):
+    lr: float = Field(
+        3.5e-4, gt=0, description="visual rate; also embeddings, ln_final, projection (METHOD 4)"
+    )
+    text_lr: float = Field(3.5e-4, gt=0, description="rate of the text transformer (RegDB: 1e-5)")
+    head_lr_factor: float = Field(2.0, gt=0, description="head rate over lr")
+    text_bias_lr_factor: float = Field(2.0, gt=0, description="text biases' rate over text_lr")
+    weight_decay: float = Field(5e-4, ge=0, description="Adam's coupled L2")
+    text_weight_decay: float | None = Field(
+        4e-5,
+        description="decay of the text transformer; null = as fidelity says (published ignores the flag)",
+    )
+    keep_unused_tokens: bool = Field(
+        True, description="no decay, no update for token rows without gradient; null = as fidelity says"
+    )
+
+
+class ScheduleSection(Section):
+    epochs: int = Field(120, ge=1, description="epochs of this stage")
+    warmup_epochs: int = Field(10, ge=0, description="linear warm-up from 0.01 to 1")
+    milestones: tuple[int, ...] = Field((40, 60, 100), description="epochs at which the rate falls tenfold")
+    select: Selection = Field(
+        "val", description="checkpoint kept: val, last, test (published); null = fidelity"
+    )
+    use_val: bool = Field(False, description="train on the validation identities too (needs select: last)")
+    eval_every: int = Field(5, ge=1, description="epochs between validations")
+
+    @model_validator(mode="after")
+    def _no_selection_on_training_ids(self) -> ScheduleSection:
+        if self.use_val and self.select == "val":
+            raise ValueError(
+                "select: expected last or test when use_val is true, got val. "
+                "Validation identities that are trained on cannot choose a checkpoint."
+            )
+        return self
+
+
+class BaseStageSection(ScheduleSection):
+    pass
+
+
+class TextStageSection(ScheduleSection):
+    epochs: int = Field(20, ge=1, description="20 in the paper, 120 in the released code")
+    cache_views: int = Field(
+        0, ge=0, description="frozen features of so many augmented views an image; 0 = none"
+    )
+    freeze_batch_norm: bool = Field(
+        True, description="frozen visual BN in eval mode; null = as fidelity says"
+    )
+    llm_probability: float = Field(0.5, ge=0, le=1, description="share of texts replaced by their rephrase")
+
+
+class PretrainSection(Section):
+    """The stand-in for ImageNet weights, used when `model.weights: attributes`."""
+
+    identities: int = Field(
+        600, ge=2, description="identities of the disjoint synthetic split it learns from"
+    )
+    steps: int = Field(600, ge=1, description="optimiser steps")
+    batch: int = Field(64, ge=2, description="images a step")
+    lr: float = Field(2e-3, gt=0, description="peak of the one-cycle rate")
+    seed: int = Field(
+        1000003, ge=0, description="seed of that split's people; apart from data.synthetic.seed"
+    )
+
+
+class TrainSection(Section):
+    p: int = Field(8, ge=2, description="identities a batch (METHOD 4)")
+    k: int = Field(4, ge=2, description="visible and as many infrared images an identity (METHOD 4)")
+    autocast: Literal["off", "bfloat16", "float16"] = Field(
+        "float16", description="mixed precision on CUDA; CPU always runs float32"
+    )
+    loader_workers: int = Field(0, ge=0, description="processes that read pixels ahead; 0 = in the trainer")
+    base: BaseStageSection = BaseStageSection()
+    text: TextStageSection = TextStageSection()
+    pretrain: PretrainSection = PretrainSection()
+
+
+class EnsembleWeights(Section):
+    """MER (METHOD 7): weights of the three query vectors."""
+
+    infrared: float = Field(1.0, ge=0, description="weight of the infrared query")
+    text: float = Field(1.0, ge=0, description="weight of the text query")
+    fusion: float = Field(1.0, ge=0, description="weight of the fusion query")
+
+
+class EvaluateSection(Section):
+    protocols: tuple[str, ...] = Field(
+        ("sysu_mm01/all/single", "sysu_mm01/indoor/single"), description="first one is the default table's"
+    )
+    text_sources: tuple[QueryTextSource, ...] = Field(
+        ("witness", "witness-heldout", "own"), description="query texts to report (METHOD 6)"
+    )
+    default_text_source: QueryTextSource = Field("witness", description="the default table's text source")
+    ensemble: EnsembleWeights = EnsembleWeights()
+    batch: int = Field(128, ge=1, description="images or captions an extraction batch")
+
+    @model_validator(mode="after")
+    def _default_is_evaluated(self) -> EvaluateSection:
+        if self.default_text_source not in self.text_sources:
+            raise ValueError(
+                f"evaluate.default_text_source: expected one of {list(self.text_sources)}, "
+                f"got {self.default_text_source}."
+            )
+        if not self.protocols:
+            raise ValueError("evaluate.protocols: expected at least one, got none.")
+        return self
+
+
+class ClusterSection(Section):
+    address: str | None = Field(None, description="Ray address; null = start or join Ray on this machine")
+    train_workers: int = Field(
+        1, ge=1, description="Ray Train workers; each sees p/workers identities a batch"
+    )
+    gpus_per_worker: float = Field(0, ge=0, description="GPUs of each train and extraction worker; 0 = CPU")
+    cpus_per_train_worker: float = Field(2, gt=0, description="CPUs (and torch threads) of each train worker")
+    extract_workers: int = Field(2, ge=1, description="actors that decode or extract in parallel")
+    max_failures: int = Field(
+        3, ge=-1, description="times a stage restarts from its last checkpoint; -1 = always"
+    )
+
+
+class Config(Section):
+    fidelity: Fidelity = Field(
+        "corrected", description="published = the released code's choices, corrected = ours"
+    )
+    run: RunSection = RunSection()
+    data: DataSection = DataSection()
+    model: ModelSection = ModelSection()
+    loss: LossSection = LossSection()
+    optim: OptimSection = OptimSection()
+    train: TrainSection = TrainSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    cluster: ClusterSection = ClusterSection()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Config:
+        if self.train.p % self.cluster.train_workers:
+            raise ValueError(
+                f"cluster.train_workers: expected a divisor of train.p = {self.train.p}, got "
+                f"{self.cluster.train_workers}. Every worker takes the same number of identities."
+            )
+        if self.data.name != "synthetic" and self.data.root is None:
+            raise ValueError(
+                f"data.root: expected the folder of {self.data.name}, got null. Set data.root=/path/to/it."
+            )
+        if self.train.text.cache_views and not self.train.text.freeze_batch_norm:
+            raise ValueError(
+                "train.text.cache_views: expected 0 while train.text.freeze_batch_norm is false, got "
+                f"{self.train.text.cache_views}. Features of a network that still changes cannot be cached."
+            )
+        if self.fidelity == "published" and self.train.base.use_val != self.train.text.use_val:
+            raise ValueError(
+                "train.text.use_val: expected the same as train.base.use_val with published fidelity."
+            )
+        return self
+
+    @property
+    def data_root(self) -> Path:
+        if self.data.root is not None:
+            return self.data.root
+        return self.run.dir / "data" / f"synthetic-{self.data.synthetic.size}-{self.data.synthetic.seed}"
+
+    @property
+    def stages_path(self) -> Path:
+        return self.run.stages_dir or self.run.path / "stages"
+
+
+def load_config(
+    path: Path | None = None, overrides: Iterable[str] = (), *, size: str | None = None
+) -> Config:
+    """Resolve a run description.
+
+    Args:
+        path: YAML file whose nesting is the sections' nesting; None = defaults alone.
+        overrides: `section.key=value` strings, the value read as YAML.
+        size: name of a recipe of the file's `sizes` mapping, applied between the file and the overrides.
+
+    Raises:
+        ValueError: unreadable YAML, an unknown key (its nearest neighbour is named), or a value out of bounds.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        if not path.is_file():
+            raise ValueError(
+                f"--config: expected a YAML file, got {path}. Run in the repository or give its path."
+            )
+        try:
+            values = yaml.safe_load(path.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path}: expected YAML, got {error}. Mend the file.") from None
+    sizes = values.pop("sizes", {})
+    if size is not None:
+        if size not in sizes:
+            raise ValueError(f"--size: expected one of {sorted(sizes)}, got {size}.")
+        _merge(values, sizes[size])
+    for override in overrides:
+        key, found, text = override.partition("=")
+        if not found:
+            raise ValueError(f"override: expected section.key=value, got {override!r}.")
+        node: dict[str, Any] = {}
+        _set(node, key, yaml.safe_load(text))
+        _merge(values, node)
+    fidelity = values.get("fidelity", "corrected")
+    for key, choices in FIDELITY_SWITCHES.items():
+        if fidelity in choices and _get(values, key) is None:
+            _set(values, key, choices[fidelity])
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(explain(error)) from None
+
+
+def explain(error: ValidationError) -> str:
+    """One line a fault in the house form: dotted key, what was expected, what was found, what to do."""
+    lines = []
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, list(known_keys()), n=1, cutoff=0.0)
+            lines.append(f"{key}: expected a known key, got this one. Did you mean {near[0]}?")
+        elif fault["type"] == "value_error":
+            lines.append(str(fault["ctx"]["error"]))
+        else:
+            lines.append(
+                f"{key}: {fault['msg'].lower()}, got {fault['input']!r}. See `tvilfm config schema`."
+            )
+    return "\n".join(lines)
+
+
+def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, str]:
+    """Every dotted key and its one-line description."""
+    keys: dict[str, str] = {}
+    for name, info in section.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            keys |= known_keys(info.annotation, f"{prefix}{name}.")
+        else:
+            keys[f"{prefix}{name}"] = info.description or ""
+    return keys
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML, in the order of the sections."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _set(values: dict[str, Any], dotted: str, value: object) -> None:
+    *sections, key = dotted.split(".")
+    for section in sections:
+        if not isinstance(values.get(section), dict):
+            values[section] = {}
+        values = values[section]
+    values[key] = value
+
+
+def _get(values: Mapping[str, Any], dotted: str) -> Any:
+    node: Any = values
+    for part in dotted.split("."):
+        if not isinstance(node, Mapping):
+            return None
+        node = node.get(part)
+    return node

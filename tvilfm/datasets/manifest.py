@@ -1,0 +1,113 @@
+"""The manifest: the one Arrow table that every dataset becomes.
+
+A reader turns a folder into rows (which image shows whom, from which camera, in which modality, in which part of
+the benchmark) without opening a single picture. Everything after that, from decoding to the protocols, works on
+rows, so one code path serves every dataset. Captions are a second table keyed by the same image path, because they
+come and go (another captioner, another language model) while the images stay.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+MANIFEST_SCHEMA = pa.schema(
+    [
+        pa.field("image", pa.string(), nullable=False),
+        pa.field("pid", pa.int32(), nullable=False),
+        pa.field("camid", pa.int32(), nullable=False),
+        pa.field("modality", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+    ]
+)
+CAPTION_SCHEMA = pa.schema(
+    [
+        pa.field("image", pa.string(), nullable=False),
+        pa.field("caption", pa.string(), nullable=False),
+        pa.field("rephrased", pa.string()),
+        pa.field("captioner", pa.string()),
+        pa.field("revision", pa.string()),
+    ]
+)
+MODALITIES = ("visible", "infrared")
+
+
+def build_manifest(rows: Iterable[Mapping[str, object]]) -> pa.Table:
+    """Make a manifest from row dicts with the columns of `MANIFEST_SCHEMA`.
+
+    Args:
+        rows: one mapping an image: `image` (path relative to the dataset root, forward slashes), `pid`, `camid`,
+            `modality` (visible or infrared), `split` (train, val, query, gallery, test).
+
+    Returns:
+        The table, in the order given.
+
+    Raises:
+        ValueError: when there is no row, an image occurs twice, or a modality is neither visible nor infrared.
+    """
+    table = pa.Table.from_pylist([dict(row) for row in rows], schema=MANIFEST_SCHEMA)
+    if table.num_rows == 0:
+        raise ValueError("manifest: expected at least one image, got none. Check the dataset root.")
+    counts = pc.value_counts(table["image"])
+    twice = [item["values"].as_py() for item in counts if item["counts"].as_py() > 1]
+    if twice:
+        raise ValueError(
+            f"manifest.image: expected each image once, got {twice[0]} more than once. Remove the copy."
+        )
+    unknown = sorted(set(table["modality"].to_pylist()) - set(MODALITIES))
+    if unknown:
+        raise ValueError(
+            f"manifest.modality: expected visible or infrared, got {unknown[0]}. Fix the reader."
+        )
+    return table
+
+
+def select(
+    manifest: pa.Table, *, split: str | Iterable[str] | None = None, modality: str | None = None
+) -> pa.Table:
+    """Rows of the given split or splits and modality, in manifest order."""
+    mask = pa.array(np.ones(manifest.num_rows, dtype=bool))
+    if split is not None:
+        splits = [split] if isinstance(split, str) else list(split)
+        mask = pc.and_(mask, pc.is_in(manifest["split"], pa.array(splits)))
+    if modality is not None:
+        mask = pc.and_(mask, pc.equal(manifest["modality"], modality))
+    return manifest.filter(mask)
+
+
+def column(table: pa.Table, name: str) -> npt.NDArray[np.int64]:
+    """An integer column as a numpy array."""
+    return np.asarray(table[name].to_numpy(), dtype=np.int64)
+
+
+def rows_of(manifest: pa.Table, subset: pa.Table) -> npt.NDArray[np.int64]:
+    """Index in `manifest` of every image of `subset`, in the order of `subset`."""
+    found = pc.index_in(subset["image"].combine_chunks(), manifest["image"].combine_chunks())
+    assert found.null_count == 0, "a subset's image is not in the manifest"
+    return np.asarray(found.to_numpy(), dtype=np.int64)
+
+
+def fingerprint(*tables: pa.Table, root: Path | None = None) -> str:
+    """A hash that changes when a row changes or, with `root`, when a file's size or time does.
+
+    Reading every byte of a dataset on every start would cost minutes, so files are judged as `make` judges them.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for table in tables:
+        digest.update(repr(table.schema.names).encode())
+        for name in table.schema.names:
+            digest.update("\0".join(map(str, table[name].to_pylist())).encode())
+    if root is not None:
+        for image in tables[0]["image"].to_pylist():
+            stat = (root / image).stat()
+            digest.update(f"{stat.st_size}:{stat.st_mtime_ns};".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,37 @@
+"""One door to every dataset: a name and a folder in, a manifest out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+
+from tvilfm.datasets import sysu_mm01
+
+# The synthetic benchmark is SYSU-MM01's layout on disk, read by the reader of the real dataset.
+READERS: dict[str, Callable[..., pa.Table]] = {"sysu_mm01": sysu_mm01.read, "synthetic": sysu_mm01.read}
+
+
+def read_dataset(name: str, root: str | Path, **options: object) -> pa.Table:
+    """Read a dataset's folder into the manifest table; no picture is opened.
+
+    Args:
+        name: a key of `READERS`.
+        root: the dataset's folder.
+        options: what this dataset's reader takes.
+
+    Returns:
+        Table with `image` (path relative to root), `pid`, `camid`, `modality`, `split`.
+
+    Raises:
+        ValueError: unknown name, or a folder that is not this dataset.
+    """
+    if name not in READERS:
+        raise ValueError(f"data.name: expected one of {sorted(READERS)}, got {name!r}.")
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(
+            f"data.root: expected the folder of {name}, got {root}, which is no folder. Check the path."
+        )
+    return READERS[name](root, **options)

@@ -1,0 +1,150 @@
+"""Augmentation as two halves: draw random numbers for a batch, then apply them as batched tensor operations.
+
+With the draws made apart, one seeded generator decides them for the global batch whatever the number of workers, the
+work itself runs on whichever device holds the pixels, and a test can replay one image at a time.
+
+Shapes: B images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+ERASED = (0.4914, 0.4822, 0.4465)  # written after normalisation, as released
+Recipe = Literal["visible", "visible_augmented", "infrared"]
+
+KEEP, GRAY = -1, 3  # beside 0, 1, 2: copy that channel to all three
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """What chance decided for a batch.
+
+    Attributes:
+        top_B, left_B: int64, corner of the crop in the padded image.
+        flip_B: bool, mirrored.
+        gray_B: bool, turned gray before normalisation.
+        erase_B4: int64, (top, left, height, width) of the erased box; height 0 erases nothing.
+        channel_B: int64, after erasing: 0-2 copies that channel to all, 3 turns gray, -1 keeps.
+    """
+
+    top_B: Tensor
+    left_B: Tensor
+    flip_B: Tensor
+    gray_B: Tensor
+    erase_B4: Tensor
+    channel_B: Tensor
+
+    def __getitem__(self, rows: slice) -> Draws:
+        return replace(self, **{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+
+    def to(self, device: torch.device) -> Draws:
+        return replace(
+            self,
+            **{field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)},
+        )
+
+
+def draw(recipe: Recipe, count: int, rng: np.random.Generator, *, height: int, width: int, pad: int) -> Draws:
+    """Draw one batch's augmentation.
+
+    Args:
+        recipe: visible: gray 0.1, erasing 0.6. visible_augmented: erasing 0.6, channel exchange 0.5. infrared:
+            erasing 0.5, then one channel copied to all (3/4 of cases) or, else, gray with 0.6.
+        count: images.
+        rng: the batch's generator.
+        height, width, pad: pixels.
+
+    Source: METHOD 4. Differs: none known (the stream of random numbers is ours).
+    """
+    erase = _draw_erasing(
+        count, rng, height=height, width=width, probability=0.5 if recipe == "infrared" else 0.6
+    )
+    channel = np.full(count, KEEP)
+    if recipe == "visible_augmented":
+        channel = np.where(rng.random(count) < 0.5, rng.integers(0, 3, count), KEEP)
+    elif recipe == "infrared":
+        choice = rng.integers(0, 4, count)
+        channel = np.where(choice < 3, choice, np.where(rng.random(count) < 0.6, GRAY, KEEP))
+    gray = rng.random(count) < 0.1 if recipe == "visible" else np.zeros(count, dtype=bool)
+    return Draws(
+        top_B=torch.from_numpy(rng.integers(0, 2 * pad + 1, count)),
+        left_B=torch.from_numpy(rng.integers(0, 2 * pad + 1, count)),
+        flip_B=torch.from_numpy(rng.random(count) < 0.5),
+        gray_B=torch.from_numpy(gray),
+        erase_B4=torch.from_numpy(erase),
+        channel_B=torch.from_numpy(channel),
+    )
+
+
+def _draw_erasing(
+    count: int, rng: np.random.Generator, *, height: int, width: int, probability: float
+) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+    """Boxes of area 0.02-0.4 and ratio 0.3-3.3, the first of 100 attempts that fits; Zhong et al., AAAI 2020."""
+    attempts = 100
+    area = rng.uniform(0.02, 0.4, (count, attempts)) * height * width
+    ratio = rng.uniform(0.3, 1 / 0.3, (count, attempts))
+    box_height, box_width = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (box_height < height) & (box_width < width)
+    first = np.argmax(fits, axis=1)
+    rows = np.arange(count)
+    erased = (rng.random(count) < probability) & fits[rows, first]
+    h = np.where(erased, box_height[rows, first], 0).astype(np.int64)
+    w = np.where(erased, box_width[rows, first], 0).astype(np.int64)
+    return np.stack([rng.integers(0, height - h + 1), rng.integers(0, width - w + 1), h, w], axis=1)
+
+
+def augment(pixels_BHW3: Tensor, draws: Draws, *, pad: int) -> Tensor:
+    """Pad, crop, flip, gray, normalise, erase, exchange channels, on the device that holds the pixels.
+
+    Args:
+        pixels_BHW3: uint8.
+        draws: of the same batch, on the same device.
+        pad: pixels of black border before the crop.
+
+    Returns:
+        (B, 3, H, W) float32, normalised.
+    """
+    count, height, width, _ = pixels_BHW3.shape
+    device = pixels_BHW3.device
+    padded = F.pad(pixels_BHW3, (0, 0, pad, pad, pad, pad))
+    rows = draws.top_B[:, None] + torch.arange(height, device=device)
+    columns = torch.arange(width, device=device).expand(count, width)
+    columns = draws.left_B[:, None] + torch.where(draws.flip_B[:, None], width - 1 - columns, columns)
+    batch = torch.arange(count, device=device)[:, None, None]
+    images = padded[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    images = torch.where(draws.gray_B[:, None, None, None], _gray_uint8(images), images)
+    images = normalise(images)
+
+    top, left, box_height, box_width = (draws.erase_B4[:, i, None] for i in range(4))
+    y, x = torch.arange(height, device=device), torch.arange(width, device=device)
+    in_rows, in_columns = (y >= top) & (y < top + box_height), (x >= left) & (x < left + box_width)
+    box = (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
+    images = torch.where(box, images.new_tensor(ERASED)[:, None, None], images)
+
+    channel = draws.channel_B[:, None, None]
+    copied = images[batch[:, :, 0], channel[:, :, 0].clamp(0, 2)]
+    luminance = (images * images.new_tensor((0.2989, 0.5870, 0.1140))[:, None, None]).sum(dim=1, keepdim=True)
+    images = torch.where((channel >= 0)[:, None] & (channel < GRAY)[:, None], copied, images)
+    return torch.where((channel == GRAY)[:, None], luminance, images)
+
+
+def normalise(images_B3HW: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) -> float32 with ImageNet's mean and deviation; test images get nothing else."""
+    mean, std = (torch.tensor(v, device=images_B3HW.device)[:, None, None] for v in (MEAN, STD))
+    return (images_B3HW.float() / 255.0 - mean) / std
+
+
+def _gray_uint8(images_B3HW: Tensor) -> Tensor:
+    """PIL's luma, to the bit: integer weights with rounding."""
+    r, g, b = images_B3HW.int().unbind(dim=1)
+    luma = (r * 19595 + g * 38470 + b * 7471 + 0x8000) >> 16
+    return luma.to(torch.uint8)[:, None].expand_as(images_B3HW)

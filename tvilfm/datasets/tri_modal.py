@@ -1,0 +1,183 @@
+"""Training batches of three modalities: pixels or cached features of images, and tokens of their captions.
+
+A worker asks for the rows of its own identities; every random draw is made for the global batch first and then cut,
+so the union of all workers' batches is the batch that one worker would see.
+
+Shapes: B rows a modality on this worker, L tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from tvilfm.datasets.captions import texts_of
+from tvilfm.datasets.manifest import column, rows_of, select
+from tvilfm.datasets.pk_sampler import PKBatch, PKSampler
+from tvilfm.datasets.tokens import tokenize
+from tvilfm.datasets.transforms import Draws, Recipe, draw
+
+RECIPES: tuple[Recipe, ...] = ("visible", "visible_augmented", "infrared")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRows:
+    """The training part of a manifest with contiguous labels."""
+
+    visible: pa.Table
+    infrared: pa.Table
+    visible_labels: npt.NDArray[np.int64]
+    infrared_labels: npt.NDArray[np.int64]
+    num_classes: int
+
+    @classmethod
+    def from_manifest(cls, manifest: pa.Table, *, use_val: bool) -> TrainingRows:
+        """Rows of `train` (and `val`), pids mapped to 0..num_classes-1 in ascending order."""
+        splits = ("train", "val") if use_val else ("train",)
+        visible = select(manifest, split=splits, modality="visible")
+        infrared = select(manifest, split=splits, modality="infrared")
+        pids = np.unique(np.concatenate([column(visible, "pid"), column(infrared, "pid")]))
+        return cls(
+            visible=visible,
+            infrared=infrared,
+            visible_labels=np.searchsorted(pids, column(visible, "pid")),
+            infrared_labels=np.searchsorted(pids, column(infrared, "pid")),
+            num_classes=len(pids),
+        )
+
+    def sampler(self, p: int, k: int, *, seed: int) -> PKSampler:
+        return PKSampler(
+            p, k, visible_labels=self.visible_labels, infrared_labels=self.infrared_labels, seed=seed
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What one worker's step sees. Pixels with their draws, or cached features; tokens in the text stage.
+
+    Attributes:
+        labels: int64 (B,).
+        pixels: recipe -> uint8 (B, H, W, 3); empty with cached features.
+        draws: recipe -> the augmentation of those pixels.
+        features: recipe -> float32 (B, D) raw features of one cached view; empty with pixels.
+        tokens: int64 (B, L) visible captions.
+        filter_tokens: int64 (B, L') infrared captions.
+    """
+
+    labels: Tensor
+    pixels: dict[Recipe, Tensor]
+    draws: dict[Recipe, Draws]
+    features: dict[Recipe, Tensor]
+    tokens: Tensor | None = None
+    filter_tokens: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        return Batch(
+            labels=self.labels.to(device, non_blocking=True),
+            pixels={key: value.to(device, non_blocking=True) for key, value in self.pixels.items()},
+            draws={key: value.to(device) for key, value in self.draws.items()},
+            features={key: value.to(device, non_blocking=True) for key, value in self.features.items()},
+            tokens=move(self.tokens),
+            filter_tokens=move(self.filter_tokens),
+        )
+
+
+class Captions:
+    """Tokenised captions and rephrases of some images, cut to a batch's longest sentence when asked for."""
+
+    def __init__(self, captions: pa.Table, images: list[str]) -> None:
+        plain, rephrased = texts_of(captions, images)
+        # int32 halves what every loader process holds.
+        self._tokens = torch.stack(
+            [tokenize(texts, pad_to_context=True).int() for texts in (plain, rephrased)]
+        )
+        self._lengths = self._tokens.argmax(dim=2) + 1
+
+    def batch(self, rows: npt.NDArray[np.int64], rephrased: npt.NDArray[np.bool_]) -> Tensor:
+        """(B, L) int64 tokens of the rows, each of its caption or, where `rephrased`, of its rephrase."""
+        which, index = torch.from_numpy(rephrased).long(), torch.from_numpy(rows)
+        longest = int(self._lengths[which, index].max())
+        return self._tokens[which, index, :longest].long()
+
+
+class TriModalDataset(Dataset[Batch]):
+    """Rows of a `PKBatch` -> the `Batch` of one worker.
+
+    Args:
+        rows: the training rows.
+        manifest: the whole manifest, whose order `pixels` follows.
+        pixels: uint8 (N, H, W, 3), memory-mapped; used when there are no views.
+        pad: augmentation border.
+        seed: of the run.
+        rank, world_size: which identities of a batch are this worker's.
+        captions: caption table; None in the base stage.
+        llm_probability: share of texts replaced by their rephrase, independently for both captions.
+        views: recipe -> float (V, N, D) cached features, N rows of that modality; None reads pixels.
+    """
+
+    def __init__(
+        self,
+        rows: TrainingRows,
+        manifest: pa.Table,
+        pixels: npt.NDArray[np.uint8],
+        *,
+        pad: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        captions: pa.Table | None = None,
+        llm_probability: float = 0.0,
+        views: dict[Recipe, npt.NDArray[np.float32]] | None = None,
+    ) -> None:
+        self._pixels, self._pad, self._seed = pixels, pad, seed
+        self._rank, self._world_size = rank, world_size
+        self._visible = rows_of(manifest, rows.visible)
+        self._infrared = rows_of(manifest, rows.infrared)
+        self._llm_probability = llm_probability
+        self._views = views
+        self._visible_captions = self._infrared_captions = None
+        if captions is not None:
+            self._visible_captions = Captions(captions, rows.visible["image"].to_pylist())
+            self._infrared_captions = Captions(captions, rows.infrared["image"].to_pylist())
+
+    def __getitem__(self, batch: PKBatch) -> Batch:
+        count = len(batch.labels)
+        share = count // self._world_size
+        mine = slice(self._rank * share, (self._rank + 1) * share)
+        rng = np.random.default_rng([self._seed, 12, batch.epoch, batch.index])
+        rows = {"visible": batch.visible, "visible_augmented": batch.visible, "infrared": batch.infrared}
+        pixels: dict[Recipe, Tensor] = {}
+        draws: dict[Recipe, Draws] = {}
+        features: dict[Recipe, Tensor] = {}
+        for recipe in RECIPES:
+            if self._views is not None:
+                views = self._views[recipe]
+                view = rng.integers(0, len(views), count)
+                features[recipe] = torch.from_numpy(views[view[mine], rows[recipe][mine]])
+            else:
+                index = self._infrared if recipe == "infrared" else self._visible
+                _, height, width, _ = self._pixels.shape
+                draws[recipe] = draw(recipe, count, rng, height=height, width=width, pad=self._pad)[mine]
+                pixels[recipe] = torch.from_numpy(self._pixels[index[rows[recipe][mine]]])
+        tokens = filter_tokens = None
+        if self._visible_captions is not None and self._infrared_captions is not None:
+            rephrased = rng.random((2, count)) < self._llm_probability
+            tokens = self._visible_captions.batch(batch.visible[mine], rephrased[0, mine])
+            filter_tokens = self._infrared_captions.batch(batch.infrared[mine], rephrased[1, mine])
+        return Batch(
+            labels=torch.from_numpy(batch.labels[mine]),
+            pixels=pixels,
+            draws=draws,
+            features=features,
+            tokens=tokens,
+            filter_tokens=filter_tokens,
+        )

@@ -1,0 +1,243 @@
+"""Evaluation: from raw features and texts to the rows of the result table.
+
+A query is asked four ways: infrared alone (through the base stage's head, which the text stage does not move), text
+alone, fusion, and the ensemble of the three (all through the current head). Where a text takes part, its source is
+said: who wrote the query's sentence decides more than any part of the network (METHOD 6).
+
+Shapes: Q queries, G gallery, D feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from tvilfm.config import EvaluateSection
+from tvilfm.datasets.captions import texts_of
+from tvilfm.datasets.manifest import column
+from tvilfm.evaluation.features import FeatureTable
+from tvilfm.evaluation.metrics import RankingMetrics, ranking_metrics
+from tvilfm.evaluation.protocols import (
+    Protocol,
+    TextSource,
+    chance_level,
+    get_protocol,
+    select_gallery,
+    select_query,
+    witness_captions,
+)
+from tvilfm.models import TVILFM
+from tvilfm.models.fusion import semantic_filtered_fusion
+from tvilfm.retrieval.ensemble import ensemble_query
+
+Split = Literal["test", "val"]
+QUERIES = ("infrared", "text", "fusion", "ensemble")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryTexts:
+    """The sentences of a protocol's queries.
+
+    Attributes:
+        kept: int64, rows of the query table that have a text of this source.
+        texts: their query sentences.
+        filter_texts: their own infrared captions.
+    """
+
+    kept: npt.NDArray[np.int64]
+    texts: list[str]
+    filter_texts: list[str]
+
+
+def query_texts(
+    manifest: pa.Table,
+    captions: pa.Table,
+    protocol: Protocol,
+    source: TextSource,
+    *,
+    seed: int,
+    split: Split = "test",
+) -> QueryTexts | None:
+    """The query sentences of a text source, or None where the source does not apply to the protocol.
+
+    Args:
+        manifest: all rows.
+        captions: caption table.
+        protocol: decides queries and gallery cameras.
+        source: witness, witness-heldout or own.
+        seed: of the witness draw.
+        split: test or val identities.
+
+    Source: METHOD 6. Differs: the draw is seeded.
+    """
+    query = select_query(manifest, protocol, split=split)
+    own, _ = texts_of(captions, query["image"].to_pylist())
+    if source == "none":
+        return None
+    if source == "own":
+        return QueryTexts(kept=np.arange(query.num_rows), texts=own, filter_texts=own)
+    drawn = witness_captions(
+        manifest, captions, query, protocol, seed=seed, held_out=source == "witness-heldout", split=split
+    )
+    kept = np.array([row for row, text in enumerate(drawn) if text is not None], dtype=np.int64)
+    if not len(kept):
+        return None
+    return QueryTexts(
+        kept=kept, texts=[text for text in drawn if text is not None], filter_texts=[own[row] for row in kept]
+    )
+
+
+def all_texts(
+    manifest: pa.Table, captions: pa.Table, section: EvaluateSection, *, seed: int, split: Split = "test"
+) -> list[str]:
+    """Every sentence that an evaluation needs a feature of, sorted, each once."""
+    texts: set[str] = set()
+    for name in section.protocols:
+        for source in section.text_sources:
+            found = query_texts(manifest, captions, get_protocol(name), source, seed=seed, split=split)
+            if found is not None:
+                texts.update(found.texts, found.filter_texts)
+    return sorted(texts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseResult:
+    """One row of the table: one kind of query, text source and protocol, over all gallery draws."""
+
+    query: str
+    text_source: TextSource
+    protocol: str
+    trials: tuple[RankingMetrics, ...]
+    chance: float
+
+
+class Evaluator:
+    """Scores a model's features under the protocols.
+
+    Args:
+        model: heads are used, not the encoders; in eval mode.
+        manifest, captions: the dataset's tables.
+        images: raw features by image path.
+        texts: raw features by sentence; None evaluates infrared alone.
+        section: protocols, text sources, ensemble weights.
+        filter_text: SFF on (subtract the infrared caption) or its ablation.
+        seed: of the witness draw.
+        split: test or val identities.
+    """
+
+    def __init__(
+        self,
+        model: TVILFM,
+        manifest: pa.Table,
+        captions: pa.Table,
+        images: FeatureTable,
+        texts: FeatureTable | None,
+        section: EvaluateSection,
+        *,
+        filter_text: bool,
+        seed: int,
+        split: Split = "test",
+    ) -> None:
+        self._model, self._manifest, self._captions = model, manifest, captions
+        self._images, self._texts, self._section = images, texts, section
+        self._filter_text, self._seed, self._split = filter_text, seed, split
+
+    def query(self, protocol: Protocol) -> pa.Table:
+        return select_query(self._manifest, protocol, split=self._split)
+
+    def gallery(self, protocol: Protocol, trial: int) -> pa.Table:
+        return select_gallery(self._manifest, protocol, trial=trial, split=self._split)
+
+    def texts(self, protocol: Protocol, source: TextSource) -> QueryTexts | None:
+        return query_texts(
+            self._manifest, self._captions, protocol, source, seed=self._seed, split=self._split
+        )
+
+    @torch.inference_mode()
+    def image_vectors(self, table: pa.Table, *, base: bool) -> Tensor:
+        """(N, D) unit vectors of images, through the base stage's head or the current one."""
+        raw = self._on_device(self._images.select(table["image"].to_pylist()))
+        return self._model.embed_base(raw) if base else self._model.embed(raw)
+
+    @torch.inference_mode()
+    def text_query_vectors(self, query: pa.Table, texts: QueryTexts) -> dict[str, Tensor]:
+        """Unit vectors (Q, D) of the text, fusion and ensemble queries (the last not normalised), current head."""
+        assert self._texts is not None
+        raw = self._on_device(self._images.select(query["image"].take(pa.array(texts.kept)).to_pylist()))
+        text = self._on_device(self._texts.select(texts.texts))
+        filter_text = self._on_device(self._texts.select(texts.filter_texts)) if self._filter_text else None
+        vectors = {
+            "infrared": self._model.embed(raw),
+            "text": self._model.embed(text),
+            "fusion": self._model.embed(semantic_filtered_fusion(raw, text, filter_text)),
+        }
+        weights: Mapping[str, float] = self._section.ensemble.model_dump()
+        ensemble = ensemble_query(vectors, weights)
+        return {"text": vectors["text"], "fusion": vectors["fusion"], "ensemble": ensemble}
+
+    def evaluate(self) -> list[CaseResult]:
+        """All rows of the table: infrared alone, then each text source that applies, for each protocol."""
+        results = []
+        for name in self._section.protocols:
+            protocol = get_protocol(name)
+            query = self.query(protocol)
+            infrared = self.image_vectors(query, base=True)
+            results.append(self._case("infrared", "none", protocol, query, infrared, base=True))
+            if self._texts is None:
+                continue
+            for source in self._section.text_sources:
+                texts = self.texts(protocol, source)
+                if texts is not None:
+                    kept = query.take(pa.array(texts.kept))
+                    for kind, vectors in self.text_query_vectors(query, texts).items():
+                        results.append(self._case(kind, source, protocol, kept, vectors, base=False))
+        return results
+
+    def similarity(self, vectors_QD: Tensor, gallery: pa.Table, *, base: bool) -> npt.NDArray[np.float32]:
+        """(Q, G) similarity of query vectors to gallery images."""
+        similarity: npt.NDArray[np.float32] = (vectors_QD @ self.image_vectors(gallery, base=base).T).cpu().numpy()
+        return similarity
+
+    def _case(
+        self, kind: str, source: TextSource, protocol: Protocol, query: pa.Table, vectors_QD: Tensor, *, base: bool
+    ) -> CaseResult:
+        trials, chances = [], []
+        for trial in range(protocol.num_trials):
+            gallery = self.gallery(protocol, trial)
+            trials.append(
+                ranking_metrics(
+                    self.similarity(vectors_QD, gallery, base=base),
+                    column(query, "pid"),
+                    column(gallery, "pid"),
+                    column(query, "camid"),
+                    column(gallery, "camid"),
+                    protocol=protocol.dataset,
+                )
+            )
+            chances.append(chance_level(query, gallery, protocol))
+        return CaseResult(
+            query=kind,
+            text_source=source,
+            protocol=protocol.name,
+            trials=tuple(trials),
+            chance=float(np.mean(chances)),
+        )
+
+    def _on_device(self, array: npt.NDArray[np.float32]) -> Tensor:
+        return torch.from_numpy(array).to(next(self._model.parameters()).device)
+
+
+def default_case(results: Sequence[CaseResult], section: EvaluateSection, kind: str) -> CaseResult | None:
+    """The case of that query kind in the default table, or None where it was not evaluated."""
+    source = "none" if kind == "infrared" else section.default_text_source
+    for case in results:
+        if (case.query, case.text_source, case.protocol) == (kind, source, section.protocols[0]):
+            return case
+    return None

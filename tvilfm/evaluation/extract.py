@@ -1,0 +1,66 @@
+"""Raw features of images and texts, in batches.
+
+Shapes: N rows, D feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tvilfm.datasets.tokens import tokenize
+from tvilfm.datasets.transforms import Draws, augment, normalise
+from tvilfm.models import TVILFM
+
+Features = npt.NDArray[np.float32]
+
+
+@torch.inference_mode()
+def encode_pixels(
+    model: TVILFM,
+    pixels_NHW3: npt.NDArray[np.uint8],
+    modality: str,
+    *,
+    draws: Draws | None = None,
+    pad: int = 0,
+) -> Features:
+    """Raw features of one batch of images; augmented when draws are given.
+
+    Args:
+        model: in eval mode, on its device.
+        pixels_NHW3: uint8.
+        modality: visible or infrared.
+        draws: augmentation of this batch, as `transforms.draw` returns; None = none (test images).
+        pad: augmentation border, pixels.
+
+    Returns:
+        (N, D) float32, not normalised.
+    """
+    device = next(model.parameters()).device
+    pixels = torch.from_numpy(np.ascontiguousarray(pixels_NHW3)).to(device)
+    if draws is None:
+        images = normalise(pixels.permute(0, 3, 1, 2))
+    else:
+        images = augment(pixels, draws.to(device), pad=pad)
+    images = images.contiguous(memory_format=torch.channels_last)
+    encode = model.encode_visible if modality == "visible" else model.encode_infrared
+    features: Features = encode(images).cpu().numpy()
+    return features
+
+
+@torch.inference_mode()
+def encode_texts(model: TVILFM, texts: Sequence[str], *, batch: int = 128) -> Features:
+    """Raw features of sentences, (N, D) float32, each batch as long as its longest sentence.
+
+    Sentences are encoded in order of length, so that a short one does not wait for a long neighbour.
+    """
+    device = next(model.parameters()).device
+    order = np.argsort([len(text) for text in texts], kind="stable")
+    features = np.empty((len(texts), model.spec.dim), dtype=np.float32)
+    for start in range(0, len(texts), batch):
+        rows = order[start : start + batch]
+        features[rows] = model.encode_text(tokenize([texts[row] for row in rows]).to(device)).cpu().numpy()
+    return features

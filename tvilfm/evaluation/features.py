@@ -1,0 +1,60 @@
+"""Feature tables: raw features by key (an image path, a sentence), in memory and as Parquet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureTable:
+    """Raw features, one row a key.
+
+    Attributes:
+        keys: unique strings.
+        vectors_ND: float32, not normalised.
+    """
+
+    keys: tuple[str, ...]
+    vectors_ND: npt.NDArray[np.float32]
+
+    def __post_init__(self) -> None:
+        if len(self.keys) != len(self.vectors_ND):
+            raise ValueError(f"features: expected {len(self.keys)} vectors, got {len(self.vectors_ND)}.")
+        if not np.isfinite(self.vectors_ND).all():
+            row = int(np.argmax(~np.isfinite(self.vectors_ND).all(axis=1)))
+            raise ValueError(
+                f"features: expected finite numbers, got NaN or infinity for {self.keys[row]!r}. "
+                "The checkpoint has diverged; choose an earlier one."
+            )
+
+    def select(self, keys: Sequence[str]) -> npt.NDArray[np.float32]:
+        """(len(keys), D) vectors of the keys, in their order.
+
+        Raises:
+            KeyError: when a key has no vector.
+        """
+        rows = {key: row for row, key in enumerate(self.keys)}
+        return self.vectors_ND[[rows[key] for key in keys]]
+
+    def write(self, path: Path) -> None:
+        """Write columns `key` and `vector` as Parquet."""
+        dim = self.vectors_ND.shape[1]
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(self.vectors_ND.ravel()), dim)
+        pq.write_table(pa.table({"key": pa.array(self.keys), "vector": vectors}), path)
+
+    @classmethod
+    def read(cls, path: Path) -> FeatureTable:
+        table = pq.read_table(path)
+        vectors = table["vector"].combine_chunks()
+        dim = vectors.type.list_size
+        return cls(
+            keys=tuple(table["key"].to_pylist()),
+            vectors_ND=np.asarray(vectors.flatten().to_numpy(), dtype=np.float32).reshape(-1, dim),
+        )

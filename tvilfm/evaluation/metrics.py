@@ -1,0 +1,411 @@
+"""CMC, mAP and mINP from a similarity matrix, without sorting it.
+
+All three need only the rank of each true match, and a rank is a count: one more than the kept gallery images ahead
+of it. Counting is one comparison of a row with each of its few true matches, which processors do on many numbers
+at once; sorting a row to read a handful of positions from it is the expensive way. Eight comparison results, one
+byte each, are summed in one 64-bit addition.
+
+Ties rank by the stable order of the gallery: left of a true match an equal similarity is ahead of it (>=), right of
+it not (>). Queries are taken in order of identity, so that in a gallery sorted by identity, as every protocol here
+draws it, the matches of a whole chunk lie in a few columns; only these need the two cases told apart one by one.
+
+Queries do not influence each other: chunks bound the memory and never change a number.
+
+Shape suffixes: Q query, G gallery, R query rows of one chunk, P true matches of a query (padded to the most of the
+chunk), M true matches of one chunk in one list, I identities, K ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+MetricRule = Literal["sysu_mm01", "regdb", "llcm", "market1501"]
+Matrix = npt.NDArray[Any] | Tensor
+Labels = npt.NDArray[Any] | Tensor | Sequence[int]
+_Ints = npt.NDArray[np.int64]
+_Floats = npt.NDArray[np.float64]
+_Bools = npt.NDArray[np.bool_]
+
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+# Similarities handed to a thread at a time, at most 16 MB once copied.
+CHUNK_ELEMENTS = 2**21
+# Comparison results, one byte each, worked on at a time: on a processor about a level-2 cache (measured with one of
+# 1 MiB: an eighth of it is up to 1.3 times slower, the double no faster), elsewhere what fills the device.
+_CACHE_BYTES = 2**20
+_DEVICE_BYTES = 2**28
+# Below this many similarities, about 0.3 ms of work, starting threads costs more than it saves.
+_WORTH_THREADS = 2**17
+
+
+@dataclass(frozen=True)
+class RankingMetrics:
+    """Retrieval quality of one ranking, fractions 0-1.
+
+    Attributes:
+        cmc: [K] float64, share of valid queries whose identity is found within rank k + 1.
+        rank1: first entry of `cmc`.
+        mAP: mean average precision.
+        mINP: mean inverse negative penalty.
+        num_valid_queries: queries with a true match in the gallery kept for them; all means are over these.
+    """
+
+    cmc: _Floats
+    rank1: float
+    mAP: float
+    mINP: float
+    num_valid_queries: int
+
+
+def ranking_metrics(
+    similarity_QG: Matrix,
+    query_pids: Labels,
+    gallery_pids: Labels,
+    query_camids: Labels,
+    gallery_camids: Labels,
+    *,
+    protocol: MetricRule,
+    max_rank: int = 20,
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> RankingMetrics:
+    """Score how a similarity matrix ranks the gallery for each query, by the rules of one benchmark.
+
+    | protocol | gallery ignored by a query | CMC counts |
+    |---|---|---|
+    | sysu_mm01 | all of camera 2, for a query of camera 3 (the same place) | identities |
+    | regdb | nothing | images |
+    | llcm | same identity and same camera | identities |
+    | market1501 | same identity and same camera | images |
+
+    "Identities" is the deduplicated CMC: each identity of the ranked list is counted once, where it first
+    occurs. mAP and mINP always use all kept images. Average precision is not interpolated: the mean, over true
+    matches, of (matches so far) / rank; INP is (number of matches) / (rank of the last one).
+
+    Args:
+        similarity_QG: [Q, G] float16, bfloat16, float32 or float64, higher is closer, no NaN, not necessarily
+            normalised; numpy, or torch on any device (compared on that device).
+        query_pids: [Q] identity of each query.
+        gallery_pids: [G] identity of each gallery image.
+        query_camids: [Q] camera of each query.
+        gallery_camids: [G] camera of each gallery image.
+        protocol: whose rules; one of the table above.
+        max_rank: length of the CMC curve, >= 1. Ranks past the end of the gallery repeat the last value.
+        chunk_elements: similarities treated at a time; bounds the memory, never changes a number.
+
+    Returns:
+        Metrics as fractions 0-1. Equal similarities rank by gallery index, lowest first.
+
+    Raises:
+        ValueError: an unknown protocol, a similarity that is not a two-dimensional float matrix or contains
+            NaN, labels of another length, `max_rank` or `chunk_elements` below 1, or no query with a match.
+
+    Source: CMC of SYSU-MM01: Wu et al., ICCV 2017, and the evaluators released with AGW (Ye et al., TPAMI 2021,
+        which also defines mINP) and, for LLCM, with DEEN (Zhang and Wang, CVPR 2023); Market-1501: Zheng et
+        al., ICCV 2015.
+    Differs: ties, which the released evaluators leave to an unstable sort. Released TVI-LFM scores its
+        infrared-only LLCM row by the SYSU-MM01 rule; pass `sysu_mm01` to repeat that.
+    """
+    if protocol not in get_args(MetricRule):
+        known = ", ".join(get_args(MetricRule))
+        raise ValueError(f"protocol: expected one of {known}, got {protocol!r}. Name the benchmark's rule.")
+    for name, count in (("max_rank", max_rank), ("chunk_elements", chunk_elements)):
+        if count < 1:
+            raise ValueError(f"{name}: expected >= 1, got {count}. Raise it.")
+    matrix = _checked_similarity(similarity_QG)
+    num_queries, num_gallery = int(matrix.shape[0]), int(matrix.shape[1])
+    labels = _Labels(
+        query_pids=_checked_labels("query_pids", query_pids, num_queries),
+        gallery_pids=_checked_labels("gallery_pids", gallery_pids, num_gallery),
+        query_camids=_checked_labels("query_camids", query_camids, num_queries),
+        gallery_camids=_checked_labels("gallery_camids", gallery_camids, num_gallery),
+    )
+    rows_at_a_time = max(1, chunk_elements // num_gallery)
+    threads = torch.get_num_threads() if isinstance(matrix, np.ndarray) or matrix.device.type == "cpu" else 1
+    if num_queries * num_gallery < _WORTH_THREADS:
+        threads = 1
+    rows_at_a_time = min(rows_at_a_time, -(-num_queries // threads))
+    ranker = _Ranker(matrix, labels, protocol)
+    by_pid = np.argsort(labels.query_pids, kind="stable")
+    work = [by_pid[low : low + rows_at_a_time] for low in range(0, num_queries, rows_at_a_time)]
+    if threads > 1:
+        with ThreadPoolExecutor(threads) as pool:
+            parts = list(pool.map(ranker.score, work))
+    else:
+        parts = [ranker.score(chunk) for chunk in work]
+    return _mean(parts, max_rank)
+
+
+@dataclass(frozen=True)
+class _Labels:
+    query_pids: _Ints
+    gallery_pids: _Ints
+    query_camids: _Ints
+    gallery_camids: _Ints
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Per valid query of one chunk: average precision, INP, and the rank at which CMC counts the hit."""
+
+    precision: _Floats
+    inp: _Floats
+    hit_rank: _Ints
+
+
+class _Ranker:
+    """The similarity matrix with what all its chunks share: the gallery by identity, and the rules."""
+
+    def __init__(self, matrix: Matrix, labels: _Labels, rule: MetricRule) -> None:
+        self.matrix = matrix
+        self.labels = labels
+        self.rule = rule
+        self.pids, slot_G, self.count = np.unique(labels.gallery_pids, return_inverse=True, return_counts=True)
+        self.columns = np.argsort(slot_G, kind="stable")
+        self.start = np.cumsum(self.count) - self.count
+        self.hidden_G = labels.gallery_camids == 2 if rule == "sysu_mm01" else np.zeros(len(slot_G), dtype=bool)
+        self.turns = self._turns() if rule in ("sysu_mm01", "llcm") else None
+
+    def _turns(self) -> list[_Ints]:
+        """Columns, one image of each identity at a time; identities with the most images come first."""
+        by_count = np.argsort(-self.count, kind="stable")
+        turns = []
+        for turn in range(int(self.count.max())):
+            slots = by_count[: np.count_nonzero(self.count > turn)]
+            turns.append(self.columns[self.start[slots] + turn])
+        return turns
+
+    def score(self, rows: _Ints) -> _Scores:
+        """Score these queries."""
+        block_RG = _block(self.matrix, rows)
+        if np.isnan(float(block_RG.max())):  # a maximum hands NaN on
+            raise ValueError(
+                f"similarity_QG: expected no NaN, got some in query rows {rows.min()} to {rows.max()}. "
+                "Check the features for zero-length or diverged vectors."
+            )
+        query_camids = self.labels.query_camids[rows]
+        row_M, column_M = self._matches(self.labels.query_pids[rows])
+        blind_R = query_camids == 3
+        if self.rule in ("llcm", "market1501"):
+            ignored_M = query_camids[row_M] == self.labels.gallery_camids[column_M]
+        else:
+            ignored_M = blind_R[row_M] & self.hidden_G[column_M]
+        ignored = _Ignored(blind_R, self.hidden_G, row_M[ignored_M], column_M[ignored_M])
+        row_M, column_M = row_M[~ignored_M], column_M[~ignored_M]
+        num_matches_R = np.bincount(row_M, minlength=len(rows))
+        if not len(row_M):
+            return _Scores(np.empty(0), np.empty(0), np.empty(0, dtype=np.int64))
+
+        nth_M = np.arange(len(row_M)) - (np.cumsum(num_matches_R) - num_matches_R)[row_M]
+        column_RP = np.zeros((len(rows), int(num_matches_R.max())), dtype=np.int64)
+        # A place without a match repeats the row's first one, so it never beats the best.
+        valid_R = num_matches_R > 0
+        column_RP[valid_R] = column_M[nth_M == 0][:, None]
+        column_RP[row_M, nth_M] = column_M
+        if isinstance(block_RG, np.ndarray):
+            # Before it compares rows shorter than a quarter of its 8,192-element buffer with a column, numpy
+            # copies them into that buffer, at three times the cost of comparing them where they are.
+            numpy_buffer = np.setbufsize(1024)
+            try:
+                ahead_RP, best_RG = _ahead_on_cpu(
+                    block_RG, column_RP, num_matches_R, ignored, want_best=self.turns is not None
+                )
+            finally:
+                np.setbufsize(numpy_buffer)
+        else:
+            ahead_RP, best_RG = _ahead_on_device(block_RG, column_RP, ignored, want_best=self.turns is not None)
+
+        num_matches_R, rank_RP = num_matches_R[valid_R], ahead_RP[valid_R] + 1
+        nth_RP = np.arange(1, rank_RP.shape[1] + 1)
+        padding_RP = nth_RP > num_matches_R[:, None]
+        last_R = np.where(padding_RP, 0, rank_RP).max(axis=1)
+        rank_RP[padding_RP] = np.iinfo(np.int64).max
+        rank_RP.sort(axis=1)
+        precision_RP = np.where(padding_RP, 0.0, nth_RP / rank_RP)
+        hit_rank = rank_RP[:, 0]
+        if self.turns is not None and best_RG is not None:
+            seen_RI = np.zeros((len(rows), len(self.pids)), dtype=bool)
+            for turn in self.turns:
+                seen_RI[:, : len(turn)] |= np.take(best_RG, turn, axis=1)
+            hit_rank = np.count_nonzero(seen_RI, axis=1)[valid_R] + 1
+        # A running sum, unlike a pairwise one, is the same however much padding follows.
+        precision = precision_RP.cumsum(axis=1)[:, -1] / num_matches_R
+        return _Scores(precision, num_matches_R / last_R, hit_rank)
+
+    def _matches(self, query_pids: _Ints) -> tuple[_Ints, _Ints]:
+        """Row and column of every gallery image of each query's identity, rows and then columns ascending."""
+        slot_R = np.minimum(np.searchsorted(self.pids, query_pids), len(self.pids) - 1)
+        count_R = np.where(self.pids[slot_R] == query_pids, self.count[slot_R], 0)
+        row_M = np.repeat(np.arange(len(query_pids)), count_R)
+        nth_M = np.arange(len(row_M)) - np.repeat(np.cumsum(count_R) - count_R, count_R)
+        return row_M, self.columns[self.start[slot_R][row_M] + nth_M]
+
+
+@dataclass(frozen=True)
+class _Ignored:
+    """What takes no part: the hidden columns of the blind rows, and single entries, rows ascending."""
+
+    blind_R: _Bools
+    hidden_G: _Bools
+    rows: _Ints
+    columns: _Ints
+
+
+def _block(matrix: Matrix, rows: _Ints) -> Matrix:
+    """Rows of the matrix, without a copy where they are consecutive; numpy if they lie in main memory."""
+    index: Any = slice(int(rows[0]), int(rows[-1]) + 1) if bool((np.diff(rows) == 1).all()) else rows
+    if isinstance(matrix, np.ndarray):
+        block_RG: npt.NDArray[Any] = matrix[index]
+        return block_RG.astype(np.float32) if block_RG.dtype == np.float16 else block_RG
+    part = matrix[index if isinstance(index, slice) else torch.from_numpy(index).to(matrix.device)]
+    if part.device.type != "cpu":
+        return part
+    return (part.float() if part.dtype in (torch.float16, torch.bfloat16) else part).numpy()
+
+
+def _ahead_on_cpu(
+    block_RG: npt.NDArray[Any], column_RP: _Ints, num_matches_R: _Ints, ignored: _Ignored, *, want_best: bool
+) -> tuple[_Ints, _Bools | None]:
+    """Count what ranks ahead of each true match, and mark what ranks ahead of the best one.
+
+    Args:
+        block_RG: [R, G] similarity.
+        column_RP: [R, P] columns of the true matches.
+        num_matches_R: [R] how many of these are not padding.
+        ignored: what takes no part.
+        want_best: whether the marks are asked for.
+
+    Returns:
+        Images ahead [R, P], anything where padded; marks [R, G], all false without a match, or None.
+    """
+    num_rows, num_gallery = block_RG.shape
+    # A byte of a 64-bit sum overflows past 255 words, so a row is cut into runs no longer than that.
+    words = -(-num_gallery // 8)
+    runs = -(-words // 255)
+    width = -(-words // runs) * runs * 8
+    seen = np.ones((2, width), dtype=bool)
+    seen[1, :num_gallery] = ~ignored.hidden_G
+    seen_words = seen.view(np.uint64)
+    blind_R = ignored.blind_R.astype(np.int64) if ignored.hidden_G.any() else None
+
+    value_RP = block_RG[np.arange(num_rows)[:, None], column_RP]
+    best_R = value_RP.argmax(axis=1)
+    best_RG = np.zeros((num_rows, width), dtype=bool) if want_best else None
+    total_RPW = np.zeros((*column_RP.shape, runs), dtype=np.uint64)
+    cuts = _cuts(num_matches_R * width, _CACHE_BYTES)
+    places_of = np.maximum.reduceat(num_matches_R, cuts[:-1]).tolist()
+    first_of = np.minimum.reduceat(column_RP.min(axis=1), cuts[:-1]).tolist()
+    last_of = (np.maximum.reduceat(column_RP.max(axis=1), cuts[:-1]) + 1).tolist()
+    ignored_of = np.searchsorted(ignored.rows, cuts).tolist()
+    most = max((high - low) * places for (low, high), places in zip(pairwise(cuts), places_of, strict=True))
+    buffer = np.empty(most * width, dtype=bool)
+    for n, (low, high) in enumerate(pairwise(cuts)):
+        rows, places, first, last = high - low, places_of[n], first_of[n], last_of[n]
+        mask_RPG = buffer[: rows * places * width].reshape(rows, places, width)
+        block, value = block_RG[low:high, None], value_RP[low:high, :places, None]
+        np.greater_equal(block[:, :, :first], value, out=mask_RPG[:, :, :first])
+        np.greater(block[:, :, last:], value, out=mask_RPG[:, :, last:num_gallery])
+        between = mask_RPG[:, :, first:last]
+        np.greater(block[:, :, first:last], value, out=between)
+        equal = block[:, :, first:last] == value
+        if np.count_nonzero(equal) > rows * places:  # more than each match with itself
+            between |= equal & (np.arange(first, last) < column_RP[low:high, :places, None])
+        if ignored_of[n] < ignored_of[n + 1]:
+            here = slice(ignored_of[n], ignored_of[n + 1])
+            mask_RPG[ignored.rows[here] - low, :, ignored.columns[here]] = False
+        mask_RPG[:, :, num_gallery:] = False
+        word_RPW = mask_RPG.view(np.uint64)
+        if blind_R is not None:
+            word_RPW &= seen_words[blind_R[low:high], None]
+        np.add.reduce(word_RPW.reshape(rows, places, runs, -1), axis=-1, out=total_RPW[low:high, :places])
+        if best_RG is not None and places:
+            best_RG[low:high] = mask_RPG[np.arange(rows), best_R[low:high]]
+    return _byte_sums(total_RPW).sum(axis=-1), None if best_RG is None else best_RG[:, :num_gallery]
+
+
+def _byte_sums(words: npt.NDArray[np.uint64]) -> _Ints:
+    """Sum of the eight bytes of each word: add neighbours, then let one multiplication add the four pairs."""
+    even = np.uint64(0x00FF00FF00FF00FF)
+    pairs = (words & even) + ((words >> np.uint64(8)) & even)
+    return ((pairs * np.uint64(0x0001000100010001)) >> np.uint64(48)).astype(np.int64)
+
+
+def _ahead_on_device(
+    block_RG: Tensor, column_RP: _Ints, ignored: _Ignored, *, want_best: bool
+) -> tuple[_Ints, _Bools | None]:
+    """`_ahead_on_cpu` for a torch device: the same answers, written plainly; a device has the bandwidth."""
+
+    def send(array: npt.NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(block_RG.device)
+
+    num_rows, num_gallery = block_RG.shape
+    position_G = torch.arange(num_gallery, device=block_RG.device)
+    column, hidden_G = send(column_RP), send(ignored.hidden_G)
+    ahead, best = [], []
+    cuts = _cuts(np.full(num_rows, column_RP.shape[1] * num_gallery), _DEVICE_BYTES)
+    for low, high in pairwise(cuts):
+        block, columns = block_RG[low:high, None], column[low:high, :, None]
+        value = block_RG[low:high].gather(1, column[low:high])[:, :, None]
+        mask_RPG = (block > value) | ((block == value) & (position_G < columns))
+        mask_RPG &= ~(send(ignored.blind_R[low:high])[:, None, None] & hidden_G)
+        here = slice(*np.searchsorted(ignored.rows, (low, high)))
+        mask_RPG[send(ignored.rows[here] - low), :, send(ignored.columns[here])] = False
+        count_RP = mask_RPG.sum(dim=2)
+        ahead.append(count_RP.cpu().numpy())
+        if want_best:
+            # The best match is the one that fewest images are ahead of; padding repeats a match.
+            nth_R = torch.arange(high - low, device=block_RG.device)
+            best.append(mask_RPG[nth_R, count_RP.argmin(dim=1)].cpu().numpy())
+    return np.concatenate(ahead), np.concatenate(best) if want_best else None
+
+
+def _cuts(cost_R: _Ints, budget: int) -> list[int]:
+    """Where to cut rows into runs of about `budget` cost each, one row at least; both ends included."""
+    run_R = (np.cumsum(cost_R) - cost_R) // budget
+    return [0, *(np.flatnonzero(np.diff(run_R)) + 1).tolist(), len(cost_R)]
+
+
+def _mean(parts: list[_Scores], max_rank: int) -> RankingMetrics:
+    hit_rank = np.concatenate([part.hit_rank for part in parts])
+    if not len(hit_rank):
+        raise ValueError(
+            "query_pids: expected at least one query whose identity is in the gallery kept for it, got none. "
+            "Check that query and gallery come from the same split."
+        )
+    hits = np.bincount(np.minimum(hit_rank, max_rank + 1), minlength=max_rank + 2)[1 : max_rank + 1]
+    cmc = np.cumsum(hits) / len(hit_rank)
+    return RankingMetrics(
+        cmc=cmc,
+        rank1=float(cmc[0]),
+        mAP=float(np.mean(np.concatenate([part.precision for part in parts]))),
+        mINP=float(np.mean(np.concatenate([part.inp for part in parts]))),
+        num_valid_queries=len(hit_rank),
+    )
+
+
+def _checked_similarity(matrix: Matrix) -> Matrix:
+    matrix = matrix.detach() if isinstance(matrix, Tensor) else np.asarray(matrix)
+    dtype = str(matrix.dtype).removeprefix("torch.")
+    if matrix.ndim != 2 or dtype not in _FLOATS or 0 in matrix.shape:
+        raise ValueError(
+            f"similarity_QG: expected a matrix of queries by gallery in {', '.join(_FLOATS)}, got shape "
+            f"{tuple(matrix.shape)} in {dtype}. Pass one row a query and one column a gallery image."
+        )
+    return matrix
+
+
+def _checked_labels(name: str, labels: Labels, length: int) -> _Ints:
+    array = np.asarray(labels.cpu().numpy() if isinstance(labels, Tensor) else labels)
+    if array.shape != (length,) or array.dtype.kind not in "iu":
+        raise ValueError(
+            f"{name}: expected {length} integers to fit similarity_QG, got shape {array.shape} in "
+            f"{array.dtype}. Pass one a row for queries, one a column for the gallery."
+        )
+    return array.astype(np.int64)

@@ -1,0 +1,316 @@
+"""The benchmarks' test protocols: which images search, which are searched, and which text goes with a query.
+
+A protocol is data plus a seeded draw. Both work on the manifest, so the same protocol runs on the test identities
+or, with `split="val"`, on the validation identities that choose the checkpoint. Draws use their own generator,
+seeded by the trial, and repeat the stream of the released code image for image; the global generator is untouched.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from tvilfm.datasets.manifest import column
+from tvilfm.evaluation.metrics import MetricRule
+
+Modality = Literal["visible", "infrared"]
+Split = Literal["test", "val"]
+TextSource = Literal["witness", "witness-heldout", "own", "none"]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One way to test on one benchmark.
+
+    Attributes:
+        name: as in `get_protocol`.
+        dataset: whose rules the metrics follow, the `protocol` of `ranking_metrics`.
+        query_modality: modality that searches.
+        gallery_modality: modality that is searched.
+        query_cameras: cameras of the queries, ascending; None for all.
+        gallery_cameras: cameras of the gallery, ascending; None for all.
+        images_per_camera: gallery images drawn per identity and camera; None for all, without a draw.
+        num_trials: galleries drawn; a result is the mean over them.
+    """
+
+    name: str
+    dataset: MetricRule
+    query_modality: Modality
+    gallery_modality: Modality
+    query_cameras: tuple[int, ...] | None
+    gallery_cameras: tuple[int, ...] | None
+    images_per_camera: int | None
+    num_trials: int
+
+
+def get_protocol(name: str) -> Protocol:
+    """Look a protocol up by name.
+
+    The known ones are `sysu_mm01/{all,indoor}/{single,multi}`, `regdb/{infrared-visible,visible-infrared}` and
+    `llcm/{infrared-visible,visible-infrared}`; a pair of modalities reads query-gallery.
+
+    Args:
+        name: one of the above.
+
+    Returns:
+        The protocol.
+
+    Raises:
+        ValueError: an unknown name; the message lists the known ones.
+
+    Source: SYSU-MM01: Wu et al., ICCV 2017. RegDB: Nguyen et al., Sensors 2017, with the ten splits of Ye et al.,
+        AAAI 2018. LLCM: Zhang and Wang, CVPR 2023; its near-infrared test images have no camera 3.
+    Differs: RegDB visible-infrared. Released TVI-LFM keeps the text on the infrared side there, so the gallery is
+        text-enhanced; here the query modality alone decides who searches.
+    """
+    known = {protocol.name: protocol for protocol in _protocols()}
+    if name not in known:
+        raise ValueError(f"protocol: expected one of {', '.join(known)}, got {name!r}. Pick a known one.")
+    return known[name]
+
+
+def select_query(manifest: pa.Table, protocol: Protocol, *, split: Split = "test") -> pa.Table:
+    """Rows that search, in the order of the released code: identity, camera, file; RegDB as listed.
+
+    Args:
+        manifest: rows with `image`, `pid`, `camid`, `modality`, `split`.
+        protocol: who searches.
+        split: test identities, or validation identities by the same rules.
+
+    Returns:
+        Rows of the manifest.
+
+    Raises:
+        ValueError: no row qualifies.
+
+    Source: METHOD 8; released `process_query_sysu`, `process_query_llcm`, `process_test_regdb`.
+    Differs: none known.
+    """
+    rows = _rows(manifest, protocol, protocol.query_modality, protocol.query_cameras, split)
+    if protocol.dataset != "regdb":
+        rows.sort(key=_identity_camera_file)
+    return _taken(manifest, rows, "query", protocol, split)
+
+
+def select_gallery(manifest: pa.Table, protocol: Protocol, *, trial: int, split: Split = "test") -> pa.Table:
+    """Rows that are searched in one trial, in the order drawn.
+
+    Identities and then cameras ascending, one `random.choice` over the sorted files of each camera that shows the
+    identity, from a generator seeded by the trial. Multi-shot draws ten without replacement, or all if fewer.
+
+    Args:
+        manifest: rows with `image`, `pid`, `camid`, `modality`, `split`.
+        protocol: who is searched.
+        trial: 0 to `protocol.num_trials` - 1, the seed.
+        split: test identities, or validation identities by the same rules.
+
+    Returns:
+        Rows of the manifest.
+
+    Raises:
+        ValueError: a trial out of range, or no row qualifies.
+
+    Source: METHOD 8; released `process_gallery_sysu` (AGW and its descendants) and `process_gallery_llcm` (DEEN).
+        Both seed by trial and loop over zero-padded identities, then over camera folders in listed order: 1, 2,
+        4, 5 or 1, 2 for SYSU-MM01, 1 to 9 for LLCM visible, the same without 3 for LLCM near-infrared.
+    Differs: multi-shot, which the released code draws from numpy's unseeded generator; ours repeats.
+    """
+    if not 0 <= trial < protocol.num_trials:
+        raise ValueError(
+            f"trial: expected 0 to {protocol.num_trials - 1} for {protocol.name}, got {trial}. Pick one of these."
+        )
+    rows = _rows(manifest, protocol, protocol.gallery_modality, protocol.gallery_cameras, split)
+    if protocol.images_per_camera is None:
+        return _taken(manifest, rows, "gallery", protocol, split)
+    groups: dict[tuple[int, int], list[_Row]] = defaultdict(list)
+    for row in sorted(rows, key=_identity_camera_file):
+        groups[row.pid, row.camid].append(row)
+    draw = random.Random(trial)
+    drawn: list[_Row] = []
+    for group in groups.values():
+        if protocol.images_per_camera == 1:
+            drawn.append(draw.choice(group))
+        else:
+            drawn.extend(draw.sample(group, min(protocol.images_per_camera, len(group))))
+    return _taken(manifest, drawn, "gallery", protocol, split)
+
+
+def witness_captions(
+    manifest: pa.Table,
+    captions: pa.Table,
+    query: pa.Table,
+    protocol: Protocol,
+    *,
+    seed: int,
+    held_out: bool,
+    split: Split = "test",
+) -> list[str | None]:
+    """Draw each query's text as a witness would give it: a visible caption of the query's true identity.
+
+    The text is chosen with the ground truth, which is why a result carries its text source. Held out, only
+    captions of cameras that the gallery does not use are drawn, so none describes a gallery image; where the
+    gallery uses every visible camera there is none to draw.
+
+    Args:
+        manifest: rows with `image`, `pid`, `camid`, `modality`, `split`.
+        captions: rows with `image` and `caption`.
+        query: rows from `select_query`.
+        protocol: whose gallery cameras are held out.
+        seed: of the draw, one draw a query in query order.
+        held_out: `witness-heldout` rather than `witness`.
+        split: the identities that `query` is from.
+
+    Returns:
+        One text a query; None where held out leaves none.
+
+    Raises:
+        ValueError: not held out, and an identity without a visible caption.
+
+    Source: METHOD 6.
+    Differs: the released code draws from an unseeded generator, so its texts cannot be repeated.
+    """
+    caption_of = dict(zip(captions["image"].to_pylist(), captions["caption"].to_pylist(), strict=True))
+    texts: dict[int, set[str]] = defaultdict(set)
+    gallery_cameras = protocol.gallery_cameras
+    for row in _rows(manifest, protocol, "visible", None, split):
+        shown = gallery_cameras is None or row.camid in gallery_cameras
+        if row.image in caption_of and not (held_out and shown):
+            texts[row.pid].add(caption_of[row.image])
+    pool = {pid: sorted(unique) for pid, unique in texts.items()}
+    draw = random.Random(seed)
+    drawn: list[str | None] = []
+    for pid in query["pid"].to_pylist():
+        if pid in pool:
+            drawn.append(draw.choice(pool[pid]))
+        elif held_out:
+            drawn.append(None)
+        else:
+            raise ValueError(
+                f"captions: expected a visible {split} caption of every query identity, got none of identity "
+                f"{pid}. Caption its visible images."
+            )
+    return drawn
+
+
+def ignored_gallery(
+    protocol: Protocol, query_pid: int, query_camid: int, gallery: pa.Table
+) -> npt.NDArray[np.bool_]:
+    """Which gallery images take no part for one query.
+
+    Args:
+        protocol: whose rule.
+        query_pid, query_camid: the query.
+        gallery: rows from `select_gallery`.
+
+    Returns:
+        bool, one a gallery row.
+
+    Source: METHOD 8. Differs: none known.
+    """
+    camids = column(gallery, "camid")
+    if protocol.dataset == "sysu_mm01":
+        return (query_camid == 3) & (camids == 2)
+    if protocol.dataset == "llcm":
+        return (column(gallery, "pid") == query_pid) & (camids == query_camid)
+    return np.zeros(gallery.num_rows, dtype=bool)
+
+
+def chance_level(query: pa.Table, gallery: pa.Table, protocol: Protocol) -> float:
+    """Rank-1 that a random order of the gallery reaches on average.
+
+    The first image of a random order is a true match with probability (matches kept) / (images kept). That also
+    holds for the deduplicated CMC, whose first identity is that of the first image.
+
+    Args:
+        query: rows from `select_query`.
+        gallery: rows from `select_gallery`.
+        protocol: which gallery images a query ignores.
+
+    Returns:
+        Fraction 0-1, mean over queries with a match.
+
+    Raises:
+        ValueError: no query has a match.
+
+    Source: expectation over uniform permutations.
+    Differs: none known.
+    """
+    pid_camids = Counter(zip(gallery["pid"].to_pylist(), gallery["camid"].to_pylist(), strict=True))
+    pids = Counter(gallery["pid"].to_pylist())
+    camids = Counter(gallery["camid"].to_pylist())
+    chances: list[float] = []
+    for pid, camid in zip(query["pid"].to_pylist(), query["camid"].to_pylist(), strict=True):
+        matches, kept = pids[pid], gallery.num_rows
+        if protocol.dataset == "sysu_mm01" and camid == 3:
+            matches, kept = matches - pid_camids[pid, 2], kept - camids[2]
+        elif protocol.dataset == "llcm":
+            matches, kept = matches - pid_camids[pid, camid], kept - pid_camids[pid, camid]
+        if matches:
+            chances.append(matches / kept)
+    if not chances:
+        raise ValueError(
+            "query: expected at least one identity that is in the gallery, got none. "
+            "Take query and gallery from the same split."
+        )
+    return sum(chances) / len(chances)
+
+
+@dataclass(frozen=True)
+class _Row:
+    index: int
+    image: str
+    pid: int
+    camid: int
+
+
+def _protocols() -> list[Protocol]:
+    known = [
+        Protocol(f"sysu_mm01/{mode}/{shot}", "sysu_mm01", "infrared", "visible", (3, 6), cameras, images, num_trials=10)
+        for mode, cameras in (("all", (1, 2, 4, 5)), ("indoor", (1, 2)))
+        for shot, images in (("single", 1), ("multi", 10))
+    ]
+    pairs: tuple[tuple[Modality, Modality], ...] = (("infrared", "visible"), ("visible", "infrared"))
+    for query, gallery in pairs:
+        known.append(Protocol(f"regdb/{query}-{gallery}", "regdb", query, gallery, None, None, None, num_trials=1))
+    cameras_of: dict[Modality, tuple[int, ...]] = {
+        "visible": (1, 2, 3, 4, 5, 6, 7, 8, 9),
+        "infrared": (1, 2, 4, 5, 6, 7, 8, 9),
+    }
+    for query, gallery in pairs:
+        name = f"llcm/{query}-{gallery}"
+        known.append(Protocol(name, "llcm", query, gallery, cameras_of[query], cameras_of[gallery], 1, num_trials=10))
+    return known
+
+
+def _rows(
+    manifest: pa.Table, protocol: Protocol, modality: Modality, cameras: tuple[int, ...] | None, split: Split
+) -> list[_Row]:
+    wanted: str = split
+    if split == "test" and protocol.dataset == "sysu_mm01":
+        wanted = "query" if modality == "infrared" else "gallery"
+    names = ("image", "pid", "camid", "modality", "split")
+    columns: list[list[Any]] = [manifest[name].to_pylist() for name in names]
+    return [
+        _Row(index, image, pid, camid)
+        for index, (image, pid, camid, of, part) in enumerate(zip(*columns, strict=True))
+        if of == modality and part == wanted and (cameras is None or camid in cameras)
+    ]
+
+
+def _identity_camera_file(row: _Row) -> tuple[int, int, str]:
+    return row.pid, row.camid, row.image
+
+
+def _taken(manifest: pa.Table, rows: list[_Row], side: str, protocol: Protocol, split: Split) -> pa.Table:
+    if not rows:
+        raise ValueError(
+            f"manifest: expected {split} images for the {side} of {protocol.name}, got none. "
+            "Check the dataset, its splits and cameras."
+        )
+    return manifest.take([row.index for row in rows])

@@ -1,0 +1,61 @@
+"""Weighted regularised triplet loss (WRT).
+
+Shapes: N rows, D feature.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def wrt_triplet_loss(
+    feats_ND: Tensor, labels_N: Tensor, *, numerics: Literal["published", "corrected"] = "corrected"
+) -> Tensor:
+    """Pull every anchor to its positives and push it from its negatives, hard ones weighing more.
+
+    Each anchor meets one softmax-weighted mean of its positive distances (itself included; far ones weigh more) and
+    one of its negative distances (near ones weigh more); the loss is the soft margin of their difference.
+
+    Args:
+        feats_ND: float, raw (not normalised) features of all modalities.
+        labels_N: int64 training labels.
+        numerics: `published` subtracts inside each softmax the maximum of the *masked* matrix (zeros where masked)
+            and adds 1e-6 to the sum: once negatives are further than about 20-30 their weights underflow and nothing
+            pushes any more. `corrected` is a masked log-softmax, equal wherever the other does not underflow.
+
+    Returns:
+        Scalar, mean over anchors.
+
+    Source: Ye et al., "Deep Learning for Person Re-identification: A Survey and Outlook", eq. 6-7; METHOD 3.
+    Differs: `corrected` as said. An anchor without a negative counts its positive term against zero, as published.
+    """
+    with torch.autocast(feats_ND.device.type, enabled=False):
+        feats_ND = feats_ND if feats_ND.dtype == torch.float64 else feats_ND.float()
+        distance_NN = _euclidean(feats_ND)
+        positive_NN = labels_N[:, None] == labels_N[None, :]
+        soft = _published_softmax if numerics == "published" else _masked_softmax
+        pull_N = (distance_NN * soft(distance_NN, positive_NN)).sum(dim=1)
+        push_N = (distance_NN * soft(-distance_NN, ~positive_NN)).sum(dim=1)
+        return F.softplus(pull_N - push_N).mean()
+
+
+def _euclidean(feats_ND: Tensor) -> Tensor:
+    """(N, N) Euclidean distances; the clamp keeps the square root's slope finite on the diagonal."""
+    square_N = feats_ND.pow(2).sum(dim=1)
+    return (square_N[:, None] + square_N[None, :] - 2 * feats_ND @ feats_ND.T).clamp(min=1e-12).sqrt()
+
+
+def _masked_softmax(scores_NN: Tensor, mask_NN: Tensor) -> Tensor:
+    weights_NN = scores_NN.masked_fill(~mask_NN, -torch.inf).softmax(dim=1)
+    return torch.where(mask_NN.any(dim=1, keepdim=True), weights_NN, torch.zeros_like(weights_NN))
+
+
+def _published_softmax(scores_NN: Tensor, mask_NN: Tensor) -> Tensor:
+    mask = mask_NN.to(scores_NN.dtype)
+    masked_NN = scores_NN * mask
+    exponent_NN = (masked_NN - masked_NN.max(dim=1, keepdim=True).values).exp() * mask
+    return exponent_NN / (exponent_NN.sum(dim=1, keepdim=True) + 1e-6)

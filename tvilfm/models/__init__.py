@@ -1,0 +1,5 @@
+"""The network: two-stem backbone, GeM, BN neck, text tower, semantic filtered fusion."""
+
+from tvilfm.models.tvilfm import TVILFM, ModelSpec, spec_from_config
+
+__all__ = ["TVILFM", "ModelSpec", "spec_from_config"]

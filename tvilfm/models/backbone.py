@@ -1,0 +1,168 @@
+"""The visual backbone: two stems, one a modality, and four layers that both share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A ResNet as data: torchvision's block, blocks a layer, channels of the stem."""
+
+    block: type[BasicBlock] | type[Bottleneck]
+    depths: tuple[int, int, int, int]
+    width: int
+
+    @property
+    def dim(self) -> int:
+        return self.width * 8 * int(self.block.expansion)
+
+
+ARCHITECTURES = {
+    "resnet50": Architecture(block=Bottleneck, depths=(3, 4, 6, 3), width=64),
+    "resnet18_half": Architecture(block=BasicBlock, depths=(1, 1, 1, 1), width=32),
+}
+
+
+class Stem(nn.Module):
+    """conv1, bn1, maxpool, and no ReLU after bn1, as the released network."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps: Tensor = self.maxpool(self.bn1(self.conv1(images)))
+        return maps
+
+
+class DualStemResNet(nn.Module):
+    """ResNet with a stem for visible and a stem for infrared images and shared layer1-4, last stride 1.
+
+    Source: METHOD 2 (torchvision layout). Differs: none known.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        architecture = ARCHITECTURES[name]
+        self.dim = architecture.dim
+        self.visible_stem = Stem(architecture.width)
+        self.infrared_stem = Stem(architecture.width)
+        in_planes = architecture.width
+        for index, depth in enumerate(architecture.depths):
+            planes = architecture.width * 2**index
+            stride = 2 if index in (1, 2) else 1
+            layer, in_planes = _layer(architecture.block, in_planes, planes, depth, stride)
+            self.add_module(f"layer{index + 1}", layer)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, visible: Tensor | None, infrared: Tensor | None) -> Tensor:
+        """Feature maps of the visible images, then of the infrared ones, through the shared layers as one batch.
+
+        One batch matters in training: the shared BN layers see both modalities' statistics.
+
+        Args:
+            visible: (B, 3, H, W) float, normalised as METHOD 4; None when there is none.
+            infrared: (B', 3, H, W) float, one channel repeated; None when there is none.
+
+        Returns:
+            (B + B', D, H/16, W/16) feature maps.
+        """
+        maps = []
+        if visible is not None:
+            maps.append(self.visible_stem(visible))
+        if infrared is not None:
+            maps.append(self.infrared_stem(infrared))
+        x = torch.cat(maps)
+        for index in range(4):
+            x = self.get_submodule(f"layer{index + 1}")(x)
+        return x
+
+
+def _layer(
+    block: type[BasicBlock] | type[Bottleneck], in_planes: int, planes: int, depth: int, stride: int
+) -> tuple[nn.Sequential, int]:
+    out_planes = planes * block.expansion
+    downsample = None
+    if stride != 1 or in_planes != out_planes:
+        downsample = nn.Sequential(
+            nn.Conv2d(in_planes, out_planes, kernel_size=1, stride=stride, bias=False),
+            nn.BatchNorm2d(out_planes),
+        )
+    blocks = [block(in_planes, planes, stride, downsample)]
+    blocks += [block(out_planes, planes) for _ in range(depth - 1)]
+    return nn.Sequential(*blocks), out_planes
+
+
+def load_imagenet(backbone: DualStemResNet, name: str, source: str = "imagenet") -> None:
+    """Start both stems and the shared layers from an ImageNet state dict in torchvision's layout.
+
+    Args:
+        backbone: filled in place.
+        name: architecture.
+        source: `imagenet` (torchvision's own weights, downloaded once) or a local state-dict file.
+
+    Raises:
+        ValueError: when the weights can neither be downloaded nor read, saying how to get them.
+    """
+    if source == "imagenet":
+        if name != "resnet50":
+            raise ValueError(
+                f"model.weights: expected attributes, random or a file for {name}, got imagenet. "
+                "torchvision publishes ImageNet weights for resnet50 only."
+            )
+        from torchvision.models import ResNet50_Weights
+
+        try:
+            # The released code starts from torchvision's first resnet50 weights.
+            state = ResNet50_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
+        except OSError as error:
+            raise ValueError(
+                f"model.weights: expected to download torchvision's ResNet-50 weights, got {error}. On a machine "
+                "with internet save them with torchvision.models.ResNet50_Weights.IMAGENET1K_V1.get_state_dict() "
+                "and torch.save, and set model.weights to that file."
+            ) from None
+    else:
+        state = read_state_dict(source, "model.weights")
+    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    stem_keys = ("conv1.", "bn1.")
+    ours: dict[str, Tensor] = {}
+    for key, value in state.items():
+        names = [f"visible_stem.{key}", f"infrared_stem.{key}"] if key.startswith(stem_keys) else [key]
+        ours |= {ours_key: value for ours_key in names}
+    missing, unexpected = backbone.load_state_dict(ours, strict=False)
+    if missing or unexpected:
+        raise ValueError(
+            f"model.weights: expected a {name} state dict in torchvision's layout, got {source} with missing "
+            f"{missing[:3]} and unknown {unexpected[:3]}. Give a matching file."
+        )
+
+
+def read_state_dict(source: str, key: str) -> dict[str, Tensor]:
+    """A state dict from a .safetensors or a torch file, never unpickling code.
+
+    Raises:
+        ValueError: when the file is not there or is not a state dict.
+    """
+    path = Path(source)
+    if not path.is_file():
+        raise ValueError(f"{key}: expected a state-dict file, got {source}. Check the path.")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return dict(load_file(path))
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(
+            f"{key}: expected a plain state dict, got something else in {source}. Save state_dict()."
+        )
+    return state

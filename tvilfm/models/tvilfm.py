@@ -1,0 +1,207 @@
+"""The whole network, one public `encode_*` a modality.
+
+Raw features are what the losses and the fusion see; unit vectors are what retrieval compares. After the base stage a
+copy of its GeM and head is kept, so that infrared-only retrieval stays what it was while the text stage moves the
+shared head.
+
+Shapes: B batch, D feature, L tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tvilfm.config import ModelSection
+from tvilfm.models.backbone import ARCHITECTURES, DualStemResNet, load_imagenet
+from tvilfm.models.bn_neck import BNNeck
+from tvilfm.models.gem import GeMPool
+from tvilfm.models.text_encoder import TextEncoder, load_clip_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """What has to be known to build the network before its weights are read."""
+
+    backbone: str
+    num_classes: int
+    text_width: int
+    text_layers: int
+    text_heads: int
+    with_text: bool = True
+
+    @property
+    def dim(self) -> int:
+        return ARCHITECTURES[self.backbone].dim
+
+
+def spec_from_config(model: ModelSection, num_classes: int, *, with_text: bool) -> ModelSpec:
+    """The network that a config asks for."""
+    return ModelSpec(
+        backbone=model.backbone,
+        num_classes=num_classes,
+        text_width=model.text.width,
+        text_layers=model.text.layers,
+        text_heads=model.text.heads,
+        with_text=with_text,
+    )
+
+
+class TVILFM(nn.Module):
+    """TVI-LFM: dual-stem backbone, GeM, one BN neck for all modalities, CLIP's text tower.
+
+    Source: METHOD 2. Differs: none known.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.backbone = DualStemResNet(spec.backbone)
+        self.pool = GeMPool()
+        self.head = BNNeck(spec.dim, spec.num_classes)
+        self.text: TextEncoder | None = None
+        self.base_pool: GeMPool | None = None
+        self.base_head: BNNeck | None = None
+        if spec.with_text:
+            self._add_text()
+
+    def _add_text(self) -> None:
+        spec = self.spec
+        self.text = TextEncoder(
+            dim=spec.dim, width=spec.text_width, layers=spec.text_layers, heads=spec.text_heads
+        )
+        self.base_pool, self.base_head = copy.deepcopy(self.pool), copy.deepcopy(self.head)
+
+    def start_text_stage(self) -> None:
+        """Add the text tower and keep a copy of the GeM and head that the base stage ended with."""
+        self.spec = ModelSpec(**{**asdict(self.spec), "with_text": True})
+        self._add_text()
+
+    def encode_images(self, visible: Tensor | None, infrared: Tensor | None) -> Tensor:
+        """Raw features of visible, then infrared images, as one batch: (B + B', D) float32."""
+        raw_BD: Tensor = self.pool(self.backbone(visible, infrared))
+        return raw_BD
+
+    def encode_visible(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised float -> raw features (B, D)."""
+        return self.encode_images(images, None)
+
+    def encode_infrared(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised float, one channel repeated -> raw features (B, D)."""
+        return self.encode_images(None, images)
+
+    def encode_text(self, tokens_BL: Tensor) -> Tensor:
+        """(B, L) token ids -> raw features (B, D)."""
+        assert self.text is not None, "a base-stage model has no text tower"
+        raw_BD: Tensor = self.text(tokens_BL)
+        return raw_BD
+
+    def embed(self, raw_BD: Tensor) -> Tensor:
+        """Raw features of any modality -> unit vectors (B, D) through the current head."""
+        return self.head.embed(raw_BD)
+
+    def embed_base(self, raw_BD: Tensor) -> Tensor:
+        """Raw image features -> unit vectors (B, D) through the base stage's head.
+
+        The text stage never moves the backbone's GeM, so one raw feature serves both heads.
+        """
+        head = self.head if self.base_head is None else self.base_head
+        return head.embed(raw_BD)
+
+    def embed_visible_only(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) visible images -> unit vectors (B, D) through the base stage's GeM and head."""
+        return self._embed_only(self.backbone(images, None))
+
+    def embed_infrared_only(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) infrared images -> unit vectors (B, D) through the base stage's GeM and head."""
+        return self._embed_only(self.backbone(None, images))
+
+    def _embed_only(self, maps: Tensor) -> Tensor:
+        pool = self.pool if self.base_pool is None else self.base_pool
+        return self.embed_base(pool(maps))
+
+    def visual_parameters(self) -> Iterator[nn.Parameter]:
+        """Backbone and GeM: what the text stage freezes."""
+        yield from self.backbone.parameters()
+        yield from self.pool.parameters()
+
+    def freeze_visual(self) -> None:
+        """Stop gradients into the visual part and into the kept copy of the base GeM and head."""
+        for parameter in self.visual_parameters():
+            parameter.requires_grad_(False)
+        for module in (self.base_pool, self.base_head):
+            if module is not None:
+                module.requires_grad_(False)
+
+    def train_text_stage(self, *, freeze_batch_norm: bool) -> None:
+        """Train mode for head and text; the visual part in eval mode, unless its BN statistics shall move on."""
+        self.train()
+        self.backbone.train(not freeze_batch_norm)
+        for module in (self.base_pool, self.base_head):
+            if module is not None:
+                module.eval()
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write `model.safetensors` and `config.json`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+        save_file(state, folder / "model.safetensors")
+        (folder / "config.json").write_text(
+            json.dumps({"model_type": "tvilfm", **asdict(self.spec)}, indent=2)
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> TVILFM:
+        """Read what `save_pretrained` wrote, strictly.
+
+        Raises:
+            ValueError: when the folder lacks a file or the weights do not fit its config.
+        """
+        config_path, weights_path = folder / "config.json", folder / "model.safetensors"
+        for path in (config_path, weights_path):
+            if not path.is_file():
+                raise ValueError(
+                    f"checkpoint: expected {path}, which is not there. Give a folder of save_pretrained."
+                )
+        values: dict[str, Any] = json.loads(config_path.read_text())
+        if values.pop("model_type", None) != "tvilfm":
+            raise ValueError(f"{config_path}: expected model_type tvilfm. This folder holds another model.")
+        model = cls(ModelSpec(**values))
+        try:
+            model.load_state_dict(load_file(weights_path), strict=True)
+        except RuntimeError as error:
+            raise ValueError(f"{weights_path}: expected the weights of {config_path}, got {error}") from None
+        return model
+
+
+def load_visual_weights(model: TVILFM, section: ModelSection) -> None:
+    """Fill the backbone from the source the config names; `random` and `attributes` leave it as it is."""
+    if section.weights not in ("random", "attributes"):
+        load_imagenet(model.backbone, section.backbone, section.weights)
+
+
+def load_text_weights(model: TVILFM, section: ModelSection) -> None:
+    """Fill the text tower from the source the config names; `random` leaves it as it is."""
+    assert model.text is not None
+    if section.text.weights != "random":
+        load_clip_text(model.text, model.spec.dim, section.text.weights)
+
+
+@torch.no_grad()
+def parameter_digest(model: nn.Module) -> str:
+    """A hash of all weights: equal digests are equal models."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

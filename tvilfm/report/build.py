@@ -1,0 +1,227 @@
+"""From an evaluator to the result table and the page's panels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from tvilfm.config import Config, to_yaml
+from tvilfm.datasets.captions import texts_of
+from tvilfm.datasets.manifest import column, rows_of, select
+from tvilfm.evaluation.evaluator import QUERIES, CaseResult, Evaluator, QueryTexts, default_case
+from tvilfm.evaluation.protocols import Protocol, get_protocol, ignored_gallery
+from tvilfm.report.figures import RetrievalFeatures
+from tvilfm.report.page import CaptionSample, RankedExample, RankedRow, ReportData
+from tvilfm.report.tables import ResultRow, Results
+
+TOP = 10
+NUM_EXAMPLES = 6
+NUM_TSNE_IDENTITIES = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What the page says of the run apart from its numbers."""
+
+    versions: Mapping[str, str]
+    dataset_fingerprint: str
+    seconds: Mapping[str, float]
+    learning: Sequence[Mapping[str, object]]
+
+
+def build_results(evaluator: Evaluator, config: Config) -> Results:
+    """Evaluate every case and gather the table."""
+    cases = evaluator.evaluate()
+    return Results(
+        dataset=config.data.name,
+        default_text_source=config.evaluate.default_text_source,
+        default_protocol=config.evaluate.protocols[0],
+        chance={case.protocol: case.chance for case in cases if case.query == "infrared"},
+        rows=[_row(case) for case in cases],
+    )
+
+
+def _row(case: CaseResult) -> ResultRow:
+    ranks = {"rank1": 0, "rank5": 4, "rank10": 9}
+    values = {name: [float(trial.cmc[rank]) for trial in case.trials] for name, rank in ranks.items()}
+    values |= {name: [float(getattr(trial, name)) for trial in case.trials] for name in ("mAP", "mINP")}
+    return ResultRow(
+        query=case.query,
+        text_source=case.text_source,
+        protocol=case.protocol,
+        **{name: float(np.mean(of_trials)) for name, of_trials in values.items()},
+        std={name: float(np.std(of_trials)) for name, of_trials in values.items()},
+        num_trials=len(case.trials),
+    )
+
+
+def build_report(
+    results: Results,
+    evaluator: Evaluator,
+    config: Config,
+    *,
+    manifest: pa.Table,
+    captions: pa.Table,
+    pixels: npt.NDArray[np.uint8],
+    facts: RunFacts,
+) -> ReportData:
+    """Gather everything on the page for the default protocol and text source, gallery draw 0.
+
+    Args:
+        results: of `build_results`.
+        evaluator: the same.
+        config: the run.
+        manifest, captions: the dataset's tables.
+        pixels: uint8 (N, H, W, 3), in manifest order.
+        facts: of the run.
+    """
+    protocol = get_protocol(config.evaluate.protocols[0])
+    query, gallery = evaluator.query(protocol), evaluator.gallery(protocol, 0)
+    texts = evaluator.texts(protocol, config.evaluate.default_text_source)
+    vectors: dict[str, Tensor] = {"infrared": evaluator.image_vectors(query, base=True)}
+    kept = {"infrared": np.arange(query.num_rows)}
+    if texts is not None:
+        for kind, of_text in evaluator.text_query_vectors(query, texts).items():
+            vectors[kind], kept[kind] = of_text, texts.kept
+    similarity = {
+        kind: evaluator.similarity(vectors[kind], gallery, base=kind == "infrared") for kind in QUERIES if kind in vectors
+    }
+    cases = evaluator.evaluate()
+    cmc = {}
+    for kind in QUERIES:
+        case = default_case(cases, config.evaluate, kind)
+        if case is not None:
+            cmc[kind] = np.mean([trial.cmc for trial in case.trials], axis=0)
+    return ReportData(
+        results=results,
+        name=config.run.name,
+        cmc=cmc,
+        examples=_examples(query, gallery, texts, similarity, kept, manifest, pixels, protocol),
+        features=_features(evaluator, query, gallery, vectors, kept),
+        learning=list(facts.learning),
+        captions=_caption_samples(manifest, captions, pixels),
+        facts=_facts(config, facts, manifest, query, gallery),
+        config_yaml=to_yaml(config),
+        notes=_notes(config),
+        seed=config.run.seed,
+    )
+
+
+def _examples(
+    query: pa.Table,
+    gallery: pa.Table,
+    texts: QueryTexts | None,
+    similarity: Mapping[str, npt.NDArray[np.float32]],
+    kept: Mapping[str, npt.NDArray[np.int64]],
+    manifest: pa.Table,
+    pixels: npt.NDArray[np.uint8],
+    protocol: Protocol,
+) -> list[RankedExample]:
+    """Queries evenly spread over the query list, whatever came out for them: chosen, they would flatter."""
+    rows = kept["infrared"] if texts is None else texts.kept
+    chosen = rows[np.linspace(0, len(rows) - 1, min(NUM_EXAMPLES, len(rows))).round().astype(int)]
+    query_pixels, gallery_pixels = rows_of(manifest, query), rows_of(manifest, gallery)
+    query_pids, gallery_pids = column(query, "pid"), column(gallery, "pid")
+    query_camids = column(query, "camid")
+    examples = []
+    for row in chosen:
+        ignored = ignored_gallery(protocol, int(query_pids[row]), int(query_camids[row]), gallery)
+        rankings = {}
+        for kind, of_kind in similarity.items():
+            scores = of_kind[int(np.searchsorted(kept[kind], row))]
+            order = [g for g in np.argsort(-scores, kind="stable") if not ignored[g]][:TOP]
+            rankings[kind] = RankedRow(
+                images=[pixels[gallery_pixels[g]] for g in order],
+                correct=[bool(gallery_pids[g] == query_pids[row]) for g in order],
+                similarity=[float(scores[g]) for g in order],
+            )
+        position = None if texts is None else int(np.searchsorted(texts.kept, row))
+        examples.append(
+            RankedExample(
+                image=pixels[query_pixels[row]],
+                pid=int(query_pids[row]),
+                query_text=None if texts is None or position is None else texts.texts[position],
+                filter_text=None if texts is None or position is None else texts.filter_texts[position],
+                rankings=rankings,
+            )
+        )
+    return examples
+
+
+def _features(
+    evaluator: Evaluator,
+    query: pa.Table,
+    gallery: pa.Table,
+    vectors: Mapping[str, Tensor],
+    kept: Mapping[str, npt.NDArray[np.int64]],
+) -> dict[str, RetrievalFeatures]:
+    gallery_pids, query_pids = column(gallery, "pid"), column(query, "pid")
+    found = {}
+    for kind in QUERIES:
+        if kind in vectors:
+            unit = torch.nn.functional.normalize(vectors[kind], dim=1).cpu().numpy()
+            images = evaluator.image_vectors(gallery, base=kind == "infrared").cpu().numpy()
+            found[kind] = RetrievalFeatures(unit, query_pids[kept[kind]], images, gallery_pids)
+    return found
+
+
+def _caption_samples(
+    manifest: pa.Table, captions: pa.Table, pixels: npt.NDArray[np.uint8], count: int = 4
+) -> list[CaptionSample]:
+    samples = []
+    for modality in ("visible", "infrared"):
+        subset = select(manifest, split=("query", "gallery", "test"), modality=modality)
+        subset = subset.take(pa.array(np.linspace(0, subset.num_rows - 1, count).round().astype(int)))
+        texts, rephrased = texts_of(captions, subset["image"].to_pylist())
+        for row, text, other in zip(rows_of(manifest, subset), texts, rephrased, strict=True):
+            samples.append(CaptionSample(pixels[row], modality, text, other))
+    return samples
+
+
+def _facts(config: Config, facts: RunFacts, manifest: pa.Table, query: pa.Table, gallery: pa.Table) -> dict[str, str]:
+    train = select(manifest, split="train")
+    val = select(manifest, split="val")
+    described = {
+        "dataset": config.data.name
+        + (f" ({config.data.synthetic.size}, seed {config.data.synthetic.seed})" if config.data.name == "synthetic" else ""),
+        "training": f"{len(set(column(train, 'pid')))} identities, {train.num_rows} images",
+        "validation": f"{len(set(column(val, 'pid')))} identities, {val.num_rows} images",
+        "test": f"{len(set(column(query, 'pid')))} identities, {query.num_rows} queries, "
+        f"{gallery.num_rows} gallery images a draw",
+        "dataset fingerprint": facts.dataset_fingerprint,
+        "network": f"{config.model.backbone}, text tower {config.model.text.layers} x {config.model.text.width}",
+        "initial weights": f"{config.model.weights} (images), {config.model.text.weights} (text)",
+        "fidelity": config.fidelity,
+        "seed": str(config.run.seed),
+    }
+    if facts.seconds:
+        described["time by stage"] = ", ".join(f"{name} {value:.0f} s" for name, value in facts.seconds.items())
+    described["versions"] = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
+    return described
+
+
+def _notes(config: Config) -> list[str]:
+    notes = []
+    if "test" in (config.train.base.select, config.train.text.select):
+        notes.append(
+            "A checkpoint was selected on the test identities, as the published numbers were: these numbers flatter."
+        )
+    if config.data.name == "synthetic":
+        notes.append(
+            "Synthetic benchmark: rendered people and captions. It shows that the method and this program work; its "
+            "numbers say nothing about real cameras."
+        )
+    if config.model.weights == "attributes":
+        notes.append(
+            "The backbone was pre-trained on attributes of a disjoint synthetic split, the offline stand-in for "
+            "ImageNet weights."
+        )
+    return notes
+
+

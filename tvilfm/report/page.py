@@ -1,0 +1,308 @@
+"""The result page: one self-contained HTML file that shows what a run found, and on what it rests.
+
+`ReportData` holds everything the page shows, as arrays and plain text; `write_report` draws it. Nothing is
+loaded from the network: charts are inline SVG, photographs are base64 JPEG, the style is in the file, and
+the numbers are there once more as JSON. Parts that are empty are left out together with their heading.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from tvilfm.report import figures, tables
+from tvilfm.report.figures import FloatArray, RetrievalFeatures
+from tvilfm.report.tables import METRIC_LABELS, METRICS, QUERIES, QUERY_LABELS, Results
+
+ImageArray: TypeAlias = npt.NDArray[np.uint8]
+
+# Thumbnails are shown 96 pixels high; twice that keeps them sharp on dense screens.
+THUMBNAIL_HEIGHT = 192
+_DATASET_LABELS: Mapping[str, str] = {"sysu_mm01": "SYSU-MM01", "regdb": "RegDB", "llcm": "LLCM"}
+
+
+class CaptionSample(NamedTuple):
+    """One generated caption.
+
+    Args:
+        image: uint8, HxWx3.
+        modality: "visible" or "infrared".
+        caption: the captioner's text.
+        rephrased: the LLM's version of it, or None.
+    """
+
+    image: ImageArray
+    modality: str
+    caption: str
+    rephrased: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedRow:
+    """The first gallery images one query modality found, best first.
+
+    Args:
+        images: uint8 HxWx3 each; 10, or fewer where the gallery is smaller.
+        correct: whether each shows the query's person.
+        similarity: higher is closer; comparable within one row only.
+
+    Raises:
+        ValueError: the three differ in length.
+    """
+
+    images: Sequence[ImageArray]
+    correct: Sequence[bool]
+    similarity: Sequence[float]
+
+    def __post_init__(self) -> None:
+        sizes = (len(self.images), len(self.correct), len(self.similarity))
+        if len(set(sizes)) != 1:
+            raise ValueError(
+                f"ranked_row: expected as many images as marks and similarities, got {sizes}. Cut all three alike."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedExample:
+    """One query and what each query modality found for it.
+
+    Args:
+        image: uint8, HxWx3: the infrared query.
+        pid: its identity.
+        query_text: the visible-style description used as query text; None without text.
+        filter_text: the query image's own infrared caption, which SFF subtracts; None without SFF.
+        rankings: query modality -> what it found.
+    """
+
+    image: ImageArray
+    pid: int
+    query_text: str | None = None
+    filter_text: str | None = None
+    rankings: Mapping[str, RankedRow]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportData:
+    """Everything on the page. Only `results` is needed; every other part may be empty.
+
+    Args:
+        results: the numbers, as in results.json.
+        name: of the run, for the title.
+        cmc: query -> fractions at ranks 1-20, for the default protocol and text source.
+        examples: ranked lists of a few queries.
+        features: query -> unit vectors and identities of both sides.
+        learning: metric records, see `figures.learning_chart`.
+        captions: samples of generated captions.
+        facts: facts of the run in the order to show, e.g. dataset, seed, versions, time by stage.
+        config_yaml: the resolved config.
+        notes: warnings shown under the verdict, e.g. "selected on the test set".
+        seed: of the choices t-SNE makes.
+    """
+
+    results: Results
+    name: str = ""
+    cmc: Mapping[str, FloatArray] = field(default_factory=dict)
+    examples: Sequence[RankedExample] = ()
+    features: Mapping[str, RetrievalFeatures] = field(default_factory=dict)
+    learning: Sequence[Mapping[str, Any]] = ()
+    captions: Sequence[CaptionSample] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
+    config_yaml: str = ""
+    notes: Sequence[str] = ()
+    seed: int = 0
+
+
+def write_report(data: ReportData, path: Path) -> None:
+    """Write the page to `path` atomically; its folder is created.
+
+    Args:
+        data: what to show.
+        path: the HTML file, usually runs/<name>/report/index.html.
+    """
+    tables.write_text_atomic(path, render_report(data))
+
+
+def render_report(data: ReportData) -> str:
+    """Return the page as HTML text. Every text of a caption, config or fact is escaped.
+
+    Raises:
+        ValueError: `cmc`, `features` or a ranked list names a query modality that does not exist.
+    """
+    named = {"cmc": data.cmc, "features": data.features}
+    named |= {f"examples[{index}].rankings": example.rankings for index, example in enumerate(data.examples)}
+    for part, by_query in named.items():
+        unknown = sorted(set(by_query) - set(QUERIES))
+        if unknown:
+            raise ValueError(f"report.{part}: expected keys among {list(QUERIES)}, got {unknown}. Rename the query.")
+
+    results = data.results
+    chance = results.chance.get(results.default_protocol)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    source = resources.files("tvilfm.report").joinpath("template.html.j2").read_text(encoding="utf-8")
+    return environment.from_string(source).render(
+        name=data.name,
+        dataset=_DATASET_LABELS.get(results.dataset, results.dataset),
+        results=results,
+        verdict=tables.verdict(results),
+        notes=data.notes,
+        table=_default_table(results),
+        chance_sentence=tables.chance_sentence(results),
+        text_source_sentence=tables.text_source_sentence(results),
+        spread_sentence=tables.spread_sentence(results.default_rows),
+        published=_published_table(results),
+        published_label=tables.PUBLISHED_LABEL,
+        metric_labels=[METRIC_LABELS[metric] for metric in METRICS],
+        colors=figures.QUERY_COLORS,
+        query_labels=QUERY_LABELS,
+        comparison=_markup(
+            figures.comparison_chart(results.default_rows, chance=chance) if results.default_rows else None
+        ),
+        cmc=_markup(figures.cmc_chart(data.cmc, chance=chance) if data.cmc else None),
+        protocols=_full_table(results) if len(results.rows) > len(results.default_rows) else [],
+        text_sources={
+            source: meaning
+            for source, meaning in tables.TEXT_SOURCE_MEANINGS.items()
+            if any(row.text_source == source for row in results.rows)
+        },
+        markdown=tables.markdown_table(results),
+        examples=[_example(example) for example in data.examples],
+        tsne=_markup(figures.tsne_chart(data.features, seed=data.seed)),
+        distances=_markup(figures.distance_chart(data.features, seed=data.seed)),
+        captions=[
+            {"image": _jpeg(image), "modality": modality, "caption": caption, "rephrased": rephrased}
+            for image, modality, caption, rephrased in data.captions
+        ],
+        learning=_markup(figures.learning_chart(data.learning)),
+        facts=data.facts,
+        config_yaml=data.config_yaml,
+        results_json=_script_json(results),
+    )
+
+
+def _markup(svg: str | None) -> Markup | None:
+    return None if svg is None else Markup(svg)
+
+
+def _script_json(results: Results) -> Markup:
+    """Return results.json for a <script type="application/json">, with the characters that could end it escaped."""
+    text = json.dumps(results.to_dict(), allow_nan=False)
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
+
+
+def _default_table(results: Results) -> list[dict[str, Any]]:
+    rows = results.default_rows
+    best = {metric: max((row.metric(metric) for row in rows), default=0.0) for metric in METRICS}
+    return [
+        {
+            "query": row.query,
+            "text_source": row.text_source,
+            "cells": [
+                {
+                    "text": tables.metric_cell(row, metric),
+                    "best": len(rows) > 1 and row.metric(metric) == best[metric],
+                }
+                for metric in METRICS
+            ],
+        }
+        for row in rows
+    ]
+
+
+def _full_table(results: Results) -> list[dict[str, Any]]:
+    """Group every row by protocol, the default protocol first, queries in the order of the headline table."""
+    first = results.default_protocol
+    protocols = [first, *(name for name in results.protocols if name != first)]
+    groups = []
+    for protocol in protocols:
+        rows = [row for row in results.rows if row.protocol == protocol]
+        # "none" beside "witness": infrared alone opens the block of the first text source.
+        rows.sort(key=lambda row: (tables.TEXT_SOURCES.index(row.text_source) % 3, QUERIES.index(row.query)))
+        chance = results.chance.get(protocol)
+        groups.append(
+            {
+                "protocol": protocol,
+                "is_default": protocol == first,
+                "chance": None if chance is None else tables.percent(chance),
+                "rows": [
+                    {
+                        "query": row.query,
+                        "text_source": row.text_source,
+                        "cells": [tables.metric_cell(row, metric) for metric in METRICS],
+                        "num_trials": row.num_trials,
+                    }
+                    for row in rows
+                ],
+            }
+        )
+    return groups
+
+
+def _published_table(results: Results) -> list[dict[str, Any]]:
+    """Group the published numbers by how they were obtained, in the order of their first row."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in tables.published_rows(results.dataset):
+        cells = ["" if value is None else tables.percent(value) for value in (row.rank1, row.mAP, row.mINP)]
+        if row.rank1_std is not None:
+            cells[0] += f" ± {tables.percent(row.rank1_std)}"
+        groups.setdefault(row.note, []).append(
+            {"method": row.method, "setting": row.setting, "query": row.query, "cells": cells}
+        )
+    return [{"note": note, "rows": rows} for note, rows in groups.items()]
+
+
+def _example(example: RankedExample) -> dict[str, Any]:
+    rankings = []
+    for query in QUERIES:
+        row = example.rankings.get(query)
+        if row is None:
+            continue
+        hits = [rank for rank, correct in enumerate(row.correct, start=1) if correct]
+        rankings.append(
+            {
+                "query": query,
+                "summary": f"first right at rank {hits[0]}" if hits else f"none right in {len(row.correct)}",
+                "found": [
+                    {
+                        "rank": rank,
+                        "image": _jpeg(image),
+                        "correct": bool(correct),
+                        "similarity": f"{similarity:.3f}",
+                    }
+                    for rank, (image, correct, similarity) in enumerate(
+                        zip(row.images, row.correct, row.similarity, strict=True), start=1
+                    )
+                ],
+            }
+        )
+    return {
+        "image": _jpeg(example.image),
+        "pid": example.pid,
+        "query_text": example.query_text,
+        "filter_text": example.filter_text,
+        "rankings": rankings,
+    }
+
+
+def _jpeg(image: ImageArray) -> str:
+    """Return a `data:` address of the image as JPEG, at most `THUMBNAIL_HEIGHT` high."""
+    picture = Image.fromarray(np.ascontiguousarray(image)).convert("RGB")
+    if picture.height > THUMBNAIL_HEIGHT:
+        width = max(1, round(picture.width * THUMBNAIL_HEIGHT / picture.height))
+        picture = picture.resize((width, THUMBNAIL_HEIGHT), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,0 +1,59 @@
+"""A training checkpoint: the model as it is, the best one so far, and what the optimiser needs to go on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tvilfm.models import TVILFM
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a stage stands after an epoch.
+
+    Attributes:
+        epochs_done: whole epochs.
+        best_score: validation score of the kept model, 0-1; -1 before the first validation.
+        best_epoch: epoch that gave it, counted from 0.
+    """
+
+    epochs_done: int
+    best_score: float
+    best_epoch: int
+
+
+def save_checkpoint(
+    folder: Path,
+    model: TVILFM,
+    best: Path | None,
+    progress: Progress,
+    optimizer: list[dict[str, Any]],
+    scaler: dict[str, Any],
+) -> None:
+    """Write `model/`, `best/`, `trainer.pt` (optimiser and scaler state) and `progress.json`.
+
+    Args:
+        folder: filled; made if absent.
+        model: the current network.
+        best: folder of the best model so far; None = the current one is it.
+        progress: where the stage stands.
+        optimizer: `StageOptimizer.state_dict()`.
+        scaler: `GradScaler.state_dict()`.
+    """
+    model.save_pretrained(folder / "model")
+    shutil.copytree(folder / "model" if best is None else best, folder / "best", dirs_exist_ok=True)
+    torch.save({"optimizer": optimizer, "scaler": scaler}, folder / "trainer.pt")
+    (folder / "progress.json").write_text(json.dumps(asdict(progress)))
+
+
+def load_trainer(folder: Path) -> tuple[Progress, list[dict[str, Any]], dict[str, Any]]:
+    """Progress, optimiser state and scaler state of a checkpoint folder."""
+    state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+    progress = Progress(**json.loads((folder / "progress.json").read_text()))
+    return progress, state["optimizer"], state["scaler"]

@@ -1,0 +1,75 @@
+"""What makes several workers equal one: losses, BN neck and BN layers see the global batch.
+
+Convention: every worker computes the same global loss; gathering sums, backwards, the gradients of all workers'
+losses; DDP then averages over workers. The result is the gradient of one global loss.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+from torch import Tensor, nn
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """All workers' rows, rank by rank, with gradient where there is one; the rows themselves with one worker."""
+    if world_size() == 1:
+        return rows
+    if rows.requires_grad:
+        return torch.cat(dist_nn.all_gather(rows.contiguous()))  # type: ignore[no-untyped-call]
+    parts = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+def _sum_over_workers(values: Tensor) -> Tensor:
+    total: Tensor = dist_nn.all_reduce(values)  # type: ignore[no-untyped-call]
+    return total
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d whose statistics are those of all workers' rows together.
+
+    torch's SyncBatchNorm does the same on CUDA and refuses CPU tensors.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        count = input.numel() // input.shape[1] * world_size()
+        mean = _sum_over_workers(input.sum(dim=(0, 2, 3))) / count
+        centred = input - mean[:, None, None]
+        variance = _sum_over_workers(centred.pow(2).sum(dim=(0, 2, 3))) / count
+        with torch.no_grad():
+            assert (
+                self.running_mean is not None and self.running_var is not None and self.momentum is not None
+            )
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+        normalised = centred * torch.rsqrt(variance + self.eps)[:, None, None]
+        return torch.addcmul(self.bias[:, None, None], normalised, self.weight[:, None, None])
+
+
+def synchronise_batch_norm(module: nn.Module, device: torch.device) -> None:
+    """Let the module's BatchNorm2d layers normalise over all workers, in place; parameters and names stay."""
+    if world_size() == 1:
+        return
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            if device.type == "cuda":
+                module.add_module(name, nn.SyncBatchNorm.convert_sync_batchnorm(child))  # type: ignore[no-untyped-call]
+            else:
+                child.__class__ = GlobalBatchNorm2d
+        else:
+            synchronise_batch_norm(child, device)

@@ -1,0 +1,204 @@
+"""A training stage from its first epoch, or from a checkpoint, to its last.
+
+Nothing here knows who runs it: the caller hands over batches and is told of every epoch. What chance decides follows
+from (seed, epoch, batch), so a stage that was killed and resumed ends with the weights of the undisturbed one.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from tvilfm.config import LossSection, OptimSection, ScheduleSection, TrainSection
+from tvilfm.datasets.pk_sampler import PKSampler
+from tvilfm.datasets.tri_modal import TriModalDataset
+from tvilfm.losses.objective import JointObjective
+from tvilfm.models import TVILFM
+from tvilfm.training.checkpoint import Progress, load_trainer, save_checkpoint
+from tvilfm.training.distributed import rank, synchronise_batch_norm, world_size
+from tvilfm.training.optim import StageOptimizer, lr_factor
+from tvilfm.training.step import StageStep
+
+AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Listener(Protocol):
+    """Told by a stage of what happens; every worker calls it alike."""
+
+    def on_step(self, record: dict[str, float | int]) -> None:
+        """After each step: epoch, step, num_steps, steps_per_s and the loss terms."""
+
+    def on_epoch(self, record: dict[str, float | int], checkpoint: Path | None) -> None:
+        """After each epoch: mean loss terms, validation; rank 0 brings a checkpoint folder to keep."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSettings:
+    """The sections a stage follows."""
+
+    train: TrainSection
+    schedule: ScheduleSection
+    loss: LossSection
+    optim: OptimSection
+    pad: int
+    freeze_visual: bool
+    freeze_batch_norm: bool
+
+
+def train_stage(
+    model: TVILFM,
+    sampler: PKSampler,
+    dataset: TriModalDataset,
+    settings: StageSettings,
+    *,
+    device: torch.device,
+    validate: Callable[[TVILFM], dict[str, float]] | None,
+    listener: Listener,
+    resume: Path | None = None,
+) -> TVILFM:
+    """Run a stage.
+
+    Args:
+        model: the network at the stage's start (weights are overwritten when resuming).
+        sampler: batches of the global batch.
+        dataset: turns them into this worker's batches.
+        settings: the stage's sections.
+        device: of this worker.
+        validate: scores the model (rank 0 only); `score`, higher is better, chooses what is kept. None keeps the last.
+        listener: told of steps and epochs.
+        resume: checkpoint folder of `save_checkpoint`.
+
+    Returns:
+        The trained network in eval mode, as of the last epoch.
+
+    Raises:
+        FloatingPointError: when a loss is not finite, naming term, epoch and batch.
+    """
+    schedule = settings.schedule
+    progress = Progress(epochs_done=0, best_score=-1.0, best_epoch=-1)
+    states = None
+    best_folder = tempfile.TemporaryDirectory(prefix="tvilfm-best-")
+    best = Path(best_folder.name)
+    if resume is not None:
+        progress, optimizer_state, scaler_state = load_trainer(resume)
+        states = optimizer_state, scaler_state
+        model.load_state_dict(TVILFM.from_pretrained(resume / "model").state_dict())
+        TVILFM.from_pretrained(resume / "best").save_pretrained(best)
+    model.to(device).to(memory_format=torch.channels_last)
+    if settings.freeze_visual:
+        model.freeze_visual()
+    synchronise_batch_norm(model.backbone, device)
+    step = StageStep(model, JointObjective(settings.loss), pad=settings.pad)
+    optimizer = StageOptimizer(model, settings.optim)
+    scaler = torch.amp.GradScaler(
+        device.type, enabled=device.type == "cuda" and settings.train.autocast == "float16"
+    )
+    if states is not None:
+        optimizer.load_state_dict(states[0])
+        scaler.load_state_dict(states[1])
+    wrapped: nn.Module = step
+    if world_size() > 1:
+        wrapped = DistributedDataParallel(
+            step,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            find_unused_parameters=not settings.loss.id_weight,
+        )
+
+    for epoch in range(progress.epochs_done, schedule.epochs):
+        sampler.set_epoch(epoch)
+        optimizer.set_lr_factor(
+            lr_factor(epoch, warmup_epochs=schedule.warmup_epochs, milestones=schedule.milestones)
+        )
+        if settings.freeze_visual:
+            model.train_text_stage(freeze_batch_norm=settings.freeze_batch_norm)
+        else:
+            model.train()
+        record = _run_epoch(wrapped, sampler, dataset, optimizer, scaler, settings, device, epoch, listener)
+        model.eval()
+        last = epoch + 1 == schedule.epochs
+        keep_this = validate is None
+        if validate is not None and rank() == 0 and (last or (epoch + 1) % schedule.eval_every == 0):
+            scores = validate(model)
+            record |= scores
+            keep_this = scores["score"] > progress.best_score
+            if keep_this:
+                progress = Progress(epochs_done=epoch, best_score=scores["score"], best_epoch=epoch)
+        progress = Progress(
+            epochs_done=epoch + 1,
+            best_score=progress.best_score,
+            best_epoch=epoch if validate is None else progress.best_epoch,
+        )
+        if rank() == 0:
+            if keep_this or progress.best_epoch < 0:
+                model.save_pretrained(best)
+            with tempfile.TemporaryDirectory(prefix="tvilfm-checkpoint-") as folder:
+                save_checkpoint(
+                    Path(folder), model, best, progress, optimizer.state_dict(), dict(scaler.state_dict())
+                )
+                listener.on_epoch(record, Path(folder))
+        else:
+            listener.on_epoch(record, None)
+    best_folder.cleanup()
+    return model
+
+
+def _run_epoch(
+    step: nn.Module,
+    sampler: PKSampler,
+    dataset: TriModalDataset,
+    optimizer: StageOptimizer,
+    scaler: torch.amp.GradScaler,
+    settings: StageSettings,
+    device: torch.device,
+    epoch: int,
+    listener: Listener,
+) -> dict[str, float | int]:
+    dtype = AUTOCAST_DTYPES.get(settings.train.autocast) if device.type == "cuda" else None
+    sums: dict[str, float] = {}
+    started = time.monotonic()
+    batches: Iterator = iter(  # type: ignore[type-arg]
+        DataLoader(
+            dataset,
+            sampler=sampler,
+            batch_size=None,
+            num_workers=settings.train.loader_workers,
+            multiprocessing_context="spawn" if settings.train.loader_workers else None,
+        )
+    )
+    for index, batch in enumerate(batches):
+        optimizer.zero_grad()
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            terms = step(batch.to(device))
+            total = torch.stack(list(terms.values())).sum()
+        values = {name: float(term.detach()) for name, term in terms.items()}
+        for name, value in values.items():
+            if value != value or abs(value) == float("inf"):
+                raise FloatingPointError(
+                    f"loss.{name}: expected a finite number, got {value} in epoch {epoch}, batch {index}. "
+                    "Lower the learning rate or look at this batch's images."
+                )
+            sums[name] = sums.get(name, 0.0) + value
+        scaler.scale(total).backward()  # type: ignore[no-untyped-call]
+        optimizer.step(scaler)
+        scaler.update()
+        listener.on_step(
+            {
+                "epoch": epoch,
+                "step": index + 1,
+                "num_steps": len(sampler),
+                "steps_per_s": (index + 1) / (time.monotonic() - started),
+                **values,
+            }
+        )
+    means = {name: value / len(sampler) for name, value in sums.items()}
+    return {"epoch": epoch, **means, "loss": sum(means.values()), "seconds": time.monotonic() - started}

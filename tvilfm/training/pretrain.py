@@ -1,0 +1,94 @@
+"""Pre-training on attributes of a disjoint synthetic split: the offline stand-in for ImageNet weights.
+
+Both stems learn to name what is in a picture (garments, pattern, bag; colours in visible images), on people that no
+other stage ever sees. It is no part of the method; with real ImageNet weights it does not run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tvilfm.config import PretrainSection
+from tvilfm.datasets.manifest import column, rows_of, select
+from tvilfm.datasets.synthetic import ATTRIBUTES, COLOUR_ATTRIBUTES
+from tvilfm.datasets.transforms import Recipe, augment, draw
+from tvilfm.models.backbone import DualStemResNet
+
+
+def attribute_labels(root: Path, manifest: pa.Table) -> npt.NDArray[np.int64]:
+    """(N, A) index of every attribute's value for every manifest row, from the benchmark's `attributes.json`."""
+    truth = json.loads((root / "attributes.json").read_text())
+    by_pid = {
+        int(pid): [values.index(truth[pid][name]) for name, values in ATTRIBUTES.items()] for pid in truth
+    }
+    return np.array([by_pid[pid] for pid in column(manifest, "pid")], dtype=np.int64)
+
+
+def pretrain(
+    backbone: DualStemResNet,
+    manifest: pa.Table,
+    pixels: npt.NDArray[np.uint8],
+    labels_NA: npt.NDArray[np.int64],
+    section: PretrainSection,
+    *,
+    pad: int,
+    seed: int,
+    device: torch.device,
+    on_step: Callable[[dict[str, float | int]], None],
+) -> None:
+    """Train the backbone in place to classify attributes, half of each batch visible, half infrared.
+
+    Args:
+        backbone: filled in place.
+        manifest: rows of the disjoint split, in the order of `pixels` and `labels_NA`.
+        pixels: uint8 (N, H, W, 3).
+        labels_NA: int64, see `attribute_labels`.
+        section: steps, batch, rate.
+        pad: augmentation border, pixels.
+        seed: of the run.
+        device: to train on.
+        on_step: told the loss after each step.
+    """
+    parts: dict[Recipe, npt.NDArray[np.int64]] = {
+        "visible": rows_of(manifest, select(manifest, modality="visible")),
+        "infrared": rows_of(manifest, select(manifest, modality="infrared")),
+    }
+    backbone.to(device).to(memory_format=torch.channels_last).train()
+    heads = nn.ModuleList(nn.Linear(backbone.dim, len(values)) for values in ATTRIBUTES.values()).to(device)
+    parameters = [*backbone.parameters(), *heads.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=section.lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=section.lr, total_steps=section.steps)
+    half = section.batch // 2
+    _, height, width, _ = pixels.shape
+    for index in range(section.steps):
+        rng = np.random.default_rng([seed, 21, index])
+        images, labels = {}, {}
+        for recipe, rows in parts.items():
+            chosen = rng.choice(rows, half)
+            draws = draw(recipe, half, rng, height=height, width=width, pad=pad)
+            images[recipe] = augment(torch.from_numpy(pixels[chosen]).to(device), draws.to(device), pad=pad)
+            labels[recipe] = torch.from_numpy(labels_NA[chosen]).to(device)
+        maps = backbone(images["visible"], images["infrared"])
+        features = dict(zip(parts, maps.mean(dim=(2, 3)).chunk(2), strict=True))
+        losses = [
+            F.cross_entropy(head(features[recipe]), labels[recipe][:, number])
+            for number, (name, head) in enumerate(zip(ATTRIBUTES, heads, strict=True))
+            for recipe in parts
+            if recipe == "visible" or name not in COLOUR_ATTRIBUTES
+        ]
+        loss = torch.stack(losses).mean()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+        on_step({"epoch": 0, "step": index + 1, "num_steps": section.steps, "loss": float(loss.detach())})
+    backbone.eval()

@@ -1,0 +1,217 @@
+"""The two stages put together from a config: what `cluster` runs on workers, and what runs as well without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from tvilfm.config import Config, EvaluateSection, Selection
+from tvilfm.datasets.manifest import rows_of, select
+from tvilfm.datasets.transforms import Recipe
+from tvilfm.datasets.tri_modal import TrainingRows, TriModalDataset
+from tvilfm.evaluation.evaluator import Evaluator, Split, all_texts
+from tvilfm.evaluation.extract import encode_pixels, encode_texts
+from tvilfm.evaluation.features import FeatureTable
+from tvilfm.models import TVILFM, spec_from_config
+from tvilfm.models.tvilfm import load_text_weights, load_visual_weights
+from tvilfm.training.distributed import rank, world_size
+from tvilfm.training.loop import Listener, StageSettings, train_stage
+
+# What a checkpoint is chosen by, apart from `evaluate`: another table must not mean another training.
+SELECTION = {"synthetic": "sysu_mm01/all/single", "sysu_mm01": "sysu_mm01/all/single"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageData:
+    """What a stage reads.
+
+    Attributes:
+        manifest: all rows, in the order of `pixels`.
+        pixels: uint8 (N, H, W, 3), memory-mapped.
+        captions: caption table.
+    """
+
+    manifest: pa.Table
+    pixels: npt.NDArray[np.uint8]
+    captions: pa.Table
+
+
+def train_base(
+    config: Config,
+    data: StageData,
+    *,
+    backbone: dict[str, torch.Tensor] | None,
+    device: torch.device,
+    listener: Listener,
+    resume: Path | None = None,
+) -> TVILFM:
+    """Stage 1: backbone, GeM and head from images alone.
+
+    Args:
+        config: the run.
+        data: tables and pixels.
+        backbone: pre-trained backbone when `model.weights` is `attributes`; None = as `model.weights` says.
+        device: of this worker.
+        listener: told of steps and epochs.
+        resume: checkpoint to go on from.
+
+    Returns:
+        The network after the last epoch; the checkpoint's `best/` is the selected one.
+    """
+    torch.manual_seed(config.run.seed)
+    rows = TrainingRows.from_manifest(data.manifest, use_val=config.train.base.use_val)
+    model = TVILFM(spec_from_config(config.model, rows.num_classes, with_text=False))
+    if backbone is None:
+        load_visual_weights(model, config.model)
+    else:
+        model.backbone.load_state_dict(backbone)
+    settings = StageSettings(
+        train=config.train,
+        schedule=config.train.base,
+        loss=config.loss,
+        optim=config.optim,
+        pad=config.data.pad,
+        freeze_visual=False,
+        freeze_batch_norm=False,
+    )
+    dataset = TriModalDataset(
+        rows,
+        data.manifest,
+        data.pixels,
+        pad=config.data.pad,
+        seed=config.run.seed,
+        rank=rank(),
+        world_size=world_size(),
+    )
+    return train_stage(
+        model,
+        rows.sampler(config.train.p, config.train.k, seed=config.run.seed),
+        dataset,
+        settings,
+        device=device,
+        validate=_validator(config, data, config.train.base.select, with_text=False),
+        listener=listener,
+        resume=resume,
+    )
+
+
+def train_text(
+    config: Config,
+    data: StageData,
+    *,
+    base: TVILFM,
+    views: dict[Recipe, npt.NDArray[np.float32]] | None,
+    device: torch.device,
+    listener: Listener,
+    resume: Path | None = None,
+) -> TVILFM:
+    """Stage 2, incremental fine-tuning: text tower and head, the visual part frozen.
+
+    Args:
+        config: the run.
+        data: tables and pixels.
+        base: the base stage's network; given the text tower here.
+        views: recipe -> (V, N, D) cached features of augmented views; None encodes pixels in every step.
+        device: of this worker.
+        listener: told of steps and epochs.
+        resume: checkpoint to go on from.
+
+    Returns:
+        The network after the last epoch; the checkpoint's `best/` is the selected one.
+    """
+    torch.manual_seed(config.run.seed + 1)
+    rows = TrainingRows.from_manifest(data.manifest, use_val=config.train.text.use_val)
+    base.start_text_stage()
+    load_text_weights(base, config.model)
+    settings = StageSettings(
+        train=config.train,
+        schedule=config.train.text,
+        loss=config.loss,
+        optim=config.optim,
+        pad=config.data.pad,
+        freeze_visual=True,
+        freeze_batch_norm=config.train.text.freeze_batch_norm,
+    )
+    dataset = TriModalDataset(
+        rows,
+        data.manifest,
+        data.pixels,
+        pad=config.data.pad,
+        seed=config.run.seed + 1,
+        rank=rank(),
+        world_size=world_size(),
+        captions=data.captions,
+        llm_probability=config.train.text.llm_probability,
+        views=views,
+    )
+    return train_stage(
+        base,
+        rows.sampler(config.train.p, config.train.k, seed=config.run.seed + 1),
+        dataset,
+        settings,
+        device=device,
+        validate=_validator(config, data, config.train.text.select, with_text=True),
+        listener=listener,
+        resume=resume,
+    )
+
+
+def _validator(
+    config: Config, data: StageData, selection: Selection, *, with_text: bool
+) -> Callable[[TVILFM], dict[str, float]] | None:
+    if selection == "last":
+        return None
+    split: Split = "test" if selection == "test" else "val"
+    protocol = SELECTION[config.data.name]
+    section = EvaluateSection(
+        protocols=(protocol,), text_sources=("witness",), default_text_source="witness", batch=config.evaluate.batch
+    )
+    splits = ("query", "gallery", "test") if split == "test" else (split,)
+    table = select(data.manifest, split=splits)
+    texts = all_texts(data.manifest, data.captions, section, seed=config.run.seed, split=split) if with_text else []
+    frozen: list[FeatureTable] = []
+
+    def validate(model: TVILFM) -> dict[str, float]:
+        images = frozen[0] if frozen else _encode_images(model, data, table, batch=section.batch)
+        if with_text and config.train.text.freeze_batch_norm and not frozen:
+            frozen.append(images)
+        encoded = None
+        if with_text:
+            vectors = encode_texts(model, texts, batch=section.batch)
+            encoded = FeatureTable(keys=tuple(texts), vectors_ND=vectors)
+        evaluator = Evaluator(
+            model,
+            data.manifest,
+            data.captions,
+            images,
+            encoded,
+            section,
+            filter_text=config.loss.filter_text,
+            seed=config.run.seed,
+            split=split,
+        )
+        kind = "fusion" if with_text else "infrared"
+        (case,) = (case for case in evaluator.evaluate() if case.query == kind)
+        rank1, mean_ap = (float(np.mean([getattr(t, name) for t in case.trials])) for name in ("rank1", "mAP"))
+        return {"val_rank1": rank1, "val_mAP": mean_ap, "score": mean_ap}
+
+    return validate
+
+
+def _encode_images(model: TVILFM, data: StageData, table: pa.Table, *, batch: int) -> FeatureTable:
+    vectors = np.empty((table.num_rows, model.spec.dim), dtype=np.float32)
+    modality = np.array(table["modality"].to_pylist())
+    for name in ("visible", "infrared"):
+        chosen = np.flatnonzero(modality == name)
+        pixel_rows = rows_of(data.manifest, table.take(pa.array(chosen)))
+        for start in range(0, len(chosen), batch):
+            part = slice(start, start + batch)
+            vectors[chosen[part]] = encode_pixels(model, data.pixels[pixel_rows[part]], name)
+    return FeatureTable(keys=tuple(table["image"].to_pylist()), vectors_ND=vectors)
+

@@ -1,0 +1,74 @@
+"""One training step of either stage, as a module, so that DDP can wrap it.
+
+Shapes: B rows a modality on this worker, N rows of the global batch, D feature.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tvilfm.datasets.transforms import augment
+from tvilfm.datasets.tri_modal import Batch
+from tvilfm.losses.objective import JointObjective, ModalityFeatures
+from tvilfm.models import TVILFM
+from tvilfm.models.fusion import semantic_filtered_fusion
+from tvilfm.training.distributed import gather_rows
+
+
+class StageStep(nn.Module):
+    """Batch in, named loss terms of the global batch out; with tokens the text stage, without the base stage.
+
+    Args:
+        model: the network, already in the stage's train mode.
+        objective: the losses.
+        pad: augmentation border, pixels.
+    """
+
+    def __init__(self, model: TVILFM, objective: JointObjective, *, pad: int) -> None:
+        super().__init__()
+        self.model, self.objective, self.pad = model, objective, pad
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        raw_BD = self._features(batch)
+        raw_ND = gather_rows(raw_BD)
+        labels_B = batch.labels.repeat(len(raw_BD) // len(batch.labels))
+        # BN neck and classifier run on the gathered rows: every worker computes the same global loss.
+        terms: dict[str, Tensor] = self.objective(raw_ND, self.model.head(raw_ND), gather_rows(labels_B))
+        return terms
+
+    def _features(self, batch: Batch) -> Tensor:
+        visual = batch.features or self._encode_pixels(batch)
+        features = ModalityFeatures(
+            visible_BD=visual["visible"],
+            visible_augmented_BD=visual["visible_augmented"],
+            infrared_BD=visual["infrared"],
+        )
+        if batch.tokens is None or batch.filter_tokens is None:
+            return self.objective.stack(features)
+        text_BD = self.model.encode_text(batch.tokens)
+        filter_BD = (
+            self.model.encode_text(batch.filter_tokens) if self.objective.section.filter_text else None
+        )
+        return self.objective.stack(
+            ModalityFeatures(
+                visible_BD=features.visible_BD,
+                visible_augmented_BD=features.visible_augmented_BD,
+                infrared_BD=features.infrared_BD,
+                fusion_BD=semantic_filtered_fusion(features.infrared_BD, text_BD, filter_BD),
+                text_BD=text_BD,
+            )
+        )
+
+    def _encode_pixels(self, batch: Batch) -> dict[str, Tensor]:
+        images = {
+            recipe: augment(pixels, batch.draws[recipe], pad=self.pad).contiguous(
+                memory_format=torch.channels_last
+            )
+            for recipe, pixels in batch.pixels.items()
+        }
+        frozen = not next(self.model.backbone.parameters()).requires_grad
+        with torch.set_grad_enabled(not frozen):
+            visible = torch.cat([images["visible"], images["visible_augmented"]])
+            raw = self.model.encode_images(visible, images["infrared"])
+        return dict(zip(("visible", "visible_augmented", "infrared"), raw.chunk(3), strict=True))
