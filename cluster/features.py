@@ -142,7 +142,7 @@ def encode_chunks(
         batch_size=1,
         num_cpus=1,
         num_gpus=section.gpus_per_worker or None,
-        concurrency=min(section.extract_workers, len(chunks)),
+        compute=ray.data.ActorPoolStrategy(size=min(section.extract_workers, len(chunks))),
     )
     done = 0
     for batch in encoded.iter_batches(batch_size=None):
@@ -218,7 +218,9 @@ def write_features(
     """
     sizes = {modality: len(names) for modality, (names, _) in images.items()} | {"text": len(texts)}
     chunks = [
-        chunk for modality, (_, rows) in images.items() for chunk in image_chunks(modality, rows, modality, size=chunk_size)
+        chunk
+        for modality, (_, rows) in images.items()
+        for chunk in image_chunks(modality, rows, modality, size=chunk_size)
     ]
     chunks += text_chunks("text", texts, size=chunk_size)
     dim = TVILFM.from_pretrained(pool["model"]).spec.dim
@@ -231,4 +233,3 @@ def write_features(
     )
     if texts:
         FeatureTable(keys=tuple(texts), vectors_ND=vectors["text"]).write(folder / "texts.parquet")
-

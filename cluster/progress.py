@@ -68,12 +68,15 @@ def watch(path: Path, label: str, unit: str) -> Iterator[None]:
         except (OSError, ValueError):
             return None
         now = time.monotonic()
-        if not first:
-            first.append((now, state["done"]))
+        if not first or state["done"] < first[0][1]:
+            first[:] = [(now, state["done"])]
         seconds, done = now - first[0][0], state["done"] - first[0][1]
-        rate = f"{done / seconds:.1f} {unit}/s" if seconds > 0 and done else ""
+        rate = left = ""
+        if seconds > 0 and done:
+            rate = f"{done / seconds:.1f} {unit}/s"
+            left = f"{(state['total'] - state['done']) * seconds / done:.0f} s left"
         bar.update(task, completed=state["done"], total=state["total"], rate=rate, note=state["note"])
-        return {**state, "rate": rate}
+        return {**state, "rate": rate, "left": left}
 
     def follow() -> None:
         printed = time.monotonic()
@@ -81,9 +84,8 @@ def watch(path: Path, label: str, unit: str) -> Iterator[None]:
             state = show()
             if state and not console.is_terminal and time.monotonic() - printed > PLAIN_INTERVAL_S:
                 printed = time.monotonic()
-                console.print(
-                    f"{label}: {state['done']}/{state['total']} {unit} {state['rate']} {state['note']}", highlight=False
-                )
+                parts = (f"{label}: {state['done']}/{state['total']} {unit}", state["rate"], state["left"], state["note"])
+                console.print("  ".join(str(part) for part in parts if part), highlight=False)
 
     thread = threading.Thread(target=follow, daemon=True)
     with bar:

@@ -35,7 +35,14 @@ from tvilfm.report.build import RunFacts, build_report, build_results
 from tvilfm.report.page import write_report
 from tvilfm.report.tables import Results
 
-UNITS = {"pixels": "images", "pretrain": "steps", "base": "steps", "views": "images", "text": "steps", "features": "rows"}
+UNITS = {
+    "pixels": "images",
+    "pretrain": "steps",
+    "base": "steps",
+    "views": "images",
+    "text": "steps",
+    "features": "rows",
+}
 PACKAGES = ("ray", "torch", "torchvision", "open_clip_torch", "transformers", "pyarrow", "numpy", "scikit-learn")
 
 
@@ -269,5 +276,3 @@ def _write(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
-
-

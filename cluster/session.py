@@ -25,6 +25,9 @@ def session(section: ClusterSection) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # The uv hook would rebuild the environment of every worker when the command was started by `uv run`.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    if section.address is None:
+        # Ray Data's actor pools make the core log a standing warning at error level (ray issue 53727).
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         ray.init(
             address=section.address,

@@ -117,9 +117,7 @@ def _worker(job: dict[str, Any]) -> None:
     if job["stage"] == "pretrain":
         _pretrain(config, folder, inputs, manifest, pixels, device)
         return
-    data = stages.StageData(
-        manifest=manifest, pixels=pixels, captions=pq.read_table(inputs["captions"])
-    )
+    data = stages.StageData(manifest=manifest, pixels=pixels, captions=pq.read_table(inputs["captions"]))
     schedule = config.train.base if job["stage"] == "base" else config.train.text
     checkpoint = ray.train.get_checkpoint()
     with tempfile.TemporaryDirectory(prefix="tvilfm-resume-") as resume_folder:
@@ -138,9 +136,7 @@ def _worker(job: dict[str, Any]) -> None:
             if "views" in inputs:
                 views = {recipe: np.load(inputs["views"] / f"{recipe}.npy", mmap_mode="r") for recipe in RECIPES}
             base = TVILFM.from_pretrained(inputs["base"] / "model")
-            stages.train_text(
-                config, data, base=base, views=views, device=device, listener=reporter, resume=resume
-            )
+            stages.train_text(config, data, base=base, views=views, device=device, listener=reporter, resume=resume)
 
 
 def _pretrain(

@@ -148,6 +148,7 @@ class BaseStageSection(ScheduleSection):
 
 class TextStageSection(ScheduleSection):
     epochs: int = Field(20, ge=1, description="20 in the paper, 120 in the released code")
+    eval_every: int = Field(1, ge=1, description="epochs between validations")
     cache_views: int = Field(
         0, ge=0, description="frozen features of so many augmented views an image; 0 = none"
     )

@@ -156,9 +156,7 @@ class Evaluator:
         return select_gallery(self._manifest, protocol, trial=trial, split=self._split)
 
     def texts(self, protocol: Protocol, source: TextSource) -> QueryTexts | None:
-        return query_texts(
-            self._manifest, self._captions, protocol, source, seed=self._seed, split=self._split
-        )
+        return query_texts(self._manifest, self._captions, protocol, source, seed=self._seed, split=self._split)
 
     @torch.inference_mode()
     def image_vectors(self, table: pa.Table, *, base: bool) -> Tensor:

@@ -198,9 +198,7 @@ def witness_captions(
     return drawn
 
 
-def ignored_gallery(
-    protocol: Protocol, query_pid: int, query_camid: int, gallery: pa.Table
-) -> npt.NDArray[np.bool_]:
+def ignored_gallery(protocol: Protocol, query_pid: int, query_camid: int, gallery: pa.Table) -> npt.NDArray[np.bool_]:
     """Which gallery images take no part for one query.
 
     Args:
@@ -214,11 +212,12 @@ def ignored_gallery(
     Source: METHOD 8. Differs: none known.
     """
     camids = column(gallery, "camid")
+    ignored: npt.NDArray[np.bool_] = np.zeros(gallery.num_rows, dtype=bool)
     if protocol.dataset == "sysu_mm01":
-        return (query_camid == 3) & (camids == 2)
-    if protocol.dataset == "llcm":
-        return (column(gallery, "pid") == query_pid) & (camids == query_camid)
-    return np.zeros(gallery.num_rows, dtype=bool)
+        ignored = (camids == 2) & (query_camid == 3)
+    elif protocol.dataset == "llcm":
+        ignored = (column(gallery, "pid") == query_pid) & (camids == query_camid)
+    return ignored
 
 
 def chance_level(query: pa.Table, gallery: pa.Table, protocol: Protocol) -> float:

@@ -90,7 +90,9 @@ def build_report(
         for kind, of_text in evaluator.text_query_vectors(query, texts).items():
             vectors[kind], kept[kind] = of_text, texts.kept
     similarity = {
-        kind: evaluator.similarity(vectors[kind], gallery, base=kind == "infrared") for kind in QUERIES if kind in vectors
+        kind: evaluator.similarity(vectors[kind], gallery, base=kind == "infrared")
+        for kind in QUERIES
+        if kind in vectors
     }
     cases = evaluator.evaluate()
     cmc = {}
@@ -189,7 +191,11 @@ def _facts(config: Config, facts: RunFacts, manifest: pa.Table, query: pa.Table,
     val = select(manifest, split="val")
     described = {
         "dataset": config.data.name
-        + (f" ({config.data.synthetic.size}, seed {config.data.synthetic.seed})" if config.data.name == "synthetic" else ""),
+        + (
+            f" ({config.data.synthetic.size}, seed {config.data.synthetic.seed})"
+            if config.data.name == "synthetic"
+            else ""
+        ),
         "training": f"{len(set(column(train, 'pid')))} identities, {train.num_rows} images",
         "validation": f"{len(set(column(val, 'pid')))} identities, {val.num_rows} images",
         "test": f"{len(set(column(query, 'pid')))} identities, {query.num_rows} queries, "
@@ -223,5 +229,3 @@ def _notes(config: Config) -> list[str]:
             "ImageNet weights."
         )
     return notes
-
-

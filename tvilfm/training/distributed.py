@@ -50,9 +50,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         centred = input - mean[:, None, None]
         variance = _sum_over_workers(centred.pow(2).sum(dim=(0, 2, 3))) / count
         with torch.no_grad():
-            assert (
-                self.running_mean is not None and self.running_var is not None and self.momentum is not None
-            )
+            assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
             assert self.num_batches_tracked is not None

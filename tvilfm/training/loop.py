@@ -99,9 +99,7 @@ def train_stage(
     synchronise_batch_norm(model.backbone, device)
     step = StageStep(model, JointObjective(settings.loss), pad=settings.pad)
     optimizer = StageOptimizer(model, settings.optim)
-    scaler = torch.amp.GradScaler(
-        device.type, enabled=device.type == "cuda" and settings.train.autocast == "float16"
-    )
+    scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and settings.train.autocast == "float16")
     if states is not None:
         optimizer.load_state_dict(states[0])
         scaler.load_state_dict(states[1])
@@ -116,9 +114,7 @@ def train_stage(
 
     for epoch in range(progress.epochs_done, schedule.epochs):
         sampler.set_epoch(epoch)
-        optimizer.set_lr_factor(
-            lr_factor(epoch, warmup_epochs=schedule.warmup_epochs, milestones=schedule.milestones)
-        )
+        optimizer.set_lr_factor(lr_factor(epoch, warmup_epochs=schedule.warmup_epochs, milestones=schedule.milestones))
         if settings.freeze_visual:
             model.train_text_stage(freeze_batch_norm=settings.freeze_batch_norm)
         else:
@@ -142,9 +138,7 @@ def train_stage(
             if keep_this or progress.best_epoch < 0:
                 model.save_pretrained(best)
             with tempfile.TemporaryDirectory(prefix="tvilfm-checkpoint-") as folder:
-                save_checkpoint(
-                    Path(folder), model, best, progress, optimizer.state_dict(), dict(scaler.state_dict())
-                )
+                save_checkpoint(Path(folder), model, best, progress, optimizer.state_dict(), dict(scaler.state_dict()))
                 listener.on_epoch(record, Path(folder))
         else:
             listener.on_epoch(record, None)

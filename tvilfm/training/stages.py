@@ -214,4 +214,3 @@ def _encode_images(model: TVILFM, data: StageData, table: pa.Table, *, batch: in
             part = slice(start, start + batch)
             vectors[chosen[part]] = encode_pixels(model, data.pixels[pixel_rows[part]], name)
     return FeatureTable(keys=tuple(table["image"].to_pylist()), vectors_ND=vectors)
-

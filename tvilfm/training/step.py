@@ -47,9 +47,7 @@ class StageStep(nn.Module):
         if batch.tokens is None or batch.filter_tokens is None:
             return self.objective.stack(features)
         text_BD = self.model.encode_text(batch.tokens)
-        filter_BD = (
-            self.model.encode_text(batch.filter_tokens) if self.objective.section.filter_text else None
-        )
+        filter_BD = self.model.encode_text(batch.filter_tokens) if self.objective.section.filter_text else None
         return self.objective.stack(
             ModalityFeatures(
                 visible_BD=features.visible_BD,
@@ -62,9 +60,7 @@ class StageStep(nn.Module):
 
     def _encode_pixels(self, batch: Batch) -> dict[str, Tensor]:
         images = {
-            recipe: augment(pixels, batch.draws[recipe], pad=self.pad).contiguous(
-                memory_format=torch.channels_last
-            )
+            recipe: augment(pixels, batch.draws[recipe], pad=self.pad).contiguous(memory_format=torch.channels_last)
             for recipe, pixels in batch.pixels.items()
         }
         frozen = not next(self.model.backbone.parameters()).requires_grad

@@ -1,0 +1,94 @@
+"""The demo over several seeds: is the order infrared < fusion < ensemble more than luck, and does caching cost accuracy?
+
+    python -m benchmarks.demo_seeds --seeds 0 1 2 --uncached
+
+Runs `tvilfm run --size small` once a seed (and, with --uncached, the text stage once more on recomputed pixels, from
+the same base model) and writes `benchmarks/results/demo_seeds.json` and `.md`. Not part of `make bench`: a seed takes
+about as long as the demo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+from pathlib import Path
+
+from cluster.run import run
+from tvilfm.config import load_config
+from tvilfm.report.tables import Results
+
+RESULTS = Path(__file__).parent / "results"
+METRICS = ("rank1", "mAP", "mINP")
+
+
+def main() -> None:
+    """Run the seeds and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--uncached", action="store_true", help="also train the text stage without cached views")
+    arguments = parser.parse_args()
+    runs = {"cached views": _runs(arguments.seeds, "seed", [])}
+    if arguments.uncached:
+        runs["pixels in every step"] = _runs(arguments.seeds, "uncached", ["train.text.cache_views=0"])
+    summary = {name: _summary(results) for name, results in runs.items()}
+    chance = next(iter(runs["cached views"])).chance
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {name: importlib.metadata.version(name) for name in ("ray", "torch", "tvilfm")},
+        "seeds": arguments.seeds,
+        "chance": chance,
+        "text_stage": summary,
+    }
+    (RESULTS / "demo_seeds.json").write_text(json.dumps(record, indent=1) + "\n")
+    (RESULTS / "demo_seeds.md").write_text(_markdown(summary, arguments.seeds, chance))
+
+
+def _runs(seeds: list[int], name: str, overrides: list[str]) -> list[Results]:
+    found = []
+    for seed in seeds:
+        shared = [f"run.seed={seed}", f"run.name={name}-{seed}", f"run.stages_dir=runs/seeds/stages-{seed}"]
+        outcome = run(load_config(Path("ray_config.yaml"), [*shared, *overrides], size="small"))
+        assert outcome.results is not None
+        found.append(outcome.results)
+    return found
+
+
+def _summary(results: list[Results]) -> dict[str, dict[str, dict[str, float | list[float]]]]:
+    """`query / text source / protocol` -> metric -> mean and deviation over seeds, and the single values."""
+    summary: dict[str, dict[str, dict[str, float | list[float]]]] = {}
+    for index, row in enumerate(results[0].rows):
+        values = {metric: [getattr(result.rows[index], metric) for result in results] for metric in METRICS}
+        summary[f"{row.query} / {row.text_source} / {row.protocol}"] = {
+            metric: {
+                "mean": statistics.mean(of_seeds),
+                "std": statistics.stdev(of_seeds) if len(of_seeds) > 1 else 0.0,
+                "seeds": of_seeds,
+            }
+            for metric, of_seeds in values.items()
+        }
+    return summary
+
+
+def _markdown(summary: dict[str, dict[str, dict[str, dict[str, float]]]], seeds: list[int], chance: dict[str, float]) -> str:
+    lines = [
+        f"`python -m benchmarks.demo_seeds`: mean ± standard deviation over {len(seeds)} training seeds, percent.",
+        "Chance (rank-1 of a random ranking): "
+        + ", ".join(f"{protocol} {100 * value:.2f}" for protocol, value in chance.items())
+        + ".",
+    ]
+    for name, cases in summary.items():
+        lines += ["", f"## {name}", "", "| query / text source / protocol | rank-1 | mAP | mINP |", "|---|---:|---:|---:|"]
+        for case, metrics in cases.items():
+            cells = (f"{100 * metrics[m]['mean']:.2f} ± {100 * metrics[m]['std']:.2f}" for m in METRICS)
+            lines.append(f"| {case} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

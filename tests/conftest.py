@@ -1,0 +1,46 @@
+"""What the tests share: one thread, a skip for missing GPUs, a tiny benchmark on disk, one local Ray."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tvilfm.datasets.synthetic import Size, write_sysu_layout
+
+TINY = Size(train=6, val=2, test=4, images_per_camera=1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # More threads than cores make tiny tensors slower, and sums of floats depend on their number.
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def tiny_benchmark(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Root of a synthetic benchmark in SYSU-MM01's layout: 6 + 2 + 4 identities, 8 images each."""
+    root = tmp_path_factory.mktemp("benchmark") / "tiny"
+    write_sysu_layout(root, TINY, seed=0)
+    return root
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A local Ray of four (virtual) CPUs, shut down after the last test."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    import ray
+
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()

@@ -1,0 +1,162 @@
+"""The main job end to end at its smallest size: what it leaves, what it skips, and what a kill costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cluster.run import run
+from cluster.stages import STAGES
+from tvilfm.config import Config, load_config
+from tvilfm.models import TVILFM
+from tvilfm.models.tvilfm import parameter_digest
+
+OVERRIDES = ("cluster.cpus_per_train_worker=1", "evaluate.protocols=[sysu_mm01/all/single, sysu_mm01/indoor/single]")
+CONFIG = Path("ray_config.yaml")
+
+
+def _config(folder: Path, *overrides: str) -> Config:
+    return load_config(CONFIG, [*OVERRIDES, f"run.dir={folder}", *overrides], size="tiny")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
+    """A folder of runs that holds one undisturbed run, `tiny`."""
+    folder = tmp_path_factory.mktemp("runs")
+    outcome = run(_config(folder))
+    assert outcome.made == tuple(STAGES)
+    return folder
+
+
+def _numbers(path: Path) -> tuple[object, str]:
+    info = json.loads((path / "run.json").read_text())
+    model = TVILFM.from_pretrained(path / info["stages"]["text"] / "model")
+    return json.loads((path / "results.json").read_text())["rows"], parameter_digest(model)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_leaves_everything_that_a_reader_needs(finished: Path) -> None:
+    path = finished / "tiny"
+    results = json.loads((path / "results.json").read_text())
+    cases = {(row["query"], row["text_source"], row["protocol"]) for row in results["rows"]}
+    for query in ("text", "fusion", "ensemble"):
+        assert (query, "witness", "sysu_mm01/all/single") in cases
+        assert (query, "own", "sysu_mm01/all/single") in cases
+        # all-search uses every visible camera: no caption is held out there
+        assert (query, "witness-heldout", "sysu_mm01/all/single") not in cases
+        assert (query, "witness-heldout", "sysu_mm01/indoor/single") in cases
+    assert ("infrared", "none", "sysu_mm01/all/single") in cases
+    assert all(row["num_trials"] == 10 and 0 <= row["mAP"] <= 1 for row in results["rows"])
+    assert results["chance"]["sysu_mm01/all/single"] == pytest.approx(4 / 64, rel=0.15)
+
+    assert load_config(path / "config.yaml") == _config(finished)
+    info = json.loads((path / "run.json").read_text())
+    assert {"ray", "torch"} <= info["versions"].keys()
+    assert info["seed"] == 0 and re.fullmatch(r"[0-9a-f]{16}", info["fingerprints"]["dataset"])
+    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [(record["stage"], record["epoch"]) for record in records] == [
+        *(("base", epoch) for epoch in range(3)),
+        *(("text", epoch) for epoch in range(3)),
+    ]
+    page = (path / "report" / "index.html").read_text()
+    assert "witness" in page and "</html>" in page
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_second_run_makes_nothing_and_a_changed_key_only_what_depends_on_it(finished: Path) -> None:
+    assert run(_config(finished)).made == ()
+    outcome = run(_config(finished, "evaluate.ensemble.text=3", "cluster.extract_workers=1"))
+    assert outcome.made == ("results", "report")
+    again = run(_config(finished))
+    assert again.made == ()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_evaluation_does_not_depend_on_the_number_of_workers(finished: Path) -> None:
+    before = _numbers(finished / "tiny")
+    config = _config(finished, "cluster.extract_workers=1")
+    info = json.loads((finished / "tiny" / "run.json").read_text())
+    for name in ("features", "results", "report"):
+        folder = (finished / "tiny" / info["stages"][name]).resolve()
+        folder.rename(folder.with_name("kept-" + folder.name))
+    assert run(config).made == ("features", "results", "report")
+    assert _numbers(finished / "tiny") == before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_killed_at_any_stage_it_goes_on_and_ends_with_the_same_numbers(finished: Path, tmp_path: Path) -> None:
+    # The dataset is the same files, so that nothing but the kills differs.
+    data = finished / "data" / "synthetic-tiny-0"
+    command = [sys.executable, "-m", "cluster", "run", "--size", "tiny", *OVERRIDES,
+               f"run.dir={tmp_path}", f"data.root={data}"]  # fmt: skip
+    (tmp_path / "data").symlink_to(finished / "data")
+    stages = tmp_path / "tiny" / "stages"
+
+    def epochs_of(stage: str) -> Callable[[], bool]:
+        return lambda: any(path.stat().st_size for path in stages.glob(f"{stage}-*.partial/metrics.jsonl"))
+
+    def started(stage: str) -> Callable[[], bool]:
+        return lambda: any(stages.glob(f"{stage}-*.partial"))
+
+    for moment in (started("pretrain"), epochs_of("base"), started("views"), epochs_of("text"), started("features")):
+        _kill_when(command, moment)
+    finish = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    assert finish.returncode == 0, finish.stderr[-2000:]
+    assert "base: there already" in finish.stderr
+    assert _numbers(tmp_path / "tiny") == _numbers(finished / "tiny")
+
+
+def _kill_when(command: list[str], moment: Callable[[], bool]) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    deadline = time.monotonic() + 200
+    while not moment():
+        assert process.poll() is None, process.stderr.read()[-2000:] if process.stderr else ""
+        assert time.monotonic() < deadline, "the moment to kill at never came"
+        time.sleep(0.02)
+    children = _descendants(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    # Ray's processes die with the driver; the next attempt must not meet one that still writes.
+    while any(_alive(pid) for pid in children):
+        assert time.monotonic() < deadline, "processes of the killed run live on"
+        time.sleep(0.05)
+
+
+def _descendants(pid: int) -> list[int]:
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            parents.setdefault(int(fields[1]), []).append(int(entry.name))
+    found, queue = [], [pid]
+    while queue:
+        children = parents.get(queue.pop(), [])
+        found += children
+        queue += children
+    return found
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

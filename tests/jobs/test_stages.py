@@ -1,0 +1,77 @@
+"""Which stages a changed key touches, and what a killed stage leaves behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster.stages import STAGES, StageStore, stage_fingerprints
+from tvilfm.config import FIDELITY_SWITCHES, Config, known_keys, load_config
+
+DATASET = {"dataset": "d0", "captions": "c0"}
+FREE = ("run.name", "run.dir", "run.stages_dir", "data.name", "data.root", "data.decode_batch", "data.synthetic",
+        "train.loader_workers", "cluster", "fidelity")  # fmt: skip
+
+
+def _changed(before: Config, after: Config, dataset: dict[str, str] = DATASET) -> set[str]:
+    old, new = stage_fingerprints(before, DATASET), stage_fingerprints(after, dataset)
+    return {name for name in STAGES if old.get(name) != new.get(name)}
+
+
+AFTER_TEXT = {"text", "features", "results", "report"}
+CASES = {
+    "evaluate.ensemble.text=2": {"results", "report"},
+    "evaluate.text_sources=[witness]": {"features", "results", "report"},
+    "loss.joint=false": AFTER_TEXT,
+    "optim.text_lr=0.002": AFTER_TEXT,
+    "train.text.llm_probability=0": AFTER_TEXT,
+    "train.text.cache_views=3": {"views"} | AFTER_TEXT,
+    "train.base.epochs=7": {"base", "views"} | AFTER_TEXT,
+    "loss.wrt_weight=0.5": {"base", "views"} | AFTER_TEXT,
+    "train.pretrain.steps=9": {"pretrain", "base", "views"} | AFTER_TEXT,
+    "data.height=64": {"pixels", "pretrain", "base", "views"} | AFTER_TEXT,
+    "cluster.extract_workers=1": set(),
+    "run.name=other": set(),
+}
+
+
+@pytest.mark.parametrize("override", CASES)
+def test_a_changed_key_changes_exactly_the_stages_that_depend_on_it(override: str) -> None:
+    config = Path("ray_config.yaml")
+    before, after = load_config(config, size="tiny"), load_config(config, [override], size="tiny")
+    assert _changed(before, after) == CASES[override]
+
+
+def test_new_captions_redo_the_text_stage_and_leave_the_base_model() -> None:
+    config = load_config(Path("ray_config.yaml"), size="tiny")
+    assert _changed(config, config, {**DATASET, "captions": "c1"}) == AFTER_TEXT
+    assert _changed(config, config, {**DATASET, "dataset": "d1"}) == set(STAGES) - {"pretrain"}
+
+
+def test_every_key_is_read_by_a_stage_or_listed_as_without_influence() -> None:
+    read = {key for stage in STAGES.values() for key in stage.keys}
+
+    def covered(key: str, by: tuple[str, ...] | set[str]) -> bool:
+        return any(key == prefix or key.startswith(prefix + ".") for prefix in by)
+
+    for key in known_keys():
+        assert covered(key, read) != covered(key, FREE), key
+    assert all(covered(key, read) for key in FIDELITY_SWITCHES)
+
+
+def test_a_stage_that_fails_is_not_taken_for_done_and_keeps_its_working_folder(tmp_path: Path) -> None:
+    store = StageStore(tmp_path, {"base": "f00"})
+
+    def fail(folder: Path) -> None:
+        (folder / "half").write_text("done")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        store.ensure("base", fail)
+    assert not store.has("base")
+
+    found = []
+    assert store.ensure("base", lambda folder: found.append((folder / "half").read_text()))
+    assert found == ["done"]
+    assert store.has("base") and not store.ensure("base", fail)

@@ -1,0 +1,73 @@
+"""Training on Ray Train: two workers are one worker."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from cluster.pixels import decode_dataset
+from cluster.train import fit_stage
+from tvilfm.config import Config, load_config
+from tvilfm.datasets import read_dataset
+from tvilfm.datasets.captions import read_published
+from tvilfm.datasets.synthetic import Size, write_sysu_layout
+from tvilfm.models import TVILFM
+
+# 8 identities x 4 visible images and batches of 4 x 2: int(32 / 8) + 1 = 5 steps an epoch.
+OVERRIDES = (
+    "train.base={epochs: 1, warmup_epochs: 0, milestones: [], select: last}",
+    "train.text={epochs: 1, warmup_epochs: 0, milestones: [], select: last, cache_views: 0}",
+    "optim={lr: 3.5e-4, text_lr: 3.5e-4}",
+    "model.weights=random",
+    "cluster.cpus_per_train_worker=1",
+)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("train")
+    write_sysu_layout(folder / "data", Size(train=8, val=2, test=2, images_per_camera=1), seed=3)
+    manifest = read_dataset("synthetic", folder / "data")
+    (folder / "pixels").mkdir()
+    decode_dataset(folder / "pixels", folder / "data", manifest, load_config(Path("ray_config.yaml"), size="tiny").data)
+    pq.write_table(read_published(folder / "data", manifest), folder / "captions.parquet")
+    return {"pixels": str(folder / "pixels"), "captions": str(folder / "captions.parquet")}
+
+
+def _fit(stage: str, folder: Path, inputs: dict[str, str], *overrides: str) -> tuple[TVILFM, dict[str, float]]:
+    config: Config = load_config(Path("ray_config.yaml"), [*OVERRIDES, *overrides], size="tiny")
+    folder.mkdir()
+    fit_stage(stage, folder, config, inputs)
+    record = json.loads((folder / "metrics.jsonl").read_text())
+    return TVILFM.from_pretrained(folder / "model"), record
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_two_workers_give_the_losses_and_weights_of_one(
+    inputs: dict[str, str], ray_session: None, tmp_path: Path
+) -> None:
+    one, one_record = _fit("base", tmp_path / "one", inputs)
+    two, two_record = _fit("base", tmp_path / "two", inputs, "cluster.train_workers=2")
+    _assert_equal(one, two, one_record, two_record)
+
+    one_text, one_record = _fit("text", tmp_path / "one-text", {**inputs, "base": str(tmp_path / "one")})
+    two_text, two_record = _fit(
+        "text", tmp_path / "two-text", {**inputs, "base": str(tmp_path / "one")}, "cluster.train_workers=2"
+    )
+    _assert_equal(one_text, two_text, one_record, two_record)
+    moved = [not torch.equal(value, one.state_dict()[key]) for key, value in one_text.state_dict().items()
+             if key.startswith("head.")]  # fmt: skip
+    assert any(moved)
+
+
+def _assert_equal(one: TVILFM, two: TVILFM, one_record: dict[str, float], two_record: dict[str, float]) -> None:
+    for term in ("id", "wrt"):
+        assert two_record[term] == pytest.approx(one_record[term], abs=1e-5)
+    state = two.state_dict()
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(state[name].float(), value.float(), rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")

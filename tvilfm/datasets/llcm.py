@@ -1,0 +1,95 @@
+"""LLCM: nine cameras in low light, 713 training and 351 test identities.
+
+All images lie in `vis/{pid:04d}/` and `nir/{pid:04d}/`, named `{pid}_c{camera}_s*_f*_{vis,nir}.jpg`. Training images are
+listed in `idx/train_{vis,nir}.txt`; the test images come a second time as `test_{vis,nir}/cam{c}/{pid:04d}/`, which is
+what the published protocol walks, with the identities of `idx/test_id.txt`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+from tvilfm.datasets.manifest import build_manifest
+from tvilfm.datasets.splits import held_out, read_ids, read_image_list, require_sound
+from tvilfm.datasets.sysu_mm01 import SUFFIXES
+
+FOLDERS = {"visible": "vis", "infrared": "nir"}
+_CAMERA = re.compile(r"_c(\d+)_")
+
+
+def read(root: Path, *, strict: bool = True) -> pa.Table:
+    """Read the folder.
+
+    Splits: `train` and, of its identities, every tenth as `val` (see `splits.held_out`); `test` for both modalities,
+    as each searches the other in one of the two protocols. Test images are those of `test_vis` and `test_nir` where
+    these folders are there, else those of `idx/test_{vis,nir}.txt`. `pid` is the folder's number.
+
+    Args:
+        root: folder that holds vis, nir, test_vis, test_nir and idx.
+        strict: refuse missing images and identities in two splits; `tvilfm data check` counts them instead.
+
+    Raises:
+        ValueError: another layout, a missing or malformed list, a file name without a camera, or what `strict` refuses.
+
+    Source: Zhang and Wang, CVPR 2023; METHOD 5, 8. Differs: none known.
+    """
+    absent = [folder for folder in FOLDERS.values() if not (root / folder).is_dir()]
+    if absent:
+        raise ValueError(
+            f"data.root: expected LLCM's folders vis and nir in {root}, got no {absent[0]}. "
+            "Give the folder that holds vis, nir and idx."
+        )
+    train = [row for modality in FOLDERS for row in _listed(root, "train", modality)]
+    folders = [root / f"test_{folder}" for folder in FOLDERS.values()]
+    if all(folder.is_dir() for folder in folders):
+        pids = read_ids(root / "idx" / "test_id.txt")
+        test = [row for modality in FOLDERS for row in _test_folder(root, modality, pids)]
+    else:
+        test = [row for modality in FOLDERS for row in _listed(root, "test", modality)]
+    val = held_out(int(str(row["pid"])) for row in train)
+    for row in train:
+        row["split"] = "val" if row["pid"] in val else "train"
+    manifest = build_manifest([*train, *test])
+    return require_sound(root, manifest) if strict else manifest
+
+
+def _listed(root: Path, part: str, modality: str) -> Iterator[dict[str, object]]:
+    folder = FOLDERS[modality]
+    path = root / "idx" / f"{part}_{folder}.txt"
+    for image in read_image_list(path):
+        head, pid, name = [*image.split("/"), "", ""][:3]
+        camera = _CAMERA.search(name)
+        if head != folder or not pid.isdigit() or camera is None:
+            raise ValueError(
+                f"{path}: expected {folder}/<identity>/<identity>_c<camera>_*.jpg, got {image!r}. Restore the file."
+            )
+        yield _row(image, int(pid), int(camera[1]), modality, part)
+
+
+def _test_folder(root: Path, modality: str, pids: list[int]) -> Iterator[dict[str, object]]:
+    """Images of `test_{vis,nir}/cam{c}/{pid:04d}`, by identity, camera, file, as the released protocol lists them."""
+    top = f"test_{FOLDERS[modality]}"
+    cameras = sorted(
+        int(folder.name[3:])
+        for folder in (root / top).iterdir()
+        if folder.is_dir() and folder.name.startswith("cam") and folder.name[3:].isdigit()
+    )
+    if not cameras:
+        raise ValueError(
+            f"data.root: expected camera folders cam1 to cam9 in {root / top}, got none. Unpack the test images again."
+        )
+    for pid in pids:
+        for camid in cameras:
+            folder = root / top / f"cam{camid}" / f"{pid:04d}"
+            if folder.is_dir():
+                for file in sorted(folder.iterdir()):
+                    if file.suffix.lower() in SUFFIXES:
+                        yield _row(f"{top}/cam{camid}/{pid:04d}/{file.name}", pid, camid, modality, "test")
+
+
+def _row(image: str, pid: int, camid: int, modality: str, split: str) -> dict[str, object]:
+    return {"image": image, "pid": pid, "camid": camid, "modality": modality, "split": split}

@@ -1,0 +1,81 @@
+"""RegDB: 412 identities, ten visible and ten thermal images of each, ten ways to halve the identities.
+
+`Visible/{pid}/*.bmp`, `Thermal/{pid}/*.bmp` and `idx/{train,test}_{visible,thermal}_{1..10}.txt`. The ten splits share
+the identities, so a model knows half of the test people of every split but its own: the split is part of what a model
+is, and the configuration carries it as `data.split`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+
+from tvilfm.datasets.manifest import build_manifest
+from tvilfm.datasets.splits import held_out, read_image_list, require_sound
+
+NUM_SPLITS = 10
+FOLDERS = {"visible": "Visible", "infrared": "Thermal"}
+LISTS = {"visible": "visible", "infrared": "thermal"}
+CAMERAS = {"visible": 1, "infrared": 2}
+
+
+def read(root: Path, *, split: int = 1, strict: bool = True) -> pa.Table:
+    """Read one of the ten splits.
+
+    `pid` is the folder's number, not the label in the list: the label is a position in that list, and the same number
+    means another person in the next list, while the published captions by identity go by the folder. Every tenth
+    training identity is `val` (see `splits.held_out`). Rows follow the lists.
+
+    Args:
+        root: folder that holds Visible, Thermal and idx.
+        split: 1 to 10.
+        strict: refuse missing images and identities in two splits; `tvilfm data check` counts them instead.
+
+    Raises:
+        ValueError: another layout, a missing or malformed list, an image listed under the wrong modality, lists of the
+            two modalities with different identities, or what `strict` refuses.
+
+    Source: Nguyen et al., Sensors 2017; lists of Ye et al., AAAI 2018; METHOD 8. Differs: none known.
+    """
+    if not 1 <= split <= NUM_SPLITS:
+        raise ValueError(f"data.split: expected 1 to {NUM_SPLITS}, got {split}. Pick one of RegDB's splits.")
+    absent = [folder for folder in FOLDERS.values() if not (root / folder).is_dir()]
+    if absent:
+        raise ValueError(
+            f"data.root: expected RegDB's folders Visible and Thermal in {root}, got no {absent[0]}. "
+            "Give the folder that holds Visible, Thermal and idx."
+        )
+    listed: dict[str, dict[str, list[tuple[str, int]]]] = {"train": {}, "test": {}}
+    for part, modalities in listed.items():
+        for modality in FOLDERS:
+            path = root / "idx" / f"{part}_{LISTS[modality]}_{split}.txt"
+            modalities[modality] = [(image, _pid(image, modality, path)) for image in read_image_list(path)]
+        pids = {modality: {pid for _, pid in entries} for modality, entries in modalities.items()}
+        differ = sorted(pids["visible"] ^ pids["infrared"])
+        if differ and strict:
+            raise ValueError(
+                f"idx/{part}_*_{split}.txt: expected the same identities in both modalities, got pid {differ[0]} in "
+                "one of them only. Restore the idx folder."
+            )
+    val = held_out(pid for entries in listed["train"].values() for _, pid in entries)
+    manifest = build_manifest(
+        {
+            "image": image,
+            "pid": pid,
+            "camid": CAMERAS[modality],
+            "modality": modality,
+            "split": "val" if part == "train" and pid in val else part,
+        }
+        for part, modalities in listed.items()
+        for modality, entries in modalities.items()
+        for image, pid in entries
+    )
+    return require_sound(root, manifest) if strict else manifest
+
+
+def _pid(image: str, modality: str, path: Path) -> int:
+    folder, pid, *file = [*image.split("/"), "", ""][:3]
+    if folder != FOLDERS[modality] or not pid.isdigit() or not file[0]:
+        raise ValueError(f"{path}: expected {FOLDERS[modality]}/<identity>/<file>, got {image!r}. Restore the file.")
+    return int(pid)

@@ -1,0 +1,108 @@
+"""Who is trained on and who is tested: split lists, the identities held out, and what must never happen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pyarrow as pa
+
+HELD_OUT_EVERY = 10  # METHOD 4: datasets without a validation split hold out 10 % of the training identities
+TEST_SPLITS = ("query", "gallery", "test")
+
+
+def held_out(pids: Iterable[int]) -> frozenset[int]:
+    """The training identities that choose the checkpoint: every tenth, in ascending order, and at least one.
+
+    A rule rather than a draw, so that every reader, machine and version holds out the same people.
+
+    Source: METHOD 4, ours. Differs: the released code holds nobody out and selects on the test set.
+    """
+    ordered = sorted(set(pids))
+    chosen = ordered[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+    return frozenset(chosen or ordered[1:][-1:])
+
+
+def read_image_list(path: Path) -> list[str]:
+    """Image paths of a split list, one `path label` a line.
+
+    The label is the position of the identity in that one list; it is checked for form and not used, because the
+    folder in the path names the identity the same way in every list.
+
+    Raises:
+        ValueError: the file is not there, empty, or a line has another form (its number is named).
+    """
+    images = []
+    for number, line in enumerate(_lines(path), start=1):
+        image, _, label = line.strip().rpartition(" ")
+        if not image or not label.isdigit():
+            raise ValueError(f"{path}:{number}: expected 'image label', got {line!r}. Restore the file.")
+        images.append(image.strip().replace("\\", "/").removeprefix("./"))
+    return images
+
+
+def read_ids(path: Path) -> list[int]:
+    """Identities of a comma-separated list, ascending.
+
+    Raises:
+        ValueError: the file is not there, empty, or holds other text.
+    """
+    try:
+        return sorted({int(pid) for line in _lines(path) for pid in line.split(",") if pid.strip()})
+    except ValueError as error:
+        if "data.root" in str(error):
+            raise
+        raise ValueError(
+            f"{path}: expected comma-separated identity numbers, got other text. Restore the file."
+        ) from None
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise ValueError(
+            f"data.root: expected the split file {path}, which is not there. Copy the dataset's {path.parent.name} folder."
+        )
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"data.root: expected lines in the split file {path}, got none. Restore the file.")
+    return lines
+
+
+def in_two_splits(manifest: pa.Table) -> list[tuple[int, str, str]]:
+    """Identities with images in two of train, val and test (query and gallery count as test): (pid, one, other)."""
+    parts: dict[int, set[str]] = {}
+    for pid, split in zip(manifest["pid"].to_pylist(), manifest["split"].to_pylist(), strict=True):
+        parts.setdefault(pid, set()).add("test" if split in TEST_SPLITS else split)
+    order = ("train", "val", "test")
+    return [
+        (pid, *sorted(found, key=order.index)[:2])  # type: ignore[misc]
+        for pid, found in sorted(parts.items())
+        if len(found) > 1
+    ]
+
+
+def missing_images(root: Path, manifest: pa.Table) -> list[str]:
+    """Listed images that are not on disk, in manifest order."""
+    return [image for image in manifest["image"].to_pylist() if not (root / image).is_file()]
+
+
+def require_sound(root: Path, manifest: pa.Table) -> pa.Table:
+    """Hand a manifest on if every image is on disk and no identity is in two splits.
+
+    Raises:
+        ValueError: naming the first identity or image at fault and how many there are.
+    """
+    twice = in_two_splits(manifest)
+    if twice:
+        pid, one, other = twice[0]
+        raise ValueError(
+            f"data.root: expected each identity in one split, got pid {pid} in {one} and {other} "
+            f"({len(twice)} identities in all). Restore the split files; `tvilfm data check` lists what is wrong."
+        )
+    missing = missing_images(root, manifest)
+    if missing:
+        raise ValueError(
+            f"data.root: expected every listed image in {root}, got {len(missing)} of {manifest.num_rows} missing, "
+            f"the first {missing[0]}. Unpack the images again or give the folder that holds them."
+        )
+    return manifest
