@@ -10,13 +10,13 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from cluster.data import app as data_app
 from tvilfm.config import Config, known_keys, load_config, to_yaml
 
 DEFAULT_CONFIG = Path("ray_config.yaml")
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="TVI-LFM on Ray.")
 config_app = typer.Typer(no_args_is_help=True, help="Look at the run description.")
-data_app = typer.Typer(no_args_is_help=True, help="Datasets.")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 
@@ -92,33 +92,6 @@ def config_schema(
         for part in key.split("."):
             node = node[part]
         typer.echo(f"{key} = {json.dumps(node)}  # {description}")
-
-
-@data_app.command("synth")
-def data_synth(
-    out: Annotated[Path, typer.Argument(help="Folder to make.")],
-    identities: Annotated[
-        str, typer.Option(help="tiny, small, large, or TRAIN,VAL,TEST counts.", show_default=True)
-    ] = "small",
-    images_per_camera: Annotated[int, typer.Option(min=1, help="Visible images a camera; infrared twice as many.")] = 1,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    layout: Annotated[Literal["sysu_mm01"], typer.Option(help="On-disk layout.")] = "sysu_mm01",
-) -> None:
-    """Render the synthetic tri-modal benchmark; same seed, same bytes."""
-    from tvilfm.datasets.synthetic import SIZES, Size, write_sysu_layout
-
-    if identities in SIZES:
-        size = SIZES[identities]
-    else:
-        try:
-            train, val, test = (int(part) for part in identities.split(","))
-        except ValueError:
-            raise ValueError(
-                f"--identities: expected {', '.join(SIZES)} or TRAIN,VAL,TEST as in 800,80,120, got {identities!r}."
-            ) from None
-        size = Size(train=train, val=val, test=test, images_per_camera=images_per_camera)
-    write_sysu_layout(out, size, seed=seed)
-    typer.echo(f"{out}: {size.train} + {size.val} + {size.test} identities, layout {layout}, seed {seed}")
 
 
 def main() -> None:

@@ -18,9 +18,11 @@ from tvilfm.datasets.synthetic import Size, write_sysu_layout
 from tvilfm.models import TVILFM
 
 # 8 identities x 4 visible images and batches of 4 x 2: int(32 / 8) + 1 = 5 steps an epoch.
+# The paper's warm-up: at a full rate Adam turns rounding in near-zero gradients into whole steps of either sign;
+# tests/unit/test_distributed.py shows, in float64, that the gradients themselves are equal.
 OVERRIDES = (
-    "train.base={epochs: 1, warmup_epochs: 0, milestones: [], select: last}",
-    "train.text={epochs: 1, warmup_epochs: 0, milestones: [], select: last, cache_views: 0}",
+    "train.base={epochs: 1, warmup_epochs: 10, select: last}",
+    "train.text={epochs: 1, warmup_epochs: 10, select: last, cache_views: 0}",
     "optim={lr: 3.5e-4, text_lr: 3.5e-4}",
     "model.weights=random",
     "cluster.cpus_per_train_worker=1",
@@ -70,4 +72,9 @@ def _assert_equal(one: TVILFM, two: TVILFM, one_record: dict[str, float], two_re
         assert two_record[term] == pytest.approx(one_record[term], abs=1e-5)
     state = two.state_dict()
     for name, value in one.state_dict().items():
-        torch.testing.assert_close(state[name].float(), value.float(), rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        other = state[name]
+        if name.endswith("in_proj_bias"):
+            # A key bias shifts a row's attention scores alike: its gradient is zero but for rounding, which Adam
+            # scales up to whole steps. It changes no output; queries' and values' biases are compared.
+            value, other = (torch.cat([v.chunk(3)[0], v.chunk(3)[2]]) for v in (value, other))
+        torch.testing.assert_close(other, value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")

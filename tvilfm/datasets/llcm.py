@@ -1,8 +1,8 @@
 """LLCM: nine cameras in low light, 713 training and 351 test identities.
 
-All images lie in `vis/{pid:04d}/` and `nir/{pid:04d}/`, named `{pid}_c{camera}_s*_f*_{vis,nir}.jpg`. Training images are
-listed in `idx/train_{vis,nir}.txt`; the test images come a second time as `test_{vis,nir}/cam{c}/{pid:04d}/`, which is
-what the published protocol walks, with the identities of `idx/test_id.txt`.
+All images lie in `vis/{pid:04d}/` and `nir/{pid:04d}/`, named `{pid}_c{camera}_s*_f*_{vis,nir}.jpg`. Those of training
+are listed in `idx/train_{vis,nir}.txt`; those of testing come a second time as `test_{vis,nir}/cam{c}/{pid:04d}/`,
+which is what the published protocol walks, with the identities of `idx/test_id.txt`.
 """
 
 from __future__ import annotations

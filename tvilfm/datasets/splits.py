@@ -47,11 +47,10 @@ def read_ids(path: Path) -> list[int]:
     Raises:
         ValueError: the file is not there, empty, or holds other text.
     """
+    lines = _lines(path)
     try:
-        return sorted({int(pid) for line in _lines(path) for pid in line.split(",") if pid.strip()})
-    except ValueError as error:
-        if "data.root" in str(error):
-            raise
+        return sorted({int(pid) for line in lines for pid in line.split(",") if pid.strip()})
+    except ValueError:
         raise ValueError(
             f"{path}: expected comma-separated identity numbers, got other text. Restore the file."
         ) from None
@@ -60,7 +59,8 @@ def read_ids(path: Path) -> list[int]:
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(
-            f"data.root: expected the split file {path}, which is not there. Copy the dataset's {path.parent.name} folder."
+            f"data.root: expected the split file {path}, which is not there. "
+            f"Copy the dataset's {path.parent.name} folder."
         )
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:
@@ -73,12 +73,12 @@ def in_two_splits(manifest: pa.Table) -> list[tuple[int, str, str]]:
     parts: dict[int, set[str]] = {}
     for pid, split in zip(manifest["pid"].to_pylist(), manifest["split"].to_pylist(), strict=True):
         parts.setdefault(pid, set()).add("test" if split in TEST_SPLITS else split)
-    order = ("train", "val", "test")
-    return [
-        (pid, *sorted(found, key=order.index)[:2])  # type: ignore[misc]
-        for pid, found in sorted(parts.items())
-        if len(found) > 1
-    ]
+    twice: list[tuple[int, str, str]] = []
+    for pid, found in sorted(parts.items()):
+        one, *others = [split for split in ("train", "val", "test") if split in found]
+        if others:
+            twice.append((pid, one, others[-1]))
+    return twice
 
 
 def missing_images(root: Path, manifest: pa.Table) -> list[str]:

@@ -24,13 +24,21 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from PIL import Image, ImageDraw, ImageFilter
+
+from tvilfm.datasets.captions import write_published
+from tvilfm.datasets.manifest import CAPTION_SCHEMA, build_manifest
+
+Layout = Literal["sysu_mm01", "regdb", "llcm", "folder"]
 
 IMAGE_HEIGHT, IMAGE_WIDTH = 96, 48
 SUPERSAMPLING = 3
@@ -95,9 +103,7 @@ def _archetypes() -> list[dict[str, str]]:
     chosen = [every[order[0]]]
     # Farthest-point selection, so that two archetypes differ in two attributes or more.
     for _ in range(NUM_ARCHETYPES - 1):
-        distances = [
-            min(sum(a != b for a, b in zip(every[i], c, strict=True)) for c in chosen) for i in order
-        ]
+        distances = [min(sum(a != b for a, b in zip(every[i], c, strict=True)) for c in chosen) for i in order]
         chosen.append(every[order[int(np.argmax(distances))]])
     return [dict(zip(SHAPE_ATTRIBUTES, look, strict=True)) for look in chosen]
 
@@ -111,9 +117,7 @@ class Person:
     reflectance: dict[str, float]  # brightness in infrared of each part, 0-1
 
 
-def draw_people(
-    num_identities: int, *, seed: int, first_pid: int = 1, archetypes: bool = True
-) -> list[Person]:
+def draw_people(num_identities: int, *, seed: int, first_pid: int = 1, archetypes: bool = True) -> list[Person]:
     """Draw identities; no two have the same attributes.
 
     Args:
@@ -331,9 +335,7 @@ def _draw_person(draw, attributes, paint, rng, width, height, scale) -> None:  #
     if attributes["pattern"] in ("striped", "checked"):
         for y in np.arange(body[0], body[1], 4.6 * unit):
             half = hip + (shoulder - hip) * max(0.0, (waist_y - y) / (waist_y - neck_y))
-            draw.line(
-                (centre - half * 0.97, y, centre + half * 0.97, y), fill=stripe, width=max(1, int(1.5 * unit))
-            )
+            draw.line((centre - half * 0.97, y, centre + half * 0.97, y), fill=stripe, width=max(1, int(1.5 * unit)))
     if attributes["pattern"] == "checked":
         for x in np.arange(-hip * 0.9, hip * 0.95, 3.8 * unit):
             draw.line((centre + x, body[0], centre + x, body[1]), fill=stripe, width=max(1, int(1.2 * unit)))
@@ -350,27 +352,21 @@ def _draw_person(draw, attributes, paint, rng, width, height, scale) -> None:  #
     if attributes["bag"] == "backpack":
         for side in (-1, 1):
             x = centre + side * shoulder * 0.62
-            draw.line(
-                (x, neck_y + 0.5 * unit, x, neck_y + 15 * unit), fill=paint("bag"), width=int(1.8 * unit)
-            )
+            draw.line((x, neck_y + 0.5 * unit, x, neck_y + 15 * unit), fill=paint("bag"), width=int(1.8 * unit))
 
     radius = 5.6 * unit
     hair = paint("hair")
     if attributes["hair"] == "long":
         for side in (-1, 1):
             near, far = sorted((centre + side * radius * 0.72, centre + side * radius * 1.5))
-            draw.rounded_rectangle(
-                (near, head_y - radius, far, neck_y + 9 * unit), radius=2 * unit, fill=hair
-            )
+            draw.rounded_rectangle((near, head_y - radius, far, neck_y + 9 * unit), radius=2 * unit, fill=hair)
     if attributes["hair"] == "ponytail":
         draw.ellipse(
             (centre + radius * 0.7, head_y - radius * 0.6, centre + radius * 2.1, head_y + radius * 2.4),
             fill=hair,
         )
     draw.rectangle((centre - 2 * unit, head_y, centre + 2 * unit, neck_y + unit), fill=paint("skin"))
-    draw.ellipse(
-        (centre - radius, head_y - radius * 1.2, centre + radius, head_y + radius * 1.2), fill=paint("skin")
-    )
+    draw.ellipse((centre - radius, head_y - radius * 1.2, centre + radius, head_y + radius * 1.2), fill=paint("skin"))
     draw.pieslice(
         (centre - radius * 1.12, head_y - radius * 1.35, centre + radius * 1.12, head_y + radius * 0.9),
         180,
@@ -391,12 +387,8 @@ def _draw_person(draw, attributes, paint, rng, width, height, scale) -> None:  #
         )
     if attributes["bag"] == "handbag":
         x, y = centre + shoulder * 1.3 + swing, waist_y + 4 * unit
-        draw.arc(
-            (x - 3 * unit, y - 5 * unit, x + 3 * unit, y + 5 * unit), 180, 360, fill=paint("bag"), width=scale
-        )
-        draw.rounded_rectangle(
-            (x - 4.6 * unit, y, x + 4.6 * unit, y + 9 * unit), radius=unit, fill=paint("bag")
-        )
+        draw.arc((x - 3 * unit, y - 5 * unit, x + 3 * unit, y + 5 * unit), 180, 360, fill=paint("bag"), width=scale)
+        draw.rounded_rectangle((x - 4.6 * unit, y, x + 4.6 * unit, y + 9 * unit), radius=unit, fill=paint("bag"))
 
 
 def _darker(rgb: tuple[int, int, int], factor: float) -> tuple[int, int, int]:
@@ -447,9 +439,7 @@ CONFUSED_COLOURS: dict[str, tuple[str, ...]] = {
 FILLERS = ("clearly ", "basically ", "existing ", "certainly ", "very modern ")
 
 
-def observe(
-    person: Person, rendering: Rendering, rng: np.random.Generator, *, infrared: bool
-) -> dict[str, str]:
+def observe(person: Person, rendering: Rendering, rng: np.random.Generator, *, infrared: bool) -> dict[str, str]:
     """What a captioner believes it sees: visible attributes, some missed, some wrong; no colours in infrared."""
     missed, wrong = (0.25, 0.12) if infrared else (0.25, 0.10)
     believed: dict[str, str] = {}
@@ -484,11 +474,7 @@ def write_sentence(believed: dict[str, str], rng: np.random.Generator) -> str:
     hair = phrase("hair", "hair_colour", last="hair") if {"hair", "hair_colour"} & set(believed) else ""
     top = phrase("top_colour", "pattern", last=word(believed["top"]) if "top" in believed else "top")
     bottom = phrase("bottom_colour", last=word(believed["bottom"]) if "bottom" in believed else "bottoms")
-    shoes = (
-        phrase("shoe_colour", last=("shoes", "footwear")[rng.integers(2)])
-        if "shoe_colour" in believed
-        else ""
-    )
+    shoes = phrase("shoe_colour", last=("shoes", "footwear")[rng.integers(2)]) if "shoe_colour" in believed else ""
     carried = believed.get("bag", "none")
     bag = phrase("bag_colour", last=word(carried)) if carried != "none" else ""
     hat = word(believed["hat"]) if believed.get("hat", "none") != "none" else ""
@@ -527,6 +513,29 @@ def _shoot(shot: _Shot, root: Path) -> tuple[str, str, str]:
     return shot.path, write_sentence(believed, rng), write_sentence(believed, rng)
 
 
+def write_layout(root: Path, size: Size, *, seed: int, layout: Layout = "sysu_mm01", archetypes: bool = True) -> None:
+    """Write a benchmark as files in the exact layout of a dataset, so that the dataset's own reader reads it.
+
+    Args:
+        root: the folder to make; it must not exist.
+        size: identities by split and images a camera. RegDB and LLCM have no validation list: their readers hold out
+            every tenth of the `train + val` training identities.
+        seed: same seed, same bytes.
+        layout: sysu_mm01, regdb (ten splits), llcm (nine cameras, eight of them also infrared) or folder.
+        archetypes: see `draw_people`.
+
+    Raises:
+        FileExistsError: when `root` exists.
+    """
+    writers = {
+        "sysu_mm01": write_sysu_layout,
+        "regdb": _write_regdb_layout,
+        "llcm": _write_llcm_layout,
+        "folder": _write_folder_layout,
+    }
+    writers[layout](root, size, seed=seed, archetypes=archetypes)
+
+
 def write_sysu_layout(root: Path, size: Size, *, seed: int, archetypes: bool = True) -> None:
     """Write a benchmark as files in SYSU-MM01's exact layout, captions in the published format.
 
@@ -543,33 +552,152 @@ def write_sysu_layout(root: Path, size: Size, *, seed: int, archetypes: bool = T
     Raises:
         FileExistsError: when `root` exists.
     """
+    with _whole_or_nothing(root) as partial:
+        people, split_of = _people(size, seed, archetypes)
+        (partial / "exp").mkdir(parents=True)
+        for split in ("train", "val", "test"):
+            chosen = [person.pid for person in people if split_of[person.pid] == split]
+            (partial / "exp" / f"{split}_id.txt").write_text(",".join(map(str, chosen)) + "\n")
+        captions: dict[str, dict[str, dict[str, str]]] = {"RGB": {}, "IR": {}}
+        for path, caption, rephrased in _shoot_all(partial, list(_shots(people, size.images_per_camera, seed))):
+            sensor = "IR" if int(path[3]) in INFRARED_CAMERAS else "RGB"
+            captions[sensor][path] = {"description": caption, "aug_description": rephrased}
+        for sensor, entries in captions.items():
+            folder = partial / "Text" / f"Blip_{sensor}"
+            folder.mkdir(parents=True)
+            (folder / f"caption_llm_dict_Blip_{sensor}.json").write_text(json.dumps(entries, indent=1))
+        _write_truth(partial, people)
+
+
+def _write_regdb_layout(root: Path, size: Size, *, seed: int, archetypes: bool = True) -> None:
+    """`{Visible,Thermal}/{pid}/*.bmp`, `idx/{train,test}_{visible,thermal}_{1..10}.txt`, and Text."""
+    with _whole_or_nothing(root) as partial:
+        people, _ = _people(size, seed, archetypes)
+        shots = []
+        for person in people:
+            for folder, letter, camid in (("Visible", "v", 1), ("Thermal", "t", 3)):
+                for index in range(size.images_per_camera):
+                    sex = "male" if person.attributes["sex"] == "man" else "female"
+                    side = ("front", "back")[index % 2]
+                    number = person.pid * size.images_per_camera + index
+                    path = f"{folder}/{person.pid}/{sex}_{side}_{letter}_{number:05d}_{person.pid}.bmp"
+                    shots.append(_Shot(person=person, camid=camid, index=index, seed=seed, path=path))
+        _write_captions(partial, shots, _shoot_all(partial, shots), key_root="datasets/regdb/")
+        (partial / "idx").mkdir()
+        pids = np.array([person.pid for person in people])
+        for split in range(1, 11):
+            order = np.random.default_rng([seed, 6, split]).permutation(pids)
+            halves = {"train": order[: size.train + size.val], "test": order[size.train + size.val :]}
+            for part, chosen in halves.items():
+                label_of = {int(pid): label for label, pid in enumerate(sorted(chosen))}
+                for sensor, folder in (("visible", "Visible"), ("thermal", "Thermal")):
+                    paths = [s.path for s in shots if s.person.pid in label_of and s.path.startswith(folder)]
+                    lines = [f"{path} {label_of[int(path.split('/')[1])]}\n" for path in paths]
+                    (partial / "idx" / f"{part}_{sensor}_{split}.txt").write_text("".join(lines))
+        _write_truth(partial, people)
+
+
+def _write_llcm_layout(root: Path, size: Size, *, seed: int, archetypes: bool = True) -> None:
+    """`{vis,nir}/{pid:04d}/*.jpg`, test images also as `test_{vis,nir}/cam{c}/{pid:04d}/*`, `idx/*.txt`, and Text."""
+    with _whole_or_nothing(root) as partial:
+        people, split_of = _people(size, seed, archetypes)
+        pids: dict[str, list[int]] = {"train": [], "test": []}
+        for person in people:
+            pids["test" if split_of[person.pid] == "test" else "train"].append(person.pid)
+        shots = []
+        copies: dict[str, str] = {}
+        lists: dict[tuple[str, str], list[str]] = {(part, kind): [] for part in pids for kind in ("vis", "nir")}
+        for part, chosen in pids.items():
+            for label, pid in enumerate(chosen):
+                person = people[pid - people[0].pid]
+                for kind, cameras in (("vis", range(1, 10)), ("nir", (1, 2, 4, 5, 6, 7, 8, 9))):
+                    for camera, number in product(cameras, range(size.images_per_camera)):
+                        name = f"{pid:04d}_c{camera:02d}_s{100000 + camera}_f{1000 + number}_{kind}.jpg"
+                        path = f"{kind}/{pid:04d}/{name}"
+                        # Rendered as one of the two infrared cameras, or as a visible camera of its own.
+                        camid = camera + 10 if kind == "vis" else INFRARED_CAMERAS[camera % 2]
+                        index = camera * 1000 + number
+                        shots.append(_Shot(person=person, camid=camid, index=index, seed=seed, path=path))
+                        lists[part, kind].append(f"{path} {label}\n")
+                        if part == "test":
+                            copies[path] = f"test_{kind}/cam{camera}/{pid:04d}/{name}"
+        _write_captions(partial, shots, _shoot_all(partial, shots), key_root="/data0/datasets/LLCM/")
+        for source, target in copies.items():
+            (partial / target).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(partial / source, partial / target)
+        (partial / "idx").mkdir()
+        for (part, kind), lines in lists.items():
+            (partial / "idx" / f"{part}_{kind}.txt").write_text("".join(lines))
+        (partial / "idx" / "test_id.txt").write_text(",".join(map(str, pids["test"])) + "\n")
+        _write_truth(partial, people)
+
+
+def _write_folder_layout(root: Path, size: Size, *, seed: int, archetypes: bool = True) -> None:
+    """`{visible,infrared}/{pid}/{camid}/{index:04d}.jpg`, `splits.csv`, and Text."""
+    with _whole_or_nothing(root) as partial:
+        people, split_of = _people(size, seed, archetypes)
+        shots = []
+        for shot in _shots(people, size.images_per_camera, seed):
+            modality = "infrared" if shot.camid in INFRARED_CAMERAS else "visible"
+            path = f"{modality}/{shot.person.pid}/{shot.camid}/{shot.index + 1:04d}.jpg"
+            shots.append(replace(shot, path=path))
+        _write_captions(partial, shots, _shoot_all(partial, shots), key_root="")
+        rows = [f"{person.pid},{split_of[person.pid]}\n" for person in people]
+        (partial / "splits.csv").write_text("".join(["pid,split\n", *rows]))
+        _write_truth(partial, people)
+
+
+@contextmanager
+def _whole_or_nothing(root: Path) -> Iterator[Path]:
+    """A folder to write into that takes its name when the block ends."""
     if root.exists():
-        raise FileExistsError(
-            f"out: expected a folder that does not exist, got {root}. Choose another or remove it."
-        )
+        raise FileExistsError(f"out: expected a folder that does not exist, got {root}. Choose another or remove it.")
     partial = root.with_name(root.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    partial.rename(root)
+
+
+def _people(size: Size, seed: int, archetypes: bool) -> tuple[list[Person], dict[int, str]]:
+    """The benchmark's people in order of pid, and who is for train, val and test."""
     counts = {"train": size.train, "val": size.val, "test": size.test}
     people = draw_people(sum(counts.values()), seed=seed, archetypes=archetypes)
     order = np.random.default_rng([seed, 5]).permutation(len(people))
-    pids = [people[i].pid for i in order]
-    (partial / "exp").mkdir(parents=True)
-    for split, count in counts.items():
-        chosen, pids = sorted(pids[:count]), pids[count:]
-        (partial / "exp" / f"{split}_id.txt").write_text(",".join(map(str, chosen)) + "\n")
-    shots = list(_shots(people, size.images_per_camera, seed))
-    captions: dict[str, dict[str, dict[str, str]]] = {"RGB": {}, "IR": {}}
+    splits = [split for split, count in counts.items() for _ in range(count)]
+    return people, {people[i].pid: split for i, split in zip(order, splits, strict=True)}
+
+
+def _shoot_all(partial: Path, shots: Sequence[_Shot]) -> list[tuple[str, str, str]]:
+    """Render every shot into the folder; (path, caption, rephrase) in the order given."""
     # spawn: a fork of a process that has threads (torch, ray) may hang.
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
-        for path, caption, rephrased in pool.map(_shoot, shots, [partial] * len(shots), chunksize=64):
-            sensor = "IR" if int(path[3]) in INFRARED_CAMERAS else "RGB"
-            captions[sensor][path] = {"description": caption, "aug_description": rephrased}
-    for sensor, entries in captions.items():
-        folder = partial / "Text" / f"Blip_{sensor}"
-        folder.mkdir(parents=True)
-        (folder / f"caption_llm_dict_Blip_{sensor}.json").write_text(json.dumps(entries, indent=1))
+        return list(pool.map(_shoot, shots, [partial] * len(shots), chunksize=64))
+
+
+def _write_captions(
+    partial: Path, shots: Sequence[_Shot], written: Sequence[tuple[str, str, str]], *, key_root: str
+) -> None:
+    manifest = build_manifest(
+        {
+            "image": shot.path,
+            "pid": shot.person.pid,
+            "camid": shot.camid,
+            "modality": "infrared" if shot.camid in INFRARED_CAMERAS else "visible",
+            "split": "train",
+        }
+        for shot in shots
+    )
+    rows = [
+        {"image": path, "caption": caption, "rephrased": rephrased, "captioner": "synthetic", "revision": None}
+        for path, caption, rephrased in written
+    ]
+    captions = pa.Table.from_pylist(rows, schema=CAPTION_SCHEMA)
+    write_published(partial / "Text", captions, manifest, key_root=key_root)
+
+
+def _write_truth(partial: Path, people: Sequence[Person]) -> None:
     (partial / "attributes.json").write_text(json.dumps({str(p.pid): p.attributes for p in people}, indent=1))
-    partial.rename(root)
 
 
 def _shots(people: Sequence[Person], images_per_camera: int, seed: int) -> Iterator[_Shot]:

@@ -25,7 +25,7 @@ def wrt_triplet_loss(
         labels_N: int64 training labels.
         numerics: `published` subtracts inside each softmax the maximum of the *masked* matrix (zeros where masked)
             and adds 1e-6 to the sum: once negatives are further than about 20-30 their weights underflow and nothing
-            pushes any more. `corrected` is a masked log-softmax, equal wherever the other does not underflow.
+            pushes any more. `corrected` is a masked softmax, equal wherever the other does not underflow.
 
     Returns:
         Scalar, mean over anchors.
@@ -35,15 +35,19 @@ def wrt_triplet_loss(
     """
     with torch.autocast(feats_ND.device.type, enabled=False):
         feats_ND = feats_ND if feats_ND.dtype == torch.float64 else feats_ND.float()
-        distance_NN = _euclidean(feats_ND)
         positive_NN = labels_N[:, None] == labels_N[None, :]
-        soft = _published_softmax if numerics == "published" else _masked_softmax
+        if numerics == "published":
+            distance_NN, soft = _published_distance(feats_ND), _published_softmax
+        else:
+            # Not through a matrix product: its cancellation turns a zero distance into noise that the gradient sees.
+            distance_NN = torch.cdist(feats_ND, feats_ND, compute_mode="donot_use_mm_for_euclid_dist")
+            soft = _masked_softmax
         pull_N = (distance_NN * soft(distance_NN, positive_NN)).sum(dim=1)
         push_N = (distance_NN * soft(-distance_NN, ~positive_NN)).sum(dim=1)
         return F.softplus(pull_N - push_N).mean()
 
 
-def _euclidean(feats_ND: Tensor) -> Tensor:
+def _published_distance(feats_ND: Tensor) -> Tensor:
     """(N, N) Euclidean distances; the clamp keeps the square root's slope finite on the diagonal."""
     square_N = feats_ND.pow(2).sum(dim=1)
     return (square_N[:, None] + square_N[None, :] - 2 * feats_ND @ feats_ND.T).clamp(min=1e-12).sqrt()

@@ -21,6 +21,7 @@ class GeMPool(nn.Module):
         self.eps = eps
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(B, D, H, W) float -> (B, D), in float32 also under autocast: a cube leaves half precision's range."""
+        """(B, D, H, W) -> (B, D), never in half precision, whose range a cube leaves."""
         with torch.autocast(maps.device.type, enabled=False):
-            return maps.float().clamp(min=self.eps).pow(self.p).mean(dim=(2, 3)).pow(1.0 / self.p)
+            maps = maps if maps.dtype == torch.float64 else maps.float()
+            return maps.clamp(min=self.eps).pow(self.p).mean(dim=(2, 3)).pow(1.0 / self.p)

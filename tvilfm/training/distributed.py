@@ -6,9 +6,10 @@ losses; DDP then averages over workers. The result is the gradient of one global
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from torch import Tensor, nn
 
 
@@ -20,19 +21,54 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+class _GatherRows(torch.autograd.Function):
+    """Forward: all workers' rows, rank by rank. Backward: the sum over workers of the gradients of my rows."""
+
+    @staticmethod
+    def forward(context: Any, rows: Tensor) -> Tensor:
+        context.count = len(rows)
+        parts = [torch.empty_like(rows) for _ in range(world_size())]
+        dist.all_gather(parts, rows)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total[rank() * context.count :][: context.count]
+
+
+class _SumOverWorkers(torch.autograd.Function):
+    """The sum over workers, in both directions."""
+
+    @staticmethod
+    def forward(context: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return _SumOverWorkers.forward(context, gradient.contiguous())
+
+
 def gather_rows(rows: Tensor) -> Tensor:
-    """All workers' rows, rank by rank, with gradient where there is one; the rows themselves with one worker."""
+    """All workers' rows, rank by rank, with gradient; the rows themselves with one worker.
+
+    Args:
+        rows: (B, ...), the same B on every worker.
+
+    Returns:
+        (B x workers, ...).
+    """
     if world_size() == 1:
         return rows
-    if rows.requires_grad:
-        return torch.cat(dist_nn.all_gather(rows.contiguous()))  # type: ignore[no-untyped-call]
-    parts = [torch.empty_like(rows) for _ in range(world_size())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
+    gathered: Tensor = _GatherRows.apply(rows.contiguous())  # type: ignore[no-untyped-call]
+    return gathered
 
 
 def _sum_over_workers(values: Tensor) -> Tensor:
-    total: Tensor = dist_nn.all_reduce(values)  # type: ignore[no-untyped-call]
+    total: Tensor = _SumOverWorkers.apply(values)  # type: ignore[no-untyped-call]
     return total
 
 

@@ -1,0 +1,122 @@
+"""`tvilfm data`: make a synthetic dataset in any layout, and check a dataset on this disk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tvilfm.config import DataSection, load_config
+from tvilfm.datasets.check import Findings, check_dataset
+from tvilfm.datasets.synthetic import SIZES, Layout, Size, write_layout
+
+DEFAULT_CONFIG = Path("ray_config.yaml")
+REGDB_IMAGES = 10
+SHOWN = 3
+
+app = typer.Typer(no_args_is_help=True, help="Datasets.")
+
+
+@app.command("synth")
+def synth(
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    identities: Annotated[
+        str, typer.Option(help="tiny, small, large, or TRAIN,VAL,TEST counts.", show_default=True)
+    ] = "small",
+    images_per_camera: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Images a camera takes of a person; the infrared cameras of sysu_mm01 and folder take twice as many. "
+            "Default: 10 for regdb, else the size's own (1 for TRAIN,VAL,TEST).",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    layout: Annotated[Layout, typer.Option(help="On-disk layout.")] = "sysu_mm01",
+) -> None:
+    """Render the synthetic tri-modal benchmark; same seed, same bytes."""
+    size = _size(identities)
+    if layout == "regdb":
+        size = replace(size, images_per_camera=REGDB_IMAGES)
+    if images_per_camera is not None:
+        size = replace(size, images_per_camera=images_per_camera)
+    write_layout(out, size, seed=seed, layout=layout)
+    typer.echo(f"{out}: {size.train} + {size.val} + {size.test} identities, layout {layout}, seed {seed}")
+
+
+def _size(identities: str) -> Size:
+    if identities in SIZES:
+        return SIZES[identities]
+    try:
+        train, val, test = (int(part) for part in identities.split(","))
+    except ValueError:
+        raise ValueError(
+            f"--identities: expected {', '.join(SIZES)} or TRAIN,VAL,TEST as in 800,80,120, got {identities!r}."
+        ) from None
+    if min(train, val, test) < 1:
+        raise ValueError(f"--identities: expected at least one identity in each split, got {identities!r}.")
+    return Size(train=train, val=val, test=test, images_per_camera=1)
+
+
+@app.command("check")
+def check(
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Run description; default ./ray_config.yaml.", show_default=False)
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option("--size", help="Recipe of the file's `sizes`.", show_default=False)
+    ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(help="Run folder whose model is to be tested on this dataset.", show_default=False),
+    ] = None,
+    images: Annotated[bool, typer.Option(help="Open every picture, the slow part.")] = True,
+    every: Annotated[bool, typer.Option("--every", help=f"List every file at fault, not the first {SHOWN}.")] = False,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="data.name=regdb data.root=/path ...")
+    ] = None,
+) -> None:
+    """Count a dataset against the published numbers, look for what is wrong, and say how to mend it."""
+    resolved = load_config(config or DEFAULT_CONFIG, overrides or [], size=size)
+    trained: DataSection | None = None
+    if run is not None:
+        trained = load_config(run / "config.yaml").data
+    findings = check_dataset(resolved.data, resolved.data_root, images=images, trained=trained)
+    console = Console()
+    console.print(f"{resolved.data.name} in {resolved.data_root}", highlight=False)
+    if findings.counts:
+        console.print(_counts_table(findings))
+    if findings.faults:
+        console.print(_faults_table(findings, every=every))
+    else:
+        console.print("nothing is wrong")
+    if not images:
+        console.print("images were not opened (--no-images)")
+    if not findings.sound:
+        raise typer.Exit(1)
+
+
+def _counts_table(findings: Findings) -> Table:
+    table = Table("count", "found", "expected")
+    for count in findings.counts:
+        wrong = count.expected is not None and count.found != count.expected
+        expected = "" if count.expected is None else str(count.expected)
+        table.add_row(count.what, str(count.found), expected, style="red" if wrong else None)
+    return table
+
+
+def _faults_table(findings: Findings, *, every: bool) -> Table:
+    table = Table("", "what is wrong", "where", "how to mend it", show_lines=True)
+    for fault in findings.faults:
+        shown = fault.where if every else fault.where[:SHOWN]
+        more = len(fault.where) - len(shown)
+        where = "\n".join((*shown, *([f"and {more} more"] if more else [])))
+        severity = Text("fault", style="red") if fault.serious else Text("note", style="yellow")
+        table.add_row(severity, Text(fault.what), Text(where), Text(fault.mend))
+    return table

@@ -1,0 +1,99 @@
+"""Two processes equal one, to rounding in float64: losses, gradients, weights and BN statistics."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch.nn.parallel import DistributedDataParallel
+
+from tvilfm.config import load_config
+from tvilfm.datasets import read_dataset
+from tvilfm.datasets.captions import read_published
+from tvilfm.datasets.pixels import decode_files
+from tvilfm.datasets.tri_modal import TrainingRows, TriModalDataset
+from tvilfm.losses.objective import JointObjective
+from tvilfm.models import TVILFM, spec_from_config
+from tvilfm.training import step as step_module
+from tvilfm.training.distributed import synchronise_batch_norm
+from tvilfm.training.optim import StageOptimizer
+from tvilfm.training.step import StageStep
+
+HEIGHT, WIDTH, PAD, STEPS = 48, 24, 2, 5
+
+
+def _train(rank: int, world_size: int, port: int, root: Path, stage: str, target: Path) -> None:
+    torch.set_num_threads(1)
+    if world_size > 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    augment = step_module.augment
+    step_module.augment = lambda pixels, draws, pad: augment(pixels, draws, pad=pad).double()  # type: ignore[assignment]
+    try:
+        manifest = read_dataset("synthetic", root)
+        pixels = decode_files(root, manifest["image"].to_pylist(), height=HEIGHT, width=WIDTH)
+        rows = TrainingRows.from_manifest(manifest, use_val=False)
+        overrides = ["optim={lr: 1.0e-3, text_lr: 1.0e-3}"]
+        config = load_config(Path("ray_config.yaml"), overrides, size="tiny")
+        torch.manual_seed(0)
+        model = TVILFM(spec_from_config(config.model, rows.num_classes, with_text=False))
+        captions = None
+        if stage == "text":
+            model.start_text_stage()
+            captions = read_published(root, manifest)
+        model.double()
+        if stage == "text":
+            model.freeze_visual()
+            # Statistics that move are the harder case: with frozen ones no BN layer has to be synchronised.
+            model.train_text_stage(freeze_batch_norm=False)
+        else:
+            model.train()
+        synchronise_batch_norm(model.backbone, torch.device("cpu"))
+        step = StageStep(model, JointObjective(config.loss), pad=PAD)
+        optimizer = StageOptimizer(model, config.optim)
+        wrapped = DistributedDataParallel(step, broadcast_buffers=False) if world_size > 1 else step
+        dataset = TriModalDataset(
+            rows, manifest, pixels, pad=PAD, seed=0, rank=rank, world_size=world_size, captions=captions
+        )
+        record = []
+        sampler = rows.sampler(4, 2, seed=0)
+        for batch, _ in zip(sampler, range(STEPS), strict=False):
+            optimizer.zero_grad()
+            terms = wrapped(dataset[batch])
+            torch.stack(list(terms.values())).sum().backward()
+            gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            record.append(({name: term.item() for name, term in terms.items()}, gradients))
+            optimizer.step(torch.amp.GradScaler("cpu", enabled=False))
+        if rank == 0:
+            torch.save((record, model.state_dict()), target)
+    finally:
+        step_module.augment = augment
+        if world_size > 1:
+            dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["base", "text"])
+def test_two_processes_equal_one(stage: str, tiny_benchmark: Path, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    _train(0, 1, 0, tiny_benchmark, stage, tmp_path / "one.pt")
+    torch.multiprocessing.spawn(_train, args=(2, port, tiny_benchmark, stage, tmp_path / "two.pt"), nprocs=2)
+
+    (one, one_state), (two, two_state) = (torch.load(tmp_path / name) for name in ("one.pt", "two.pt"))
+    assert len(one) == 4  # 24 images, batches of 4 x 2
+    for (one_terms, one_gradients), (two_terms, two_gradients) in zip(one, two, strict=True):
+        assert one_terms.keys() == two_terms.keys() == {"id", "wrt"}
+        for name, value in one_terms.items():
+            assert two_terms[name] == pytest.approx(value, abs=1e-6)  # cross-entropy runs in float32
+        assert one_gradients.keys() == two_gradients.keys()
+        for name, gradient in one_gradients.items():
+            torch.testing.assert_close(two_gradients[name], gradient, rtol=1e-5, atol=1e-8 * float(gradient.abs().max()))
+    for name, value in one_state.items():
+        torch.testing.assert_close(two_state[name], value, rtol=0, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
