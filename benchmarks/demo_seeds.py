@@ -1,4 +1,4 @@
-"""The demo over several seeds: is the order infrared < fusion < ensemble more than luck, and does caching cost accuracy?
+"""The demo over several seeds: is infrared < fusion < ensemble more than luck, and does caching cost accuracy?
 
     python -m benchmarks.demo_seeds --seeds 0 1 2 --uncached
 
@@ -75,7 +75,9 @@ def _summary(results: list[Results]) -> dict[str, dict[str, dict[str, float | li
     return summary
 
 
-def _markdown(summary: dict[str, dict[str, dict[str, dict[str, float]]]], seeds: list[int], chance: dict[str, float]) -> str:
+def _markdown(
+    summary: dict[str, dict[str, dict[str, dict[str, float]]]], seeds: list[int], chance: dict[str, float]
+) -> str:
     lines = [
         f"`python -m benchmarks.demo_seeds`: mean ± standard deviation over {len(seeds)} training seeds, percent.",
         "Chance (rank-1 of a random ranking): "
@@ -83,7 +85,13 @@ def _markdown(summary: dict[str, dict[str, dict[str, dict[str, float]]]], seeds:
         + ".",
     ]
     for name, cases in summary.items():
-        lines += ["", f"## {name}", "", "| query / text source / protocol | rank-1 | mAP | mINP |", "|---|---:|---:|---:|"]
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            "| query / text source / protocol | rank-1 | mAP | mINP |",
+            "|---|---:|---:|---:|",
+        ]
         for case, metrics in cases.items():
             cells = (f"{100 * metrics[m]['mean']:.2f} ± {100 * metrics[m]['std']:.2f}" for m in METRICS)
             lines.append(f"| {case} | {' | '.join(cells)} |")

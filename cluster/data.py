@@ -112,7 +112,9 @@ def _counts_table(findings: Findings) -> Table:
 
 
 def _faults_table(findings: Findings, *, every: bool) -> Table:
-    table = Table("", "what is wrong", "where", "how to mend it", show_lines=True)
+    table = Table(show_lines=True)
+    for heading in ("", "what is wrong", "where", "how to mend it"):
+        table.add_column(heading, overflow="fold")  # a path that is cut off cannot be opened
     for fault in findings.faults:
         shown = fault.where if every else fault.where[:SHOWN]
         more = len(fault.where) - len(shown)

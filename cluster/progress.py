@@ -84,7 +84,12 @@ def watch(path: Path, label: str, unit: str) -> Iterator[None]:
             state = show()
             if state and not console.is_terminal and time.monotonic() - printed > PLAIN_INTERVAL_S:
                 printed = time.monotonic()
-                parts = (f"{label}: {state['done']}/{state['total']} {unit}", state["rate"], state["left"], state["note"])
+                parts = (
+                    f"{label}: {state['done']}/{state['total']} {unit}",
+                    state["rate"],
+                    state["left"],
+                    state["note"],
+                )
                 console.print("  ".join(str(part) for part in parts if part), highlight=False)
 
     thread = threading.Thread(target=follow, daemon=True)

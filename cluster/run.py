@@ -22,7 +22,7 @@ from cluster.stages import STAGES, StageStore, stage_fingerprints
 from cluster.train import fit_stage
 from tvilfm.config import Config, to_yaml
 from tvilfm.datasets import read_dataset
-from tvilfm.datasets.captions import read_published
+from tvilfm.datasets.captions import read_captions
 from tvilfm.datasets.manifest import fingerprint, rows_of, select
 from tvilfm.datasets.pixels import open_pixels
 from tvilfm.datasets.synthetic import SIZES, Size, write_sysu_layout
@@ -85,8 +85,8 @@ class _Job:
     def __init__(self, config: Config, console: Console) -> None:
         self.config, self.console = config, console
         make_synthetic(config, console)
-        self.manifest = read_dataset(config.data.name, config.data_root)
-        self.captions = read_published(config.data_root, self.manifest)
+        self.manifest = read_dataset(config.data.name, config.data_root, **config.data.reader_options)
+        self.captions = read_captions(self.manifest, config.data_root, config.data.captions)
         self.dataset = {
             "dataset": fingerprint(self.manifest, root=config.data_root),
             "captions": fingerprint(self.captions),

@@ -14,13 +14,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Fidelity = Literal["published", "corrected"]
 Numerics = Literal["published", "corrected"]
 Selection = Literal["val", "last", "test"]
 QueryTextSource = Literal["witness", "witness-heldout", "own"]
 
+# What is evaluated when `evaluate.protocols` is null; the first also chooses checkpoints.
+PROTOCOLS: dict[str, tuple[str, ...]] = {
+    "synthetic": ("sysu_mm01/all/single", "sysu_mm01/indoor/single"),
+    "sysu_mm01": ("sysu_mm01/all/single", "sysu_mm01/indoor/single"),
+    "regdb": ("regdb/infrared-visible", "regdb/visible-infrared"),
+    "llcm": ("llcm/infrared-visible", "llcm/visible-infrared"),
+    "folder": ("folder/infrared-visible",),
+}
 FIDELITY_SWITCHES: dict[str, dict[Fidelity, object]] = {
     "loss.wrt_numerics": {"published": "published", "corrected": "corrected"},
     "optim.keep_unused_tokens": {"published": False, "corrected": True},
@@ -49,9 +57,7 @@ class RunSection(Section):
 
 
 class SyntheticSection(Section):
-    size: Literal["tiny", "small", "large"] = Field(
-        "small", description="identities of the synthetic benchmark"
-    )
+    size: Literal["tiny", "small", "large"] = Field("small", description="identities of the synthetic benchmark")
     seed: int = Field(0, ge=0, description="seed of the rendered people, apart from run.seed")
 
 
@@ -87,14 +93,12 @@ class TextModelSection(Section):
     @model_validator(mode="after")
     def _heads_divide_width(self) -> TextModelSection:
         if self.width % self.heads:
-            raise ValueError(f"model.text.heads: expected a divisor of width {self.width}, got {self.heads}.")
+            raise ValueError(f"heads: expected a divisor of width {self.width}, got {self.heads}.")
         return self
 
 
 class ModelSection(Section):
-    backbone: Literal["resnet50", "resnet18_half"] = Field(
-        "resnet50", description="resnet50 or resnet18_half (CPU)"
-    )
+    backbone: Literal["resnet50", "resnet18_half"] = Field("resnet50", description="resnet50 or resnet18_half (CPU)")
     weights: str = Field(
         "imagenet",
         description="imagenet (torchvision), attributes (pre-train on synthetic attributes), random, or a local file",
@@ -106,16 +110,12 @@ class LossSection(Section):
     id_weight: float = Field(1.0, ge=0, description="weight of the identity cross-entropy (METHOD 3)")
     wrt_weight: float = Field(1.0, ge=0, description="weight of the weighted regularised triplet (METHOD 3)")
     wrt_numerics: Numerics = Field("corrected", description="softmax inside WRT; null = as fidelity says")
-    filter_text: bool = Field(
-        True, description="SFF: subtract the infrared caption's feature (ablation: false)"
-    )
+    filter_text: bool = Field(True, description="SFF: subtract the infrared caption's feature (ablation: false)")
     joint: bool = Field(True, description="MJL: loss over all modalities, not visible and fusion only")
 
 
 class OptimSection(Section):
-    lr: float = Field(
-        3.5e-4, gt=0, description="visual rate; also embeddings, ln_final, projection (METHOD 4)"
-    )
+    lr: float = Field(3.5e-4, gt=0, description="visual rate; also embeddings, ln_final, projection (METHOD 4)")
     text_lr: float = Field(3.5e-4, gt=0, description="rate of the text transformer (RegDB: 1e-5)")
     head_lr_factor: float = Field(2.0, gt=0, description="head rate over lr")
     text_bias_lr_factor: float = Field(2.0, gt=0, description="text biases' rate over text_lr")
@@ -133,9 +133,7 @@ class ScheduleSection(Section):
     epochs: int = Field(120, ge=1, description="epochs of this stage")
     warmup_epochs: int = Field(10, ge=0, description="linear warm-up from 0.01 to 1")
     milestones: tuple[int, ...] = Field((40, 60, 100), description="epochs at which the rate falls tenfold")
-    select: Selection = Field(
-        "val", description="checkpoint kept: val, last, test (published); null = fidelity"
-    )
+    select: Selection = Field("val", description="checkpoint kept: val, last, test (published); null = fidelity")
     use_val: bool = Field(False, description="train on the validation identities too (needs select: last)")
     eval_every: int = Field(5, ge=1, description="epochs between validations")
 
@@ -149,34 +147,22 @@ class ScheduleSection(Section):
         return self
 
 
-class BaseStageSection(ScheduleSection):
-    pass
-
-
 class TextStageSection(ScheduleSection):
     epochs: int = Field(20, ge=1, description="20 in the paper, 120 in the released code")
     eval_every: int = Field(1, ge=1, description="epochs between validations")
-    cache_views: int = Field(
-        0, ge=0, description="frozen features of so many augmented views an image; 0 = none"
-    )
-    freeze_batch_norm: bool = Field(
-        True, description="frozen visual BN in eval mode; null = as fidelity says"
-    )
+    cache_views: int = Field(0, ge=0, description="frozen features of so many augmented views an image; 0 = none")
+    freeze_batch_norm: bool = Field(True, description="frozen visual BN in eval mode; null = as fidelity says")
     llm_probability: float = Field(0.5, ge=0, le=1, description="share of texts replaced by their rephrase")
 
 
 class PretrainSection(Section):
     """The stand-in for ImageNet weights, used when `model.weights: attributes`."""
 
-    identities: int = Field(
-        600, ge=2, description="identities of the disjoint synthetic split it learns from"
-    )
+    identities: int = Field(600, ge=2, description="identities of the disjoint synthetic split it learns from")
     steps: int = Field(600, ge=1, description="optimiser steps")
     batch: int = Field(64, ge=2, description="images a step")
     lr: float = Field(2e-3, gt=0, description="peak of the one-cycle rate")
-    seed: int = Field(
-        1000003, ge=0, description="seed of that split's people; apart from data.synthetic.seed"
-    )
+    seed: int = Field(1000003, ge=0, description="seed of that split's people; apart from data.synthetic.seed")
 
 
 class TrainSection(Section):
@@ -186,9 +172,14 @@ class TrainSection(Section):
         "float16", description="mixed precision on CUDA; CPU always runs float32"
     )
     loader_workers: int = Field(0, ge=0, description="processes that read pixels ahead; 0 = in the trainer")
-    base: BaseStageSection = BaseStageSection()
+    base: ScheduleSection = ScheduleSection()
     text: TextStageSection = TextStageSection()
     pretrain: PretrainSection = PretrainSection()
+
+    @field_validator("autocast", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: object) -> object:
+        return "off" if value is False else value  # YAML reads a bare off as false
 
 
 class EnsembleWeights(Section):
@@ -201,7 +192,7 @@ class EnsembleWeights(Section):
 
 class EvaluateSection(Section):
     protocols: tuple[str, ...] = Field(
-        ("sysu_mm01/all/single", "sysu_mm01/indoor/single"), description="first one is the default table's"
+        PROTOCOLS["synthetic"], description="first one is the default table's; null = the dataset's own"
     )
     text_sources: tuple[QueryTextSource, ...] = Field(
         ("witness", "witness-heldout", "own"), description="query texts to report (METHOD 6)"
@@ -214,31 +205,24 @@ class EvaluateSection(Section):
     def _default_is_evaluated(self) -> EvaluateSection:
         if self.default_text_source not in self.text_sources:
             raise ValueError(
-                f"evaluate.default_text_source: expected one of {list(self.text_sources)}, "
-                f"got {self.default_text_source}."
+                f"default_text_source: expected one of {list(self.text_sources)}, got {self.default_text_source}."
             )
         if not self.protocols:
-            raise ValueError("evaluate.protocols: expected at least one, got none.")
+            raise ValueError("protocols: expected at least one, got none. Set null for the dataset's own.")
         return self
 
 
 class ClusterSection(Section):
     address: str | None = Field(None, description="Ray address; null = start or join Ray on this machine")
-    train_workers: int = Field(
-        1, ge=1, description="Ray Train workers; each sees p/workers identities a batch"
-    )
+    train_workers: int = Field(1, ge=1, description="Ray Train workers; each sees p/workers identities a batch")
     gpus_per_worker: float = Field(0, ge=0, description="GPUs of each train and extraction worker; 0 = CPU")
     cpus_per_train_worker: float = Field(2, gt=0, description="CPUs (and torch threads) of each train worker")
     extract_workers: int = Field(2, ge=1, description="actors that decode or extract in parallel")
-    max_failures: int = Field(
-        3, ge=-1, description="times a stage restarts from its last checkpoint; -1 = always"
-    )
+    max_failures: int = Field(3, ge=-1, description="times a stage restarts from its last checkpoint; -1 = always")
 
 
 class Config(Section):
-    fidelity: Fidelity = Field(
-        "corrected", description="published = the released code's choices, corrected = ours"
-    )
+    fidelity: Fidelity = Field("corrected", description="published = the released code's choices, corrected = ours")
     run: RunSection = RunSection()
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()
@@ -259,15 +243,20 @@ class Config(Section):
             raise ValueError(
                 f"data.root: expected the folder of {self.data.name}, got null. Set data.root=/path/to/it."
             )
+        own = PROTOCOLS[self.data.name][0].split("/")[0]
+        foreign = [name for name in self.evaluate.protocols if name.split("/")[0] != own]
+        if foreign:
+            raise ValueError(
+                f"evaluate.protocols: expected protocols of {own} for data.name={self.data.name}, got {foreign[0]}. "
+                f"Set evaluate.protocols=null for {list(PROTOCOLS[self.data.name])}."
+            )
         if self.train.text.cache_views and not self.train.text.freeze_batch_norm:
             raise ValueError(
                 "train.text.cache_views: expected 0 while train.text.freeze_batch_norm is false, got "
                 f"{self.train.text.cache_views}. Features of a network that still changes cannot be cached."
             )
         if self.fidelity == "published" and self.train.base.use_val != self.train.text.use_val:
-            raise ValueError(
-                "train.text.use_val: expected the same as train.base.use_val with published fidelity."
-            )
+            raise ValueError("train.text.use_val: expected the same as train.base.use_val with published fidelity.")
         return self
 
     @property
@@ -281,9 +270,7 @@ class Config(Section):
         return self.run.stages_dir or self.run.path / "stages"
 
 
-def load_config(
-    path: Path | None = None, overrides: Iterable[str] = (), *, size: str | None = None
-) -> Config:
+def load_config(path: Path | None = None, overrides: Iterable[str] = (), *, size: str | None = None) -> Config:
     """Resolve a run description.
 
     Args:
@@ -297,13 +284,13 @@ def load_config(
     values: dict[str, Any] = {}
     if path is not None:
         if not path.is_file():
-            raise ValueError(
-                f"--config: expected a YAML file, got {path}. Run in the repository or give its path."
-            )
+            raise ValueError(f"--config: expected a YAML file, got {path}. Run in the repository or give its path.")
         try:
             values = yaml.safe_load(path.read_text()) or {}
         except yaml.YAMLError as error:
             raise ValueError(f"{path}: expected YAML, got {error}. Mend the file.") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: expected sections, got {type(values).__name__}. Begin as ray_config.yaml does.")
     sizes = values.pop("sizes", {})
     if size is not None:
         if size not in sizes:
@@ -313,13 +300,21 @@ def load_config(
         key, found, text = override.partition("=")
         if not found:
             raise ValueError(f"override: expected section.key=value, got {override!r}.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(f"{key}: expected a YAML value, got {text!r}. Close its quotes and brackets.") from None
         node: dict[str, Any] = {}
-        _set(node, key, yaml.safe_load(text))
+        _set(node, key, value)
         _merge(values, node)
     fidelity = values.get("fidelity", "corrected")
     for key, choices in FIDELITY_SWITCHES.items():
         if fidelity in choices and _get(values, key) is None:
             _set(values, key, choices[fidelity])
+    if _get(values, "evaluate.protocols") is None:
+        name = _get(values, "data.name") or "synthetic"
+        if name in PROTOCOLS:
+            _set(values, "evaluate.protocols", PROTOCOLS[name])
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -332,14 +327,14 @@ def explain(error: ValidationError) -> str:
     for fault in error.errors():
         key = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, list(known_keys()), n=1, cutoff=0.0)
+            sections = {known.rpartition(".")[0] for known in known_keys()} - {""}
+            near = difflib.get_close_matches(key, [*known_keys(), *sections], n=1, cutoff=0.0)
             lines.append(f"{key}: expected a known key, got this one. Did you mean {near[0]}?")
         elif fault["type"] == "value_error":
-            lines.append(str(fault["ctx"]["error"]))
+            # A section's own check names the key within the section.
+            lines.append(f"{key}.{fault['ctx']['error']}" if key else str(fault["ctx"]["error"]))
         else:
-            lines.append(
-                f"{key}: {fault['msg'].lower()}, got {fault['input']!r}. See `tvilfm config schema`."
-            )
+            lines.append(f"{key}: {fault['msg'].lower()}, got {fault['input']!r}. See `tvilfm config schema`.")
     return "\n".join(lines)
 
 
@@ -370,9 +365,11 @@ def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
 def _set(values: dict[str, Any], dotted: str, value: object) -> None:
     *sections, key = dotted.split(".")
     for section in sections:
-        if not isinstance(values.get(section), dict):
+        if values.get(section) is None:
             values[section] = {}
         values = values[section]
+        if not isinstance(values, dict):  # left for the validation to refuse by name
+            return
     values[key] = value
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from tvilfm.config import Config, load_config
 from tvilfm.models import TVILFM
 from tvilfm.models.tvilfm import parameter_digest
 
-OVERRIDES = ("cluster.cpus_per_train_worker=1", "evaluate.protocols=[sysu_mm01/all/single, sysu_mm01/indoor/single]")
+OVERRIDES = ("cluster.cpus_per_train_worker=1",)
 CONFIG = Path("ray_config.yaml")
 
 
@@ -101,9 +102,11 @@ def test_killed_at_any_stage_it_goes_on_and_ends_with_the_same_numbers(finished:
     # The dataset is the same files, so that nothing but the kills differs.
     data = finished / "data" / "synthetic-tiny-0"
     command = [sys.executable, "-m", "cluster", "run", "--size", "tiny", *OVERRIDES,
-               f"run.dir={tmp_path}", f"data.root={data}"]  # fmt: skip
-    (tmp_path / "data").symlink_to(finished / "data")
+               f"run.dir={tmp_path}", f"data.root={data}", "cluster.extract_workers=1"]  # fmt: skip
     stages = tmp_path / "tiny" / "stages"
+    stages.mkdir(parents=True)
+    for folder in (finished / "tiny" / "stages").glob("p*"):  # pixels and pretrain are there; the rest is made here
+        shutil.copytree(folder, stages / folder.name)
 
     def epochs_of(stage: str) -> Callable[[], bool]:
         return lambda: any(path.stat().st_size for path in stages.glob(f"{stage}-*.partial/metrics.jsonl"))
@@ -111,7 +114,7 @@ def test_killed_at_any_stage_it_goes_on_and_ends_with_the_same_numbers(finished:
     def started(stage: str) -> Callable[[], bool]:
         return lambda: any(stages.glob(f"{stage}-*.partial"))
 
-    for moment in (started("pretrain"), epochs_of("base"), started("views"), epochs_of("text"), started("features")):
+    for moment in (epochs_of("base"), started("views"), epochs_of("text"), started("features")):
         _kill_when(command, moment)
     finish = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     assert finish.returncode == 0, finish.stderr[-2000:]

@@ -34,7 +34,9 @@ def write(root: Path, sensor: str, entries: Any, name: str = "caption_llm_dict")
 
 def entries(sensor: str, prefix: str, **extra: str) -> dict[str, dict[str, str]]:
     modality = {"RGB": "visible", "IR": "infrared"}[sensor]
-    return {f"{prefix}{image}": {"description": f"of {image}", **extra} for image, of in IMAGES.items() if of == modality}
+    return {
+        f"{prefix}{image}": {"description": f"of {image}", **extra} for image, of in IMAGES.items() if of == modality
+    }
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,9 @@ def test_a_tail_that_is_no_whole_path_component_does_not_match(tmp_path: Path, m
         read_published(tmp_path, manifest)
 
 
-def test_the_rephrased_file_is_preferred_and_the_plain_one_serves_without_it(tmp_path: Path, manifest: pa.Table) -> None:
+def test_the_rephrased_file_is_preferred_and_the_plain_one_serves_without_it(
+    tmp_path: Path, manifest: pa.Table
+) -> None:
     for sensor in ("RGB", "IR"):
         write(tmp_path, sensor, entries(sensor, "a/"), name="caption_dict")
     plain = read_published(tmp_path, manifest)

@@ -94,6 +94,8 @@ def test_two_processes_equal_one(stage: str, tiny_benchmark: Path, tmp_path: Pat
             assert two_terms[name] == pytest.approx(value, abs=1e-6)  # cross-entropy runs in float32
         assert one_gradients.keys() == two_gradients.keys()
         for name, gradient in one_gradients.items():
-            torch.testing.assert_close(two_gradients[name], gradient, rtol=1e-5, atol=1e-8 * float(gradient.abs().max()))
+            torch.testing.assert_close(
+                two_gradients[name], gradient, rtol=1e-5, atol=1e-8 * float(gradient.abs().max())
+            )
     for name, value in one_state.items():
         torch.testing.assert_close(two_state[name], value, rtol=0, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")

@@ -52,5 +52,7 @@ def test_a_weight_of_zero_and_a_missing_modality_are_left_out() -> None:
 @pytest.mark.parametrize("weights", [{}, {"fusion": 1.0}, {"infrared": 0.0, "text": 0.0, "fusion": 1.0}])
 def test_an_ensemble_of_nothing_is_refused(weights: dict[str, float]) -> None:
     features = {"infrared": make_vectors(2, 0), "text": make_vectors(2, 1)}
-    with pytest.raises(ValueError, match=r"weights: expected one above 0 for a modality of \['infrared', 'text'\], got"):
+    with pytest.raises(
+        ValueError, match=r"weights: expected one above 0 for a modality of \['infrared', 'text'\], got"
+    ):
         ensemble_query(features, weights)

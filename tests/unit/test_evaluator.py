@@ -102,9 +102,7 @@ def make_evaluator(
     section: EvaluateSection = SECTION,
     split: Split = "test",
 ) -> Evaluator:
-    return Evaluator(
-        model, manifest, captions, images, texts, section, filter_text=filter_text, seed=0, split=split
-    )
+    return Evaluator(model, manifest, captions, images, texts, section, filter_text=filter_text, seed=0, split=split)
 
 
 def unit_by_hand(head: BNNeck | None, raw: np.ndarray) -> np.ndarray:
@@ -118,7 +116,15 @@ def unit_by_hand(head: BNNeck | None, raw: np.ndarray) -> np.ndarray:
 
 
 def case_by_hand(
-    model: TVILFM, images: FeatureTable, texts: FeatureTable, protocol: str, source: str, kind: str, *, filter_text: bool
+    model: TVILFM,
+    images: FeatureTable,
+    texts: FeatureTable,
+    protocol: str,
+    source: str,
+    kind: str,
+    *,
+    filter_text: bool,
+    asked: tuple[int, ...] = PIDS[:3],
 ) -> tuple[list[float], float, float, int]:
     """CMC, mAP, mINP and the number of queries of one row of the table, image by image."""
 
@@ -129,7 +135,7 @@ def case_by_hand(
         return texts.vectors_ND[texts.keys.index(sentence)]
 
     head = model.base_head if kind == "infrared" else model.head
-    queries = [(pid, camid) for pid in PIDS[:3] for camid in (3, 6)]
+    queries = [(pid, camid) for pid in asked for camid in (3, 6)]
     gallery = [(pid, camid) for pid in PIDS[:3] for camid in GALLERY_CAMERAS[protocol]]
     similarity = np.zeros((len(queries), len(gallery)))
     for q, (pid, camid) in enumerate(queries):
@@ -165,9 +171,7 @@ def check(case: CaseResult, expected: tuple[list[float], float, float, int]) -> 
 @pytest.fixture(scope="module")
 def one_caption(captions: pa.Table) -> pa.Table:
     """Every visible image of a person has the same sentence: the witness draw has no choice."""
-    rows = [
-        row | {"caption": row["caption"].replace("outdoors", "indoors")} for row in captions.to_pylist()
-    ]
+    rows = [row | {"caption": row["caption"].replace("outdoors", "indoors")} for row in captions.to_pylist()]
     return pa.Table.from_pylist(rows, schema=CAPTION_SCHEMA)
 
 
@@ -263,6 +267,19 @@ def test_query_texts_keep_the_queries_that_have_one(manifest: pa.Table, captions
     assert query_texts(manifest, captions, get_protocol(ALL), "none", seed=0) is None
 
 
+def test_queries_without_a_text_leave_the_rows_of_that_source(
+    model: TVILFM, manifest: pa.Table, captions: pa.Table, images: FeatureTable, texts: FeatureTable
+) -> None:
+    gone = [f"cam{camid}/8.jpg" for camid in (4, 5)]
+    fewer = manifest.filter(pa.array([image not in gone for image in manifest["image"].to_pylist()]))
+    results = make_evaluator(model, fewer, captions, images, texts).evaluate()
+    cases = {case.query: case for case in results if case.text_source == "witness-heldout"}
+    for kind in ("text", "fusion", "ensemble"):
+        expected = case_by_hand(model, images, texts, INDOOR, "witness-heldout", kind, filter_text=True, asked=(3, 12))
+        assert expected[3] == 4
+        check(cases[kind], expected)
+
+
 def test_all_texts_are_what_an_evaluation_looks_up(
     model: TVILFM, manifest: pa.Table, captions: pa.Table, images: FeatureTable
 ) -> None:
@@ -271,6 +288,10 @@ def test_all_texts_are_what_an_evaluation_looks_up(
     assert "never used" not in sentences and not [text for text in sentences if " 20" in text or "/20" in text]
     needed = make_features(sentences, model.spec.dim, 3)
     make_evaluator(model, manifest, captions, images, needed).evaluate()
+    witness_only = SECTION.model_copy(update={"text_sources": ("witness",), "protocols": (ALL,)})
+    fewer = make_features(all_texts(manifest, captions, witness_only, seed=0), model.spec.dim, 3)
+    assert "infrared of cam3/3.jpg" in fewer.keys
+    make_evaluator(model, manifest, captions, images, fewer, section=witness_only).evaluate()
     for row in (0, len(sentences) - 1):  # and not one more
         kept = [text for text in sentences if text != sentences[row]]
         with pytest.raises(KeyError):

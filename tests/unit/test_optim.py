@@ -137,6 +137,14 @@ def test_unused_token_rows_stay_as_they_are_to_the_bit_and_used_ones_move() -> N
     assert moved == [5, 6, 7, 49407]
 
 
+def test_a_token_row_rests_in_the_steps_that_do_not_use_it() -> None:
+    once, longer = make_model(text=True), make_model(text=True)
+    run_steps(once, SECTION, count=1)
+    run_steps(longer, SECTION, count=4)
+    same = (token_rows(once) == token_rows(longer)).all(dim=1)
+    assert same[7] and not same[[5, 6, 49407]].any()
+
+
 def test_without_keeping_them_unused_token_rows_erode() -> None:
     model = make_model(text=True)
     before = token_rows(model).clone()

@@ -41,7 +41,11 @@ def test_a_gray_picture_is_repeated() -> None:
 @pytest.mark.parametrize("mode", ["P", "RGBA", "CMYK", "1", "LA"])
 def test_other_colour_modes_become_three_channels(mode: str) -> None:
     kind = "TIFF" if mode == "CMYK" else "PNG"
-    assert decode(encoded(Image.fromarray(NOISE).convert(mode), kind), height=20, width=10, name="a").shape == (20, 10, 3)
+    assert decode(encoded(Image.fromarray(NOISE).convert(mode), kind), height=20, width=10, name="a").shape == (
+        20,
+        10,
+        3,
+    )
 
 
 def test_zero_bytes_are_named() -> None:
@@ -75,6 +79,15 @@ def test_flipped_bytes_give_a_picture_or_a_named_error(kind: str) -> None:
             assert decode(bytes(broken), height=8, width=8, name="d").shape == (8, 8, 3)
         except ValueError as error:
             assert str(error).startswith("d: expected")
+
+
+def test_a_png_whose_second_chunk_is_broken_is_named() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    content = bytearray(encoded(Image.fromarray(noise)))
+    second = content.index(b"IDAT", content.index(b"IDAT") + 4)
+    content[second] ^= 0x55  # PIL answers this one with a SyntaxError
+    with pytest.raises(ValueError, match=r"^c: expected a picture"):
+        decode(bytes(content), height=8, width=8, name="c")
 
 
 def test_a_decompression_bomb_is_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,8 @@ def test_images_are_drawn_with_replacement() -> None:
     for epoch in range(50):
         sampler.set_epoch(epoch)
         batches += list(sampler)
-    assert any(len(set(batch.visible[:4].tolist())) < 4 for batch in batches)
+    for rows in ([batch.visible for batch in batches], [batch.infrared for batch in batches]):
+        assert any(len(set(picked[:4].tolist())) < 4 for picked in rows)
 
 
 def test_every_identity_and_every_image_is_drawn_about_equally_often() -> None:
@@ -119,9 +120,7 @@ def test_epoch_index_and_seed_each_change_the_batch() -> None:
 
 
 def test_identities_of_one_modality_only_are_never_drawn() -> None:
-    sampler = PKSampler(
-        2, 1, visible_labels=np.array([0, 1, 2, 2]), infrared_labels=np.array([1, 3, 2, 1, 1]), seed=0
-    )
+    sampler = PKSampler(2, 1, visible_labels=np.array([0, 1, 2, 2]), infrared_labels=np.array([1, 3, 2, 1, 1]), seed=0)
     for epoch in range(20):
         sampler.set_epoch(epoch)
         for batch in sampler:

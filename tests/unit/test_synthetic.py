@@ -57,9 +57,7 @@ def ids_of(root: Path) -> dict[str, list[int]]:
 
 
 def infrared_captions(root: Path) -> dict[str, dict[str, str]]:
-    captions: dict[str, dict[str, str]] = json.loads(
-        (root / "Text/Blip_IR/caption_llm_dict_Blip_IR.json").read_text()
-    )
+    captions: dict[str, dict[str, str]] = json.loads((root / "Text/Blip_IR/caption_llm_dict_Blip_IR.json").read_text())
     return captions
 
 
@@ -74,14 +72,16 @@ def test_another_seed_writes_other_pictures_captions_and_splits(trees: list[Path
     pictures = [name for name in first if name.endswith(".jpg")]
     assert pictures == [name for name in other if name.endswith(".jpg")]
     assert not [name for name in pictures if first[name] == other[name]]
-    assert first["Text/Blip_RGB/caption_llm_dict_Blip_RGB.json"] != other["Text/Blip_RGB/caption_llm_dict_Blip_RGB.json"]
+    assert (
+        first["Text/Blip_RGB/caption_llm_dict_Blip_RGB.json"] != other["Text/Blip_RGB/caption_llm_dict_Blip_RGB.json"]
+    )
 
 
 def test_splits_have_their_sizes_and_are_disjoint(trees: list[Path], tiny_benchmark: Path) -> None:
     for root, size in ((trees[0], TREE), (tiny_benchmark, Size(train=6, val=2, test=4, images_per_camera=1))):
         ids = ids_of(root)
         assert [len(ids[split]) for split in ("train", "val", "test")] == [size.train, size.val, size.test]
-        together = sum(ids.values(), [])
+        together = [pid for pids in ids.values() for pid in pids]
         assert len(set(together)) == len(together)
         assert set(map(str, together)) == set(json.loads((root / "attributes.json").read_text()))
 
@@ -181,7 +181,9 @@ def test_more_people_than_combinations_are_refused(monkeypatch: pytest.MonkeyPat
     capacity = 24 * 10 * 6 * 5 * 4 * 4
     with pytest.raises(ValueError, match=f"identities: expected at most {capacity}, got {capacity + 1}"):
         draw_people(capacity + 1, seed=0)
-    monkeypatch.setattr(synthetic, "COLOUR_ATTRIBUTES", {name: values[:1] for name, values in COLOUR_ATTRIBUTES.items()})
+    monkeypatch.setattr(
+        synthetic, "COLOUR_ATTRIBUTES", {name: values[:1] for name, values in COLOUR_ATTRIBUTES.items()}
+    )
     assert len({tuple(p.attributes.items()) for p in draw_people(24, seed=0)}) == 24
 
 
@@ -199,7 +201,12 @@ def test_rendering_is_a_function_of_its_arguments() -> None:
     first = render(person, 1, 0, seed=0)
     assert first.pixels.shape == (96, 48, 3) and first.pixels.dtype == np.uint8
     np.testing.assert_array_equal(first.pixels, render(person, 1, 0, seed=0).pixels)
-    for changed in (render(person, 2, 0, seed=0), render(person, 1, 1, seed=0), render(person, 1, 0, seed=1), render(other, 1, 0, seed=0)):
+    for changed in (
+        render(person, 2, 0, seed=0),
+        render(person, 1, 1, seed=0),
+        render(person, 1, 0, seed=1),
+        render(other, 1, 0, seed=0),
+    ):
         assert (changed.pixels != first.pixels).any()
     infrared = render(person, 3, 0, seed=0).pixels
     np.testing.assert_array_equal(infrared, infrared[:, :, :1].repeat(3, axis=2))
@@ -207,7 +214,7 @@ def test_rendering_is_a_function_of_its_arguments() -> None:
 
 def test_an_existing_folder_is_not_written_over(trees: list[Path]) -> None:
     before = tree_hashes(trees[0])
-    with pytest.raises(FileExistsError, match="expected a folder that does not exist, got .*first"):
+    with pytest.raises(FileExistsError, match=r"expected a folder that does not exist, got .*first"):
         write_sysu_layout(trees[0], TREE, seed=1)
     assert tree_hashes(trees[0]) == before
     assert not trees[0].with_name("first.partial").exists()

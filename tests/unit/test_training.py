@@ -20,8 +20,8 @@ from tvilfm.datasets.captions import read_published
 from tvilfm.datasets.manifest import CAPTION_SCHEMA, build_manifest, column
 from tvilfm.datasets.pixels import decode_files
 from tvilfm.datasets.pk_sampler import PKBatch
-from tvilfm.datasets.sysu_mm01 import read
 from tvilfm.datasets.synthetic import ATTRIBUTES
+from tvilfm.datasets.sysu_mm01 import read
 from tvilfm.datasets.tri_modal import RECIPES, Batch, TrainingRows, TriModalDataset
 from tvilfm.evaluation import evaluator as evaluator_module
 from tvilfm.losses.objective import JointObjective
@@ -220,11 +220,11 @@ def test_a_loss_that_is_not_finite_names_term_epoch_and_batch(
     model = toy.model(text=True)
     rng = np.random.default_rng(0)
     views: dict[Any, Any] = {r: rng.random((1, 8, model.spec.dim)).astype(np.float32) for r in RECIPES}
-    dataset = BrokenFeatures(
-        toy.rows, toy.manifest, toy.pixels, pad=2, seed=0, captions=toy.captions, views=views
-    )
+    dataset = BrokenFeatures(toy.rows, toy.manifest, toy.pixels, pad=2, seed=0, captions=toy.captions, views=views)
     settings = {"loss": LossSection.model_validate({dropped: 0.0})}
-    with pytest.raises(FloatingPointError, match=rf"loss\.{term}: expected a finite number, got nan in epoch 1, batch 2"):
+    with pytest.raises(
+        FloatingPointError, match=rf"loss\.{term}: expected a finite number, got nan in epoch 1, batch 2"
+    ):
         toy.run(tmp_path, text=True, dataset=dataset, settings=settings, model=model)
 
 
@@ -319,7 +319,6 @@ def tiny_config(root: Path, *overrides: str) -> Config:
         "model.text={width: 16, layers: 1, heads: 2, weights: random}",
         "train.p=2",
         "train.k=2",
-        "train.autocast=off",
         "optim={lr: 0.002, text_lr: 0.002}",
         "train.base={epochs: 2, warmup_epochs: 1, milestones: [2], eval_every: 1}",
         "train.text={epochs: 2, warmup_epochs: 1, milestones: [2], eval_every: 1}",
@@ -421,12 +420,16 @@ def test_a_pre_trained_backbone_is_what_the_base_stage_starts_from(
     config = tiny_config(tiny_benchmark)
     for state in (backbone.state_dict(), None, None):
         train_base(config, stage_data, backbone=state, device=CPU, listener=Recorder(tmp_path))
-    train_base(tiny_config(tiny_benchmark, "run.seed=1"), stage_data, backbone=None, device=CPU, listener=Recorder(tmp_path))
+    train_base(
+        tiny_config(tiny_benchmark, "run.seed=1"), stage_data, backbone=None, device=CPU, listener=Recorder(tmp_path)
+    )
     assert started[0] == parameter_digest(backbone)
     assert started[1] == started[2] and len(set(started)) == 3  # a random start follows from the seed
 
 
-def test_pre_training_learns_the_attributes_that_each_modality_shows(tiny_benchmark: Path, stage_data: StageData) -> None:
+def test_pre_training_learns_the_attributes_that_each_modality_shows(
+    tiny_benchmark: Path, stage_data: StageData
+) -> None:
     labels = attribute_labels(tiny_benchmark, stage_data.manifest)
     truth = json.loads((tiny_benchmark / "attributes.json").read_text())
     assert labels.shape == (stage_data.manifest.num_rows, len(ATTRIBUTES))

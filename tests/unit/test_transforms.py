@@ -93,7 +93,9 @@ def test_the_crop_reaches_every_border_of_the_padding() -> None:
         channel_B=torch.full((4,), KEEP),
     )
     white = augment(torch.from_numpy(pixels), draws, pad=2)[:, 0] > 0
-    for image, (rows, columns) in zip(white, [((2, 4), (2, 4)), ((2, 4), (0, 2)), ((0, 2), (2, 4)), ((0, 2), (0, 2))], strict=True):
+    for image, (rows, columns) in zip(
+        white, [((2, 4), (2, 4)), ((2, 4), (0, 2)), ((0, 2), (2, 4)), ((0, 2), (0, 2))], strict=True
+    ):
         expected = torch.zeros(4, 4, dtype=torch.bool)
         expected[slice(*rows), slice(*columns)] = True
         assert torch.equal(image, expected)
@@ -156,9 +158,7 @@ def test_probabilities_are_those_of_the_paper(
 
 def test_draws_of_one_image_are_independent(many: dict[Recipe, Draws]) -> None:
     draws = many["visible"]
-    columns = torch.stack(
-        [draws.top_B, draws.left_B, draws.flip_B, draws.gray_B, draws.erase_B4[:, 2] > 0]
-    ).double()
+    columns = torch.stack([draws.top_B, draws.left_B, draws.flip_B, draws.gray_B, draws.erase_B4[:, 2] > 0]).double()
     correlation = torch.corrcoef(columns) - torch.eye(5, dtype=torch.float64)
     assert correlation.abs().max() < 5 / NUM_DRAWS**0.5
     assert torch.corrcoef(torch.stack([columns[2, :-1], columns[2, 1:]]))[0, 1].abs() < 5 / NUM_DRAWS**0.5

@@ -18,7 +18,7 @@ from tvilfm.datasets.tri_modal import RECIPES, Batch, Captions, TrainingRows, Tr
 
 PIDS = (40, 7, 23, 11, 90)
 HEIGHT, WIDTH = 12, 6
-WORDS = "a man with red blue green coat long hair bag and very old shoes on the street".split()
+WORDS = ("a", "man", "with", "red", "blue", "green", "coat", "long", "hair", "bag", "and", "very", "old", "shoes")
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,9 @@ def test_rows_of_a_batch_show_the_identity_of_their_label(
         assert torch.equal(found.pixels["visible"], found.pixels["visible_augmented"])
 
 
-def test_draws_differ_by_recipe_epoch_batch_and_seed(manifest: pa.Table, pixels: np.ndarray, rows: TrainingRows) -> None:
+def test_draws_differ_by_recipe_epoch_batch_and_seed(
+    manifest: pa.Table, pixels: np.ndarray, rows: TrainingRows
+) -> None:
     labels = np.repeat(np.arange(2), 20)
     picked = np.zeros(40, dtype=np.int64)
     seen = []
@@ -191,7 +193,13 @@ def test_draws_differ_by_recipe_epoch_batch_and_seed(manifest: pa.Table, pixels:
 def test_cached_features_touch_no_pixel(manifest: pa.Table, captions: pa.Table, rows: TrainingRows) -> None:
     views = make_views(rows)
     dataset = TriModalDataset(
-        rows, manifest, Untouchable(), pad=2, seed=0, captions=captions, views=views  # type: ignore[arg-type]
+        rows,
+        manifest,
+        Untouchable(),
+        pad=2,
+        seed=0,
+        captions=captions,
+        views=views,  # type: ignore[arg-type]
     )
     chosen: dict[str, list[float]] = {recipe: [] for recipe in RECIPES}
     sampler = rows.sampler(3, 2, seed=0)

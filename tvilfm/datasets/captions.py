@@ -278,7 +278,7 @@ def texts_of(captions: pa.Table, images: Sequence[str]) -> tuple[list[str], list
 def write_published(
     text_dir: Path, captions: pa.Table, manifest: pa.Table, *, key_root: str = "", arrays: bool = False
 ) -> None:
-    """Write caption files in the published layout, byte for byte as the released ones are written.
+    """Write caption files in the published layout, byte for byte as the released dictionaries are written.
 
     `Blip_{RGB,IR}/caption_dict_Blip_*.json`, `caption_llm_dict_Blip_*.json` (images with a rephrase) and
     `Blip_RGB/id_caption_map_Blip_RGB.json`. Entries follow the caption table.
@@ -293,7 +293,8 @@ def write_published(
     Raises:
         ValueError: arrays are asked for and a training image has no caption.
 
-    Source: METHOD 5. Differs: the released files were not all made for all datasets.
+    Source: METHOD 5. Differs: the released map lists an identity's captions in the order of a Python set, which nobody
+        can repeat; ours lists them as they come.
     """
     modality_of = dict(zip(manifest["image"].to_pylist(), manifest["modality"].to_pylist(), strict=True))
     pid_of = dict(zip(manifest["image"].to_pylist(), manifest["pid"].to_pylist(), strict=True))

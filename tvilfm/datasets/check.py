@@ -148,13 +148,19 @@ def _counts(name: str, root: Path, manifest: pa.Table) -> Iterator[Count]:
 
 
 def _count_faults(name: str, counts: Sequence[Count]) -> Iterator[Fault]:
-    for count in counts:
-        if count.expected is not None and count.found != count.expected:
+    other = [count for count in counts if count.expected not in (None, count.found)]
+    for serious in (True, False):
+        where = tuple(
+            f"{count.found} {count.what}, published {count.expected}"
+            for count in other
+            if ((name, count.what) not in _UNSURE) == serious
+        )
+        if where:
             yield Fault(
-                what=f"{count.found} {count.what}, published {count.expected}",
-                where=(count.what,),
+                what="counts that are not the published ones",
+                where=where,
                 mend="Compare the split files with the published ones and unpack the images again.",
-                serious=(name, count.what) not in _UNSURE,
+                serious=serious,
             )
 
 

@@ -57,20 +57,14 @@ def build_manifest(rows: Iterable[Mapping[str, object]]) -> pa.Table:
     counts = pc.value_counts(table["image"])
     twice = [item["values"].as_py() for item in counts if item["counts"].as_py() > 1]
     if twice:
-        raise ValueError(
-            f"manifest.image: expected each image once, got {twice[0]} more than once. Remove the copy."
-        )
+        raise ValueError(f"manifest.image: expected each image once, got {twice[0]} more than once. Remove the copy.")
     unknown = sorted(set(table["modality"].to_pylist()) - set(MODALITIES))
     if unknown:
-        raise ValueError(
-            f"manifest.modality: expected visible or infrared, got {unknown[0]}. Fix the reader."
-        )
+        raise ValueError(f"manifest.modality: expected visible or infrared, got {unknown[0]}. Fix the reader.")
     return table
 
 
-def select(
-    manifest: pa.Table, *, split: str | Iterable[str] | None = None, modality: str | None = None
-) -> pa.Table:
+def select(manifest: pa.Table, *, split: str | Iterable[str] | None = None, modality: str | None = None) -> pa.Table:
     """Rows of the given split or splits and modality, in manifest order."""
     mask = pa.array(np.ones(manifest.num_rows, dtype=bool))
     if split is not None:

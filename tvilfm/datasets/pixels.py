@@ -31,15 +31,11 @@ def decode(content: bytes, *, height: int, width: int, name: str) -> npt.NDArray
     Source: METHOD 4. Differs: none known.
     """
     if not content:
-        raise ValueError(
-            f"{name}: expected a picture, got zero bytes. Restore the file or drop it from the dataset."
-        )
+        raise ValueError(f"{name}: expected a picture, got zero bytes. Restore the file or drop it from the dataset.")
     try:
         with Image.open(io.BytesIO(content)) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise ValueError(
-                    f"{name}: expected at most {MAX_PIXELS} pixels, got {image.width} x {image.height}."
-                )
+                raise ValueError(f"{name}: expected at most {MAX_PIXELS} pixels, got {image.width} x {image.height}.")
             rgb = image.convert("RGB")
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError) as error:
         raise ValueError(f"{name}: expected a picture, got {error}. Restore the file.") from None
@@ -48,14 +44,10 @@ def decode(content: bytes, *, height: int, width: int, name: str) -> npt.NDArray
 
 def decode_files(root: Path, images: Sequence[str], *, height: int, width: int) -> npt.NDArray[np.uint8]:
     """(N, H, W, 3) uint8 of the given pictures, in order."""
-    return np.stack(
-        [decode((root / name).read_bytes(), height=height, width=width, name=name) for name in images]
-    )
+    return np.stack([decode((root / name).read_bytes(), height=height, width=width, name=name) for name in images])
 
 
-def create(
-    path: Path, count: int, *, height: int, width: int
-) -> np.memmap[tuple[int, ...], np.dtype[np.uint8]]:
+def create(path: Path, count: int, *, height: int, width: int) -> np.memmap[tuple[int, ...], np.dtype[np.uint8]]:
     """A new .npy file of that shape, mapped for writing."""
     return np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(count, height, width, 3))
 

@@ -11,8 +11,8 @@ luminance and a random constant of its material, fixed for the person. Infrared 
 each other (infrared-to-infrared retrieval works) while their brightness tells little about colour.
 
 Captions are written from what the *rendered image* shows, with the faults of real captioners: an attribute left out,
-a wrong one, other words for the same thing, filler words. The files on disk have SYSU-MM01's exact layout, including
-the published caption files, so the reader of the real dataset reads them.
+a wrong one, other words for the same thing, filler words. The files on disk have the exact layout of SYSU-MM01, RegDB,
+LLCM or one's own folder, including the published caption files, so the reader of the real dataset reads them.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ SUPERSAMPLING = 3
 NUM_ARCHETYPES = 24
 VISIBLE_CAMERAS = (1, 2, 4, 5)
 INFRARED_CAMERAS = (3, 6)
+FEW_SHOTS = 300  # drawn in less time than it takes to start processes
 
 SHAPE_ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "sex": ("man", "woman"),
@@ -670,6 +671,8 @@ def _people(size: Size, seed: int, archetypes: bool) -> tuple[list[Person], dict
 
 def _shoot_all(partial: Path, shots: Sequence[_Shot]) -> list[tuple[str, str, str]]:
     """Render every shot into the folder; (path, caption, rephrase) in the order given."""
+    if len(shots) <= FEW_SHOTS:
+        return [_shoot(shot, partial) for shot in shots]
     # spawn: a fork of a process that has threads (torch, ray) may hang.
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(_shoot, shots, [partial] * len(shots), chunksize=64))

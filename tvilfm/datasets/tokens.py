@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
-from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
 
 @cache
-def _tokenizer() -> SimpleTokenizer:
+def _tokenizer() -> Any:
+    # Imported here: open_clip brings transformers, seconds that a process without text need not spend.
+    from open_clip.tokenizer import SimpleTokenizer
+
     return SimpleTokenizer()
 
 

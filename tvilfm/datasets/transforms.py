@@ -65,9 +65,7 @@ def draw(recipe: Recipe, count: int, rng: np.random.Generator, *, height: int, w
 
     Source: METHOD 4. Differs: none known (the stream of random numbers is ours).
     """
-    erase = _draw_erasing(
-        count, rng, height=height, width=width, probability=0.5 if recipe == "infrared" else 0.6
-    )
+    erase = _draw_erasing(count, rng, height=height, width=width, probability=0.5 if recipe == "infrared" else 0.6)
     channel = np.full(count, KEEP)
     if recipe == "visible_augmented":
         channel = np.where(rng.random(count) < 0.5, rng.integers(0, 3, count), KEEP)

@@ -52,9 +52,7 @@ class TrainingRows:
         )
 
     def sampler(self, p: int, k: int, *, seed: int) -> PKSampler:
-        return PKSampler(
-            p, k, visible_labels=self.visible_labels, infrared_labels=self.infrared_labels, seed=seed
-        )
+        return PKSampler(p, k, visible_labels=self.visible_labels, infrared_labels=self.infrared_labels, seed=seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +95,7 @@ class Captions:
     def __init__(self, captions: pa.Table, images: list[str]) -> None:
         plain, rephrased = texts_of(captions, images)
         # int32 halves what every loader process holds.
-        self._tokens = torch.stack(
-            [tokenize(texts, pad_to_context=True).int() for texts in (plain, rephrased)]
-        )
+        self._tokens = torch.stack([tokenize(texts, pad_to_context=True).int() for texts in (plain, rephrased)])
         self._lengths = self._tokens.argmax(dim=2) + 1
 
     def batch(self, rows: npt.NDArray[np.int64], rephrased: npt.NDArray[np.bool_]) -> Tensor:

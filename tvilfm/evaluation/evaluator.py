@@ -1,8 +1,9 @@
 """Evaluation: from raw features and texts to the rows of the result table.
 
-A query is asked four ways: infrared alone (through the base stage's head, which the text stage does not move), text
-alone, fusion, and the ensemble of the three (all through the current head). Where a text takes part, its source is
-said: who wrote the query's sentence decides more than any part of the network (METHOD 6).
+An infrared query is asked four ways: alone (through the base stage's head, which the text stage does not move), text
+alone, fusion, and the ensemble of the three (all through the current head). A visible query, of the protocols that
+search infrared images, is asked alone: there is no missing colour for a text to bring. Where a text takes part, its
+source is said: who wrote the query's sentence decides more than any part of the network (METHOD 6).
 
 Shapes: Q queries, G gallery, D feature.
 """
@@ -38,7 +39,6 @@ from tvilfm.models.fusion import semantic_filtered_fusion
 from tvilfm.retrieval.ensemble import ensemble_query
 
 Split = Literal["test", "val"]
-QUERIES = ("infrared", "text", "fusion", "ensemble")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +77,10 @@ def query_texts(
 
     Source: METHOD 6. Differs: the draw is seeded.
     """
+    if source == "none" or protocol.query_modality != "infrared":
+        return None
     query = select_query(manifest, protocol, split=split)
     own, _ = texts_of(captions, query["image"].to_pylist())
-    if source == "none":
-        return None
     if source == "own":
         return QueryTexts(kept=np.arange(query.num_rows), texts=own, filter_texts=own)
     drawn = witness_captions(
@@ -186,8 +186,8 @@ class Evaluator:
         for name in self._section.protocols:
             protocol = get_protocol(name)
             query = self.query(protocol)
-            infrared = self.image_vectors(query, base=True)
-            results.append(self._case("infrared", "none", protocol, query, infrared, base=True))
+            alone = self.image_vectors(query, base=True)
+            results.append(self._case(protocol.query_modality, "none", protocol, query, alone, base=True))
             if self._texts is None:
                 continue
             for source in self._section.text_sources:
@@ -234,7 +234,7 @@ class Evaluator:
 
 def default_case(results: Sequence[CaseResult], section: EvaluateSection, kind: str) -> CaseResult | None:
     """The case of that query kind in the default table, or None where it was not evaluated."""
-    source = "none" if kind == "infrared" else section.default_text_source
+    source = "none" if kind in ("infrared", "visible") else section.default_text_source
     for case in results:
         if (case.query, case.text_source, case.protocol) == (kind, source, section.protocols[0]):
             return case

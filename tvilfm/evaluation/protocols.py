@@ -215,7 +215,7 @@ def ignored_gallery(protocol: Protocol, query_pid: int, query_camid: int, galler
     ignored: npt.NDArray[np.bool_] = np.zeros(gallery.num_rows, dtype=bool)
     if protocol.dataset == "sysu_mm01":
         ignored = (camids == 2) & (query_camid == 3)
-    elif protocol.dataset == "llcm":
+    elif protocol.dataset in ("llcm", "market1501"):
         ignored = (column(gallery, "pid") == query_pid) & (camids == query_camid)
     return ignored
 
@@ -248,7 +248,7 @@ def chance_level(query: pa.Table, gallery: pa.Table, protocol: Protocol) -> floa
         matches, kept = pids[pid], gallery.num_rows
         if protocol.dataset == "sysu_mm01" and camid == 3:
             matches, kept = matches - pid_camids[pid, 2], kept - camids[2]
-        elif protocol.dataset == "llcm":
+        elif protocol.dataset in ("llcm", "market1501"):
             matches, kept = matches - pid_camids[pid, camid], kept - pid_camids[pid, camid]
         if matches:
             chances.append(matches / kept)
@@ -277,6 +277,10 @@ def _protocols() -> list[Protocol]:
     pairs: tuple[tuple[Modality, Modality], ...] = (("infrared", "visible"), ("visible", "infrared"))
     for query, gallery in pairs:
         known.append(Protocol(f"regdb/{query}-{gallery}", "regdb", query, gallery, None, None, None, num_trials=1))
+    # Nobody has published a protocol for one's own images: every image, and what Market-1501 leaves out.
+    known.append(
+        Protocol("folder/infrared-visible", "market1501", "infrared", "visible", None, None, None, num_trials=1)
+    )
     cameras_of: dict[Modality, tuple[int, ...]] = {
         "visible": (1, 2, 3, 4, 5, 6, 7, 8, 9),
         "infrared": (1, 2, 4, 5, 6, 7, 8, 9),

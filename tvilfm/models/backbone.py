@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -156,13 +157,13 @@ def read_state_dict(source: str, key: str) -> dict[str, Tensor]:
     path = Path(source)
     if not path.is_file():
         raise ValueError(f"{key}: expected a state-dict file, got {source}. Check the path.")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return dict(load_file(path))
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the restricted unpickler raises whatever the bytes lead it to
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{key}: expected a state-dict file, got {source}: {reason}. Save state_dict().") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(
-            f"{key}: expected a plain state dict, got something else in {source}. Save state_dict()."
-        )
+        raise ValueError(f"{key}: expected a plain state dict, got something else in {source}. Save state_dict().")
     return state

@@ -158,7 +158,7 @@ def _read(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-            first = str(error).splitlines()[0]
+            first = next(iter(str(error).splitlines()), type(error).__name__)
             raise ValueError(
                 f"checkpoint: expected a pickled state dict, got {path}, which weights_only loading refuses: {first}"
             ) from None

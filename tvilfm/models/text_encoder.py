@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import QuickGELU, TextTransformer
 from torch import Tensor, nn
 
 CONTEXT_LENGTH = 77
@@ -23,6 +22,9 @@ class TextEncoder(nn.Module):
     """
 
     def __init__(self, *, dim: int, width: int, layers: int, heads: int) -> None:
+        # Imported here: open_clip brings transformers, seconds that a process without text need not spend.
+        from open_clip.transformer import QuickGELU, TextTransformer
+
         super().__init__()
         self.tower = TextTransformer(
             context_length=CONTEXT_LENGTH,
@@ -91,12 +93,8 @@ def load_clip_text(encoder: TextEncoder, dim: int, source: str = "openai") -> No
     try:
         encoder.tower.load_state_dict(tower, strict=True)
     except RuntimeError as error:
-        raise ValueError(
-            f"model.text.weights: expected CLIP RN50's text tower, got {source}: {error}"
-        ) from None
+        raise ValueError(f"model.text.weights: expected CLIP RN50's text tower, got {source}: {error}") from None
 
 
 def _is_text_key(key: str) -> bool:
-    return key.startswith(
-        ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
-    )
+    return key.startswith(("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection"))

@@ -75,9 +75,7 @@ class TVILFM(nn.Module):
 
     def _add_text(self) -> None:
         spec = self.spec
-        self.text = TextEncoder(
-            dim=spec.dim, width=spec.text_width, layers=spec.text_layers, heads=spec.text_heads
-        )
+        self.text = TextEncoder(dim=spec.dim, width=spec.text_width, layers=spec.text_layers, heads=spec.text_heads)
         self.base_pool, self.base_head = copy.deepcopy(self.pool), copy.deepcopy(self.head)
 
     def start_text_stage(self) -> None:
@@ -154,9 +152,7 @@ class TVILFM(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
         save_file(state, folder / "model.safetensors")
-        (folder / "config.json").write_text(
-            json.dumps({"model_type": "tvilfm", **asdict(self.spec)}, indent=2)
-        )
+        (folder / "config.json").write_text(json.dumps({"model_type": "tvilfm", **asdict(self.spec)}, indent=2))
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> TVILFM:
@@ -168,9 +164,7 @@ class TVILFM(nn.Module):
         config_path, weights_path = folder / "config.json", folder / "model.safetensors"
         for path in (config_path, weights_path):
             if not path.is_file():
-                raise ValueError(
-                    f"checkpoint: expected {path}, which is not there. Give a folder of save_pretrained."
-                )
+                raise ValueError(f"checkpoint: expected {path}, which is not there. Give a folder of save_pretrained.")
         values: dict[str, Any] = json.loads(config_path.read_text())
         if values.pop("model_type", None) != "tvilfm":
             raise ValueError(f"{config_path}: expected model_type tvilfm. This folder holds another model.")

@@ -14,11 +14,11 @@ from torch import Tensor
 from tvilfm.config import Config, to_yaml
 from tvilfm.datasets.captions import texts_of
 from tvilfm.datasets.manifest import column, rows_of, select
-from tvilfm.evaluation.evaluator import QUERIES, CaseResult, Evaluator, QueryTexts, default_case
+from tvilfm.evaluation.evaluator import CaseResult, Evaluator, QueryTexts, default_case
 from tvilfm.evaluation.protocols import Protocol, get_protocol, ignored_gallery
 from tvilfm.report.figures import RetrievalFeatures
 from tvilfm.report.page import CaptionSample, RankedExample, RankedRow, ReportData
-from tvilfm.report.tables import ResultRow, Results
+from tvilfm.report.tables import QUERIES, ResultRow, Results
 
 TOP = 10
 NUM_EXAMPLES = 6
@@ -42,7 +42,7 @@ def build_results(evaluator: Evaluator, config: Config) -> Results:
         dataset=config.data.name,
         default_text_source=config.evaluate.default_text_source,
         default_protocol=config.evaluate.protocols[0],
-        chance={case.protocol: case.chance for case in cases if case.query == "infrared"},
+        chance={case.protocol: case.chance for case in cases if case.text_source == "none"},
         rows=[_row(case) for case in cases],
     )
 
@@ -84,15 +84,14 @@ def build_report(
     protocol = get_protocol(config.evaluate.protocols[0])
     query, gallery = evaluator.query(protocol), evaluator.gallery(protocol, 0)
     texts = evaluator.texts(protocol, config.evaluate.default_text_source)
-    vectors: dict[str, Tensor] = {"infrared": evaluator.image_vectors(query, base=True)}
-    kept = {"infrared": np.arange(query.num_rows)}
+    alone = protocol.query_modality
+    vectors: dict[str, Tensor] = {alone: evaluator.image_vectors(query, base=True)}
+    kept: dict[str, npt.NDArray[np.int64]] = {alone: np.arange(query.num_rows)}
     if texts is not None:
         for kind, of_text in evaluator.text_query_vectors(query, texts).items():
             vectors[kind], kept[kind] = of_text, texts.kept
     similarity = {
-        kind: evaluator.similarity(vectors[kind], gallery, base=kind == "infrared")
-        for kind in QUERIES
-        if kind in vectors
+        kind: evaluator.similarity(vectors[kind], gallery, base=kind == alone) for kind in QUERIES if kind in vectors
     }
     cases = evaluator.evaluate()
     cmc = {}
@@ -105,7 +104,7 @@ def build_report(
         name=config.run.name,
         cmc=cmc,
         examples=_examples(query, gallery, texts, similarity, kept, manifest, pixels, protocol),
-        features=_features(evaluator, query, gallery, vectors, kept),
+        features=_features(evaluator, query, gallery, vectors, kept, alone),
         learning=list(facts.learning),
         captions=_caption_samples(manifest, captions, pixels),
         facts=_facts(config, facts, manifest, query, gallery),
@@ -126,7 +125,7 @@ def _examples(
     protocol: Protocol,
 ) -> list[RankedExample]:
     """Queries evenly spread over the query list, whatever came out for them: chosen, they would flatter."""
-    rows = kept["infrared"] if texts is None else texts.kept
+    rows = kept[protocol.query_modality] if texts is None else texts.kept
     chosen = rows[np.linspace(0, len(rows) - 1, min(NUM_EXAMPLES, len(rows))).round().astype(int)]
     query_pixels, gallery_pixels = rows_of(manifest, query), rows_of(manifest, gallery)
     query_pids, gallery_pids = column(query, "pid"), column(gallery, "pid")
@@ -162,13 +161,14 @@ def _features(
     gallery: pa.Table,
     vectors: Mapping[str, Tensor],
     kept: Mapping[str, npt.NDArray[np.int64]],
+    alone: str,
 ) -> dict[str, RetrievalFeatures]:
     gallery_pids, query_pids = column(gallery, "pid"), column(query, "pid")
     found = {}
     for kind in QUERIES:
         if kind in vectors:
             unit = torch.nn.functional.normalize(vectors[kind], dim=1).cpu().numpy()
-            images = evaluator.image_vectors(gallery, base=kind == "infrared").cpu().numpy()
+            images = evaluator.image_vectors(gallery, base=kind == alone).cpu().numpy()
             found[kind] = RetrievalFeatures(unit, query_pids[kept[kind]], images, gallery_pids)
     return found
 

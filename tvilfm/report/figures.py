@@ -34,12 +34,13 @@ IntArray: TypeAlias = npt.NDArray[np.integer[Any]]
 # Four of the colour-blind-safe "vibrant" and Okabe-Ito hues, chosen to differ in lightness too.
 QUERY_COLORS: Mapping[str, str] = {
     "infrared": "#d55e00",
+    "visible": "#8a8a00",
     "text": "#2b8cd0",
     "fusion": "#006a55",
     "ensemble": "#4b2a84",
 }
-QUERY_MARKERS: Mapping[str, str] = {"infrared": "^", "text": "s", "fusion": "D", "ensemble": "P"}
-QUERY_DASHES: Mapping[str, str] = {"infrared": "-", "text": "--", "fusion": "-", "ensemble": "-"}
+QUERY_MARKERS: Mapping[str, str] = {"infrared": "^", "visible": "v", "text": "s", "fusion": "D", "ensemble": "P"}
+QUERY_DASHES: Mapping[str, str] = {"infrared": "-", "visible": "-", "text": "--", "fusion": "-", "ensemble": "-"}
 
 INK, MUTED, RULE = "#1f2328", "#656d76", "#d5dae0"
 CMC_RANKS = 20

@@ -22,12 +22,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-QUERIES: tuple[str, ...] = ("infrared", "text", "fusion", "ensemble")
+QUERIES: tuple[str, ...] = ("infrared", "visible", "text", "fusion", "ensemble")
 TEXT_SOURCES: tuple[str, ...] = ("witness", "witness-heldout", "own", "none")
 METRICS: tuple[str, ...] = ("rank1", "rank5", "rank10", "mAP", "mINP")
 
 QUERY_LABELS: Mapping[str, str] = {
     "infrared": "infrared alone",
+    "visible": "visible alone",
     "text": "text alone",
     "fusion": "infrared + text (fusion)",
     "ensemble": "ensemble (MER)",
@@ -392,7 +393,8 @@ def verdict(results: Results) -> Verdict:
     mAP_moves = [_direction(low, high, "mAP") for low, high in steps]
     # Where every step is up, "rises" says so once; otherwise each step says its own direction.
     rising = all(move > 0 for move in rank1_moves)
-    signs = ["" if rising else f" ({_MOVES[move]})" for move in rank1_moves]
+    than = ("than infrared", "than fusion")
+    signs = ["" if rising else f" ({_MOVES[m]}{f' {t}' if m else ''})" for m, t in zip(rank1_moves, than, strict=False)]
     sentence = (
         f"on people never seen in training, rank-1 {'rises' if rising else 'goes'} from "
         f"{percent(infrared.rank1)}% with infrared alone to {percent(fusion.rank1)}% when "

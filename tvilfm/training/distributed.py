@@ -32,7 +32,7 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(context: Any, gradient: Tensor) -> Tensor:
         total = gradient.contiguous().clone()
         dist.all_reduce(total)
         return total[rank() * context.count :][: context.count]
@@ -48,7 +48,7 @@ class _SumOverWorkers(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(context: Any, gradient: Tensor) -> Tensor:
         return _SumOverWorkers.forward(context, gradient.contiguous())
 
 
@@ -63,12 +63,12 @@ def gather_rows(rows: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return rows
-    gathered: Tensor = _GatherRows.apply(rows.contiguous())  # type: ignore[no-untyped-call]
+    gathered: Tensor = _GatherRows.apply(rows.contiguous())
     return gathered
 
 
 def _sum_over_workers(values: Tensor) -> Tensor:
-    total: Tensor = _SumOverWorkers.apply(values)  # type: ignore[no-untyped-call]
+    total: Tensor = _SumOverWorkers.apply(values)
     return total
 
 

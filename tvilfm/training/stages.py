@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from tvilfm.config import Config, EvaluateSection, Selection
+from tvilfm.config import PROTOCOLS, Config, EvaluateSection, Selection
 from tvilfm.datasets.manifest import rows_of, select
 from tvilfm.datasets.transforms import Recipe
 from tvilfm.datasets.tri_modal import TrainingRows, TriModalDataset
@@ -22,9 +22,6 @@ from tvilfm.models import TVILFM, spec_from_config
 from tvilfm.models.tvilfm import load_text_weights, load_visual_weights
 from tvilfm.training.distributed import rank, world_size
 from tvilfm.training.loop import Listener, StageSettings, train_stage
-
-# What a checkpoint is chosen by, apart from `evaluate`: another table must not mean another training.
-SELECTION = {"synthetic": "sysu_mm01/all/single", "sysu_mm01": "sysu_mm01/all/single"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +165,8 @@ def _validator(
     if selection == "last":
         return None
     split: Split = "test" if selection == "test" else "val"
-    protocol = SELECTION[config.data.name]
+    # Not of `evaluate`: another table must not mean another training.
+    protocol = PROTOCOLS[config.data.name][0]
     section = EvaluateSection(
         protocols=(protocol,), text_sources=("witness",), default_text_source="witness", batch=config.evaluate.batch
     )

@@ -1,0 +1,218 @@
+"""`tvilfm data check`: a sound dataset passes, and each fault is found, named, and given a remedy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from cluster.data import app
+from tvilfm.config import DataSection, load_config, to_yaml
+from tvilfm.datasets import read_dataset
+from tvilfm.datasets.check import PUBLISHED_COUNTS, SYNTHETIC_MARK, Fault, Findings, check_dataset
+from tvilfm.datasets.manifest import select
+from tvilfm.datasets.pixels import decode
+from tvilfm.datasets.synthetic import Layout, Size, write_layout
+from tvilfm.evaluation.features import FeatureTable
+
+SIZE = Size(train=10, val=1, test=5, images_per_camera=1)
+LAYOUTS: tuple[Layout, ...] = ("sysu_mm01", "regdb", "llcm", "folder")
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[Layout, Path]:
+    top = tmp_path_factory.mktemp("checked")
+    for layout in LAYOUTS:
+        write_layout(top / layout, SIZE, seed=2, layout=layout)
+    return {layout: top / layout for layout in LAYOUTS}
+
+
+@pytest.fixture
+def regdb(rendered: dict[Layout, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(rendered["regdb"], tmp_path / "regdb"))
+
+
+def section(name: str, **values: object) -> DataSection:
+    return DataSection.model_validate({"name": name, **values})
+
+
+def fault(findings: Findings, part: str) -> Fault:
+    (found,) = [each for each in findings.faults if part in each.what]
+    assert found.mend and found.where
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_rendered_dataset_is_sound(rendered: dict[Layout, Path], layout: Layout) -> None:
+    findings = check_dataset(section(layout), rendered[layout])
+    assert findings.sound and not findings.faults
+    manifest = read_dataset(layout, rendered[layout])
+    found = {count.what: count.found for count in findings.counts}
+    assert found["train identities"] == SIZE.train + SIZE.val and found["test identities"] == SIZE.test
+    for modality in ("visible", "infrared"):
+        images = select(manifest, modality=modality)
+        assert found[f"{modality} train images"] + found[f"{modality} test images"] == images.num_rows
+        assert found[f"{modality} captions"] == found[f"{modality} rephrases"] == images.num_rows
+        assert found[f"{modality} cameras"] == len(set(images["camid"].to_pylist()))
+
+
+@pytest.mark.parametrize("layout", ["sysu_mm01", "regdb", "llcm"])
+def test_counts_are_held_against_the_published_ones(
+    rendered: dict[Layout, Path], layout: Layout, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(rendered[layout], tmp_path / layout))
+    (root / SYNTHETIC_MARK).unlink()
+    findings = check_dataset(section(layout), root, images=False)
+    expected = {count.what: count.expected for count in findings.counts if "captions" not in count.what}
+    assert {what: number for what, number in expected.items() if number is not None} == PUBLISHED_COUNTS[layout]
+    number = PUBLISHED_COUNTS[layout]["train identities"]
+    serious, *unsure = [each for each in findings.faults if "counts that are not" in each.what]
+    assert f"11 train identities, published {number}" in serious.where
+    assert serious.serious and not findings.sound
+    assert len(unsure) == (layout == "llcm")  # the paper contradicts itself on LLCM's test images
+    assert all(not each.serious and "published 8680" in each.where[0] for each in unsure)
+
+
+def test_the_published_counts_add_up() -> None:
+    llcm = PUBLISHED_COUNTS["llcm"]
+    assert sum(number for what, number in llcm.items() if what.endswith("images")) == 46767
+    regdb = PUBLISHED_COUNTS["regdb"]
+    assert sum(number for what, number in regdb.items() if what.endswith("images")) == 2 * 4120
+    assert regdb["train identities"] + regdb["test identities"] == 412
+    assert PUBLISHED_COUNTS["sysu_mm01"]["train identities"] + PUBLISHED_COUNTS["sysu_mm01"]["test identities"] == 491
+
+
+def test_images_that_cannot_be_read_are_listed(regdb: Path) -> None:
+    images = read_dataset("regdb", regdb)["image"].to_pylist()
+    (regdb / images[0]).write_bytes(b"")
+    (regdb / images[1]).write_bytes(b"no picture at all")
+    (regdb / images[2]).write_bytes((regdb / images[2]).read_bytes()[:2000])
+    findings = check_dataset(section("regdb"), regdb)
+    where = fault(findings, "images that cannot be read").where
+    assert [text.split(":")[0] for text in where] == images[:3]
+    assert "expected a picture, got zero bytes" in where[0]
+    assert not findings.sound
+    assert check_dataset(section("regdb"), regdb, images=False).sound
+    with pytest.raises(ValueError, match=rf"{images[0]}: expected a picture, got zero bytes"):
+        decode((regdb / images[0]).read_bytes(), height=8, width=4, name=images[0])
+
+
+def test_missing_images_and_identities_in_two_splits_are_counted_together(regdb: Path) -> None:
+    manifest = read_dataset("regdb", regdb)
+    (regdb / manifest["image"][0].as_py()).unlink()
+    pid = select(manifest, split="train")["pid"][0].as_py()
+    shutil.copy(regdb / manifest["image"][1].as_py(), regdb / "Visible" / str(pid) / "more.bmp")
+    path = regdb / "idx" / "test_visible_1.txt"
+    path.write_text(path.read_text() + f"Visible/{pid}/more.bmp 9\n")
+    findings = check_dataset(section("regdb"), regdb)
+    assert fault(findings, "not there").where == (manifest["image"][0].as_py(),)
+    assert fault(findings, "identities in two splits").where == (f"pid {pid}: train and test",)
+    assert fault(findings, "test identities with images of one modality only").where == (f"pid {pid}",)
+    assert fault(findings, "images without a caption").where == (f"Visible/{pid}/more.bmp",)
+
+
+def test_captions_without_an_image_and_images_without_a_caption_are_found(regdb: Path) -> None:
+    manifest = read_dataset("regdb", regdb)
+    image = select(manifest, modality="infrared")["image"][0].as_py()
+    for name in ("caption_dict_Blip_IR.json", "caption_llm_dict_Blip_IR.json"):
+        path = regdb / "Text" / "Blip_IR" / name
+        entries = json.loads(path.read_text())
+        entries["datasets/regdb/Thermal/999/x.bmp"] = entries.pop(f"datasets/regdb/{image}")
+        path.write_text(json.dumps(entries))
+    findings = check_dataset(section("regdb"), regdb)
+    assert fault(findings, "images without a caption").where == (image,)
+    assert fault(findings, "in caption_llm_dict_Blip_IR.json").where == ("datasets/regdb/Thermal/999/x.bmp",)
+    (count,) = [count for count in findings.counts if count.what == "infrared captions"]
+    assert (count.found, count.expected) == (manifest.num_rows // 2 - 1, manifest.num_rows // 2)
+
+
+def test_caption_files_that_are_missing_or_disagree_are_found(regdb: Path) -> None:
+    folder = regdb / "Text" / "Blip_RGB"
+    path = folder / "id_caption_map_Blip_RGB.json"
+    texts = json.loads(path.read_text())
+    texts["3"] = ["a man who is not there."]
+    path.write_text(json.dumps(texts))
+    plain = folder / "caption_dict_Blip_RGB.json"
+    entries = json.loads(plain.read_text())
+    key = next(iter(entries))
+    entries[key] = {"description": "a stranger."}
+    plain.write_text(json.dumps(entries))
+    findings = check_dataset(section("regdb"), regdb)
+    assert fault(findings, "not those of id_caption_map").where == ("pid 3",)
+    assert fault(findings, "differs between caption_dict").where == (key.removeprefix("datasets/regdb/"),)
+    assert findings.sound  # a run survives both
+    shutil.rmtree(folder)
+    assert "Blip_RGB/caption_llm_dict" in fault(check_dataset(section("regdb"), regdb), "captions: expected").what
+
+
+def test_captions_elsewhere_are_found(rendered: dict[Layout, Path], tmp_path: Path) -> None:
+    root = Path(shutil.copytree(rendered["regdb"], tmp_path / "regdb"))
+    (root / "Text").rename(tmp_path / "Texts")
+    assert not check_dataset(section("regdb"), root).sound
+    assert check_dataset(section("regdb", captions=tmp_path / "Texts"), root).sound
+
+
+def test_a_model_of_another_regdb_split_is_found(rendered: dict[Layout, Path]) -> None:
+    root = rendered["regdb"]
+    same = check_dataset(section("regdb", split=3), root, images=False, trained=section("regdb", split=3))
+    assert same.sound
+    findings = check_dataset(section("regdb", split=3), root, images=False, trained=section("regdb", split=5))
+    learnt = select(read_dataset("regdb", root, split=5), split=("train", "val"))["pid"].to_pylist()
+    tested = select(read_dataset("regdb", root, split=3), split="test")["pid"].to_pylist()
+    found = fault(findings, "a RegDB model of split 5 tested on split 3")
+    assert found.where == tuple(f"pid {pid}" for pid in sorted(set(learnt) & set(tested)))
+    assert "data.split=5" in found.mend and not findings.sound
+
+
+def test_a_split_by_rule_is_said(rendered: dict[Layout, Path], tmp_path: Path) -> None:
+    root = Path(shutil.copytree(rendered["folder"], tmp_path / "own"))
+    (root / "splits.csv").unlink()
+    findings = check_dataset(section("folder"), root, images=False)
+    assert len(fault(findings, "split by rule").where) == SIZE.train + SIZE.val + SIZE.test
+    assert findings.sound
+
+
+def test_a_folder_that_no_reader_reads_is_one_fault(rendered: dict[Layout, Path], tmp_path: Path) -> None:
+    findings = check_dataset(section("llcm"), rendered["regdb"])
+    assert "expected LLCM's folders vis and nir" in findings.faults[0].what
+    assert not findings.sound and not findings.counts
+    assert not check_dataset(section("regdb"), tmp_path / "nowhere").sound
+
+
+def test_features_with_nan_are_refused_by_name() -> None:
+    vectors = np.zeros((3, 4), dtype=np.float32)
+    vectors[1, 2] = np.nan
+    with pytest.raises(ValueError, match=r"features: expected finite numbers, got NaN or infinity for 'b.jpg'"):
+        FeatureTable(keys=("a.jpg", "b.jpg", "c.jpg"), vectors_ND=vectors)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_commands_make_and_check_every_layout(layout: Layout, tmp_path: Path) -> None:
+    runner, root = CliRunner(), tmp_path / layout
+    made = runner.invoke(
+        app, ["synth", str(root), "--identities", "2,1,2", "--layout", layout, "--images-per-camera", "1"]
+    )
+    assert made.exit_code == 0 and f"2 + 1 + 2 identities, layout {layout}, seed 0" in made.output
+    config = tmp_path / "config.yaml"
+    config.write_text("{}")
+    checked = runner.invoke(app, ["check", "--config", str(config), f"data.name={layout}", f"data.root={root}"])
+    assert checked.exit_code == 0 and "nothing is wrong" in checked.output
+
+
+def test_the_check_command_fails_with_a_table_of_faults(regdb: Path, tmp_path: Path) -> None:
+    (regdb / read_dataset("regdb", regdb)["image"][0].as_py()).write_bytes(b"")
+    run = tmp_path / "run"
+    run.mkdir()
+    overrides = ["data.name=regdb", f"data.root={regdb}"]
+    (run / "config.yaml").write_text(to_yaml(load_config(None, [*overrides, "data.split=2"])))
+    config = tmp_path / "config.yaml"
+    config.write_text("{}")
+    arguments = ["check", "--config", str(config), "--run", str(run), "--every", *overrides, "data.split=1"]
+    checked = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert checked.exit_code == 1
+    for part in ("images that cannot be read", "zero bytes", "a RegDB model of split 2 tested", "data.split=2"):
+        assert part in checked.output
