@@ -40,11 +40,11 @@ FIDELITY_SWITCHES: dict[str, dict[Fidelity, object]] = {
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class RunSection(Section):
-    name: str = Field("demo", pattern=r"^[\w.-]+$", description="folder under run.dir that holds this run")
+    name: str = Field("demo", pattern=r"^\w[\w.-]*$", description="folder under run.dir that holds this run")
     dir: Path = Field(Path("runs"), description="where runs live")
     stages_dir: Path | None = Field(
         None, description="where finished stages live, shared between runs; null = inside the run folder"
@@ -113,6 +113,12 @@ class LossSection(Section):
     filter_text: bool = Field(True, description="SFF: subtract the infrared caption's feature (ablation: false)")
     joint: bool = Field(True, description="MJL: loss over all modalities, not visible and fusion only")
 
+    @model_validator(mode="after")
+    def _something_to_minimise(self) -> LossSection:
+        if not self.id_weight and not self.wrt_weight:
+            raise ValueError("id_weight: expected > 0 where wrt_weight is 0, got 0. Give one of the losses a weight.")
+        return self
+
 
 class OptimSection(Section):
     lr: float = Field(3.5e-4, gt=0, description="visual rate; also embeddings, ln_final, projection (METHOD 4)")
@@ -122,6 +128,7 @@ class OptimSection(Section):
     weight_decay: float = Field(5e-4, ge=0, description="Adam's coupled L2")
     text_weight_decay: float | None = Field(
         4e-5,
+        ge=0,
         description="decay of the text transformer; null = as fidelity says (published ignores the flag)",
     )
     keep_unused_tokens: bool = Field(
@@ -188,6 +195,12 @@ class EnsembleWeights(Section):
     infrared: float = Field(1.0, ge=0, description="weight of the infrared query")
     text: float = Field(1.0, ge=0, description="weight of the text query")
     fusion: float = Field(1.0, ge=0, description="weight of the fusion query")
+
+    @model_validator(mode="after")
+    def _somebody_votes(self) -> EnsembleWeights:
+        if not (self.infrared or self.text or self.fusion):
+            raise ValueError("fusion: expected a weight above 0 for one query at least, got three zeros. Raise one.")
+        return self
 
 
 class EvaluateSection(Section):
@@ -291,14 +304,14 @@ def load_config(path: Path | None = None, overrides: Iterable[str] = (), *, size
             raise ValueError(f"{path}: expected YAML, got {error}. Mend the file.") from None
         if not isinstance(values, dict):
             raise ValueError(f"{path}: expected sections, got {type(values).__name__}. Begin as ray_config.yaml does.")
-    sizes = values.pop("sizes", {})
+    sizes = values.pop("sizes", None) or {}
     if size is not None:
         if size not in sizes:
             raise ValueError(f"--size: expected one of {sorted(sizes)}, got {size}.")
         _merge(values, sizes[size])
     for override in overrides:
         key, found, text = override.partition("=")
-        if not found:
+        if not found or not all(key.split(".")):
             raise ValueError(f"override: expected section.key=value, got {override!r}.")
         try:
             value = yaml.safe_load(text)
@@ -309,7 +322,7 @@ def load_config(path: Path | None = None, overrides: Iterable[str] = (), *, size
         _merge(values, node)
     fidelity = values.get("fidelity", "corrected")
     for key, choices in FIDELITY_SWITCHES.items():
-        if fidelity in choices and _get(values, key) is None:
+        if isinstance(fidelity, str) and fidelity in choices and _get(values, key) is None:
             _set(values, key, choices[fidelity])
     if _get(values, "evaluate.protocols") is None:
         name = _get(values, "data.name") or "synthetic"

@@ -255,3 +255,27 @@ def test_derived_paths_follow_the_run() -> None:
 def test_a_config_cannot_be_changed() -> None:
     with pytest.raises(ValidationError):
         load_config().train.p = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("fidelity=[a]", "fidelity"),
+        ("=3", "override"),
+        ("optim..lr=1", "override"),
+        ("optim.text_weight_decay=-1", "optim.text_weight_decay"),
+        ("loss={id_weight: 0, wrt_weight: 0}", "loss.id_weight"),
+        ("evaluate.ensemble={infrared: 0, text: 0, fusion: 0}", "evaluate.ensemble.fusion"),
+        ("run.name=..", "run.name"),
+        ("optim.lr=.inf", "optim.lr"),
+        ("evaluate.protocols=[regdb/infrared-visible]", "evaluate.protocols"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_by_name(override: str, key: str) -> None:
+    with pytest.raises(ValueError, match=f"^{key}: "):
+        load_config(overrides=[override])
+
+
+def test_each_dataset_brings_its_own_protocols() -> None:
+    config = load_config(overrides=["data.name=regdb", "data.root=/x"])
+    assert config.evaluate.protocols == ("regdb/infrared-visible", "regdb/visible-infrared")

@@ -431,3 +431,18 @@ def test_a_folder_of_another_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(ValueError, match=r"config\.json: expected model_type tvilfm"):
         TVILFM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b"{"),
+        ("config.json", b'{"model_type": "tvilfm", "no_such_key": 1}'),
+        ("model.safetensors", b"\x08"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_by_file(tmp_path: Path, name: str, content: bytes) -> None:
+    make_model().save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=name.replace(".", r"\.") + ": expected"):
+        TVILFM.from_pretrained(tmp_path)

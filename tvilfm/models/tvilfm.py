@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -165,13 +166,19 @@ class TVILFM(nn.Module):
         for path in (config_path, weights_path):
             if not path.is_file():
                 raise ValueError(f"checkpoint: expected {path}, which is not there. Give a folder of save_pretrained.")
-        values: dict[str, Any] = json.loads(config_path.read_text())
+        try:
+            values: dict[str, Any] = dict(json.loads(config_path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{config_path}: expected a JSON object, got {error}. Restore the file.") from None
         if values.pop("model_type", None) != "tvilfm":
             raise ValueError(f"{config_path}: expected model_type tvilfm. This folder holds another model.")
-        model = cls(ModelSpec(**values))
+        try:
+            model = cls(ModelSpec(**values))
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{config_path}: expected a config of save_pretrained, got {error}.") from None
         try:
             model.load_state_dict(load_file(weights_path), strict=True)
-        except RuntimeError as error:
+        except (RuntimeError, SafetensorError) as error:
             raise ValueError(f"{weights_path}: expected the weights of {config_path}, got {error}") from None
         return model
 
