@@ -62,7 +62,7 @@ def _lines(path: Path) -> list[str]:
             f"data.root: expected the split file {path}, which is not there. "
             f"Copy the dataset's {path.parent.name} folder."
         )
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"data.root: expected lines in the split file {path}, got none. Restore the file.")
     return lines

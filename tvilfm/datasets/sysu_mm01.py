@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from tvilfm.datasets.manifest import build_manifest
+from tvilfm.datasets.splits import read_ids
 
 INFRARED_CAMERAS = (3, 6)
 CAMERAS = (1, 2, 3, 4, 5, 6)
@@ -32,7 +33,7 @@ def read(root: Path) -> pa.Table:
             f"data.root: expected SYSU-MM01's folders cam1 to cam6 in {root}, got none of them. "
             "Give the folder that holds cam1 and exp."
         )
-    ids = {split: _read_ids(root / "exp" / f"{split}_id.txt") for split in ("train", "val", "test")}
+    ids = {split: read_ids(root / "exp" / f"{split}_id.txt") for split in ("train", "val", "test")}
     for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
         both = sorted(set(ids[first]) & set(ids[second]))
         if both:
@@ -59,16 +60,3 @@ def read(root: Path) -> pa.Table:
                         if file.suffix.lower() in SUFFIXES
                     ]
     return build_manifest(rows)
-
-
-def _read_ids(path: Path) -> list[int]:
-    if not path.is_file():
-        raise ValueError(
-            f"data.root: expected the split file {path}, which is not there. Copy the dataset's exp folder."
-        )
-    try:
-        return sorted({int(pid) for pid in path.read_text().replace("\n", ",").split(",") if pid.strip()})
-    except ValueError:
-        raise ValueError(
-            f"{path}: expected comma-separated identity numbers, got other text. Restore the file."
-        ) from None

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from tvilfm.config import PROTOCOLS, Config, EvaluateSection, Selection
+from tvilfm.config import PROTOCOLS, Config, EvaluateSection, ScheduleSection, Selection, TextStageSection
 from tvilfm.datasets.manifest import rows_of, select
 from tvilfm.datasets.transforms import Recipe
 from tvilfm.datasets.tri_modal import TrainingRows, TriModalDataset
@@ -68,34 +68,7 @@ def train_base(
         load_visual_weights(model, config.model)
     else:
         model.backbone.load_state_dict(backbone)
-    settings = StageSettings(
-        train=config.train,
-        schedule=config.train.base,
-        loss=config.loss,
-        optim=config.optim,
-        pad=config.data.pad,
-        freeze_visual=False,
-        freeze_batch_norm=False,
-    )
-    dataset = TriModalDataset(
-        rows,
-        data.manifest,
-        data.pixels,
-        pad=config.data.pad,
-        seed=config.run.seed,
-        rank=rank(),
-        world_size=world_size(),
-    )
-    return train_stage(
-        model,
-        rows.sampler(config.train.p, config.train.k, seed=config.run.seed),
-        dataset,
-        settings,
-        device=device,
-        validate=_validator(config, data, config.train.base.select, with_text=False),
-        listener=listener,
-        resume=resume,
-    )
+    return _fit(model, config, data, rows, config.train.base, None, 0, device=device, listener=listener, resume=resume)
 
 
 def train_text(
@@ -126,34 +99,52 @@ def train_text(
     rows = TrainingRows.from_manifest(data.manifest, use_val=config.train.text.use_val)
     base.start_text_stage()
     load_text_weights(base, config.model)
+    return _fit(base, config, data, rows, config.train.text, views, 1, device=device, listener=listener, resume=resume)
+
+
+def _fit(
+    model: TVILFM,
+    config: Config,
+    data: StageData,
+    rows: TrainingRows,
+    schedule: ScheduleSection | TextStageSection,
+    views: dict[Recipe, npt.NDArray[np.float32]] | None,
+    seed_offset: int,
+    *,
+    device: torch.device,
+    listener: Listener,
+    resume: Path | None,
+) -> TVILFM:
+    text = schedule if isinstance(schedule, TextStageSection) else None
+    seed = config.run.seed + seed_offset
     settings = StageSettings(
         train=config.train,
-        schedule=config.train.text,
+        schedule=schedule,
         loss=config.loss,
         optim=config.optim,
         pad=config.data.pad,
-        freeze_visual=True,
-        freeze_batch_norm=config.train.text.freeze_batch_norm,
+        freeze_visual=text is not None,
+        freeze_batch_norm=text is not None and text.freeze_batch_norm,
     )
     dataset = TriModalDataset(
         rows,
         data.manifest,
         data.pixels,
         pad=config.data.pad,
-        seed=config.run.seed + 1,
+        seed=seed,
         rank=rank(),
         world_size=world_size(),
-        captions=data.captions,
-        llm_probability=config.train.text.llm_probability,
+        captions=None if text is None else data.captions,
+        llm_probability=0.0 if text is None else text.llm_probability,
         views=views,
     )
     return train_stage(
-        base,
-        rows.sampler(config.train.p, config.train.k, seed=config.run.seed + 1),
+        model,
+        rows.sampler(config.train.p, config.train.k, seed=seed),
         dataset,
         settings,
         device=device,
-        validate=_validator(config, data, config.train.text.select, with_text=True),
+        validate=_validator(config, data, schedule.select, with_text=text is not None),
         listener=listener,
         resume=resume,
     )
