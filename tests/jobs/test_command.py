@@ -1,0 +1,73 @@
+"""The `tvilfm` command as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.__main__ import main
+from cluster.progress import ProgressFile, watch
+from tvilfm.config import known_keys, load_config
+
+
+def _call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["tvilfm", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return int(end.value.code or 0)
+
+
+def test_config_show_prints_what_a_run_resolves_to(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _call(monkeypatch, "config", "show", "--size", "small", "train.p=4") == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown == load_config(Path("ray_config.yaml"), ["train.p=4"], size="small").model_dump(mode="json")
+
+
+def test_config_schema_names_every_key_and_is_json_when_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _call(monkeypatch, "config", "schema") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" = ")[0] for line in lines] == list(known_keys())
+    assert all(line.split("  # ")[1] for line in lines)
+    assert _call(monkeypatch, "config", "schema", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["properties"].keys() >= {"run", "train", "cluster"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "train.epoch=3"), "Did you mean train"),
+        (("run", "data.name=sysu_mm01"), "data.root: expected the folder of sysu_mm01"),
+        (("run", "data.name=sysu_mm01", "data.root=/nowhere"), "data.root: expected the folder of sysu_mm01"),
+        (("run", "--size", "huge"), "--size: expected one of ['large', 'small', 'tiny']"),
+        (("run", "--config", "nowhere.yaml"), "--config: expected a YAML file"),
+        (("data", "synth", "tests", "--identities", "tiny"), "expected a folder that does not exist"),
+    ],
+)
+def test_bad_input_ends_in_one_message_and_status_2(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    if arguments[0] == "run":
+        arguments = (*arguments, f"run.dir={tmp_path}")
+    assert _call(monkeypatch, *arguments) == 2
+    printed = capsys.readouterr().err
+    assert message in printed and "Traceback" not in printed
+
+
+def test_progress_without_a_terminal_is_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "progress.json"
+    with watch(path, "base", "steps"):
+        ProgressFile(path).update(3, 3, "loss 0.1")
+    assert json.loads(path.read_text()) == {"done": 3, "total": 3, "note": "loss 0.1"}
+    assert capsys.readouterr().err.startswith("base: done in ")
