@@ -135,7 +135,7 @@ def _kill_when(command: list[str], moment: Callable[[], bool]) -> None:
     children = _descendants(process.pid)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    # Ray's processes die with the driver; the next attempt must not meet one that still writes.
+    # Ray's workers die with the driver; the next attempt must not meet one that still writes.
     while any(_alive(pid) for pid in children):
         assert time.monotonic() < deadline, "processes of the killed run live on"
         time.sleep(0.05)
@@ -159,7 +159,9 @@ def _descendants(pid: int) -> list[int]:
 
 
 def _alive(pid: int) -> bool:
+    """Running, and not one of the node's two agents, which write nothing of the run and take a minute to leave."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        zombie = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return not zombie and b"Agent" not in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
