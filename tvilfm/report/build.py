@@ -220,8 +220,8 @@ def _notes(config: Config) -> list[str]:
         )
     if config.data.name == "synthetic":
         notes.append(
-            "Synthetic benchmark: rendered people, and captions written from what was drawn, with deliberate faults. It "
-            "shows that the method and this program work; its numbers say nothing about real cameras."
+            "Synthetic benchmark: rendered people, and captions written from what was drawn, with deliberate faults. "
+            "It shows that the method and this program work; its numbers say nothing about real cameras."
         )
     if config.model.weights == "attributes":
         notes.append(
