@@ -43,7 +43,7 @@ UNITS = {
     "text": "steps",
     "features": "rows",
 }
-PACKAGES = ("ray", "torch", "torchvision", "open_clip_torch", "transformers", "pyarrow", "numpy", "scikit-learn")
+PACKAGES = ("ray", "torch", "torchvision", "open_clip_torch", "pyarrow", "numpy", "scikit-learn")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 @cache
 def _tokenizer() -> Any:
-    # Imported here: open_clip brings transformers, seconds that a process without text need not spend.
+    # Imported here: open_clip takes seconds to import, which a process without text need not spend.
     from open_clip.tokenizer import SimpleTokenizer
 
     return SimpleTokenizer()

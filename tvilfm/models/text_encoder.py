@@ -22,7 +22,7 @@ class TextEncoder(nn.Module):
     """
 
     def __init__(self, *, dim: int, width: int, layers: int, heads: int) -> None:
-        # Imported here: open_clip brings transformers, seconds that a process without text need not spend.
+        # Imported here: open_clip takes seconds to import, which a process without text need not spend.
         from open_clip.transformer import QuickGELU, TextTransformer
 
         super().__init__()
