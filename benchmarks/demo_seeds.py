@@ -84,10 +84,11 @@ def _markdown(summary: dict[str, dict[str, dict[str, dict[str, Any]]]], chance: 
     ]
     for name, cases in summary.items():
         seeds = len(next(iter(cases.values()))["rank1"]["seeds"])
-        lines += ["", f"## Text stage on {name} ({seeds} seeds)", ""]
+        lines += ["", f"## Text stage on {name} ({seeds} {'seed' if seeds == 1 else 'seeds'})", ""]
         lines += ["| query / text source / protocol | rank-1 | mAP | mINP |", "|---|---:|---:|---:|"]
         for case, metrics in cases.items():
-            cells = (f"{100 * metrics[m]['mean']:.2f} ± {100 * metrics[m]['std']:.2f}" for m in METRICS)
+            spread = {m: f" ± {100 * metrics[m]['std']:.2f}" if seeds > 1 else "" for m in METRICS}
+            cells = (f"{100 * metrics[m]['mean']:.2f}{spread[m]}" for m in METRICS)
             lines.append(f"| {case} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
