@@ -10,10 +10,9 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from cluster.data import DEFAULT_CONFIG
 from cluster.data import app as data_app
-from tvilfm.config import Config, known_keys, load_config, to_yaml
-
-DEFAULT_CONFIG = Path("ray_config.yaml")
+from tvilfm.config import Config, known_keys, load_config, to_yaml, value_at
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="TVI-LFM on Ray.")
 config_app = typer.Typer(no_args_is_help=True, help="Look at the run description.")
@@ -88,10 +87,7 @@ def config_schema(
         return
     values = Config().model_dump(mode="json")
     for key, description in known_keys().items():
-        node = values
-        for part in key.split("."):
-            node = node[part]
-        typer.echo(f"{key} = {json.dumps(node)}  # {description}")
+        typer.echo(f"{key} = {json.dumps(value_at(values, key))}  # {description}")
 
 
 def main() -> None:

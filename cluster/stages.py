@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tvilfm.config import Config
+from tvilfm.config import Config, value_at
 
 FORMAT = 1  # raise when a stage's files or meaning change, so that older folders are not taken for new ones
 
@@ -66,18 +65,11 @@ def stage_fingerprints(config: Config, dataset: Mapping[str, str]) -> dict[str, 
     for name, stage in STAGES.items():
         if name == "pretrain" and config.model.weights != "attributes":
             continue
-        inputs = {key: _at(values, key) for key in stage.keys}
+        inputs = {key: value_at(values, key) for key in stage.keys}
         needs = {need: found[need] for need in stage.needs if need in found}
         text = json.dumps({"format": FORMAT, "stage": name, "keys": inputs, "needs": needs}, sort_keys=True)
         found[name] = hashlib.sha256(text.encode()).hexdigest()[:12]
     return {name: found[name] for name in STAGES if name in found}
-
-
-def _at(values: object, dotted: str) -> object:
-    for part in dotted.split("."):
-        assert isinstance(values, dict)
-        values = values[part]
-    return values
 
 
 class StageStore:
@@ -111,8 +103,3 @@ class StageStore:
         make(partial)
         partial.rename(target)
         return True
-
-    def drop(self, name: str) -> None:
-        """Forget a stage, finished or not."""
-        for folder in (self.path(name), self.path(name).with_name(self.path(name).name + ".partial")):
-            shutil.rmtree(folder, ignore_errors=True)

@@ -322,10 +322,10 @@ def load_config(path: Path | None = None, overrides: Iterable[str] = (), *, size
         _merge(values, node)
     fidelity = values.get("fidelity", "corrected")
     for key, choices in FIDELITY_SWITCHES.items():
-        if isinstance(fidelity, str) and fidelity in choices and _get(values, key) is None:
+        if isinstance(fidelity, str) and fidelity in choices and value_at(values, key) is None:
             _set(values, key, choices[fidelity])
-    if _get(values, "evaluate.protocols") is None:
-        name = _get(values, "data.name") or "synthetic"
+    if value_at(values, "evaluate.protocols") is None:
+        name = value_at(values, "data.name") or "synthetic"
         if name in PROTOCOLS:
             _set(values, "evaluate.protocols", PROTOCOLS[name])
     try:
@@ -386,7 +386,8 @@ def _set(values: dict[str, Any], dotted: str, value: object) -> None:
     values[key] = value
 
 
-def _get(values: Mapping[str, Any], dotted: str) -> Any:
+def value_at(values: Mapping[str, Any], dotted: str) -> Any:
+    """The value at a dotted key of nested mappings, None where there is none."""
     node: Any = values
     for part in dotted.split("."):
         if not isinstance(node, Mapping):

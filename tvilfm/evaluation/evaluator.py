@@ -180,17 +180,24 @@ class Evaluator:
         ensemble = ensemble_query(vectors, weights)
         return {"text": vectors["text"], "fusion": vectors["fusion"], "ensemble": ensemble}
 
-    def evaluate(self) -> list[CaseResult]:
-        """All rows of the table: infrared alone, then each text source that applies, for each protocol."""
+    def evaluate(self, *, only_default: bool = False) -> list[CaseResult]:
+        """Rows of the table: the image alone, then each text source that applies, for each protocol.
+
+        Args:
+            only_default: the default table's protocol and text source alone.
+        """
+        section = self._section
+        protocols = section.protocols[:1] if only_default else section.protocols
+        sources = (section.default_text_source,) if only_default else section.text_sources
         results = []
-        for name in self._section.protocols:
+        for name in protocols:
             protocol = get_protocol(name)
             query = self.query(protocol)
             alone = self.image_vectors(query, base=True)
             results.append(self._case(protocol.query_modality, "none", protocol, query, alone, base=True))
             if self._texts is None:
                 continue
-            for source in self._section.text_sources:
+            for source in sources:
                 texts = self.texts(protocol, source)
                 if texts is not None:
                     kept = query.take(pa.array(texts.kept))

@@ -93,7 +93,7 @@ def build_report(
     similarity = {
         kind: evaluator.similarity(vectors[kind], gallery, base=kind == alone) for kind in QUERIES if kind in vectors
     }
-    cases = evaluator.evaluate()
+    cases = evaluator.evaluate(only_default=True)
     cmc = {}
     for kind in QUERIES:
         case = default_case(cases, config.evaluate, kind)

@@ -31,7 +31,7 @@ class Progress:
 def save_checkpoint(
     folder: Path,
     model: TVILFM,
-    best: Path | None,
+    best: Path,
     progress: Progress,
     optimizer: list[dict[str, Any]],
     scaler: dict[str, Any],
@@ -41,13 +41,13 @@ def save_checkpoint(
     Args:
         folder: filled; made if absent.
         model: the current network.
-        best: folder of the best model so far; None = the current one is it.
+        best: folder of the best model so far.
         progress: where the stage stands.
         optimizer: `StageOptimizer.state_dict()`.
         scaler: `GradScaler.state_dict()`.
     """
     model.save_pretrained(folder / "model")
-    shutil.copytree(folder / "model" if best is None else best, folder / "best", dirs_exist_ok=True)
+    shutil.copytree(best, folder / "best", dirs_exist_ok=True)
     torch.save({"optimizer": optimizer, "scaler": scaler}, folder / "trainer.pt")
     (folder / "progress.json").write_text(json.dumps(asdict(progress)))
 

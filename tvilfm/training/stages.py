@@ -107,7 +107,7 @@ def _fit(
     config: Config,
     data: StageData,
     rows: TrainingRows,
-    schedule: ScheduleSection | TextStageSection,
+    schedule: ScheduleSection,
     views: dict[Recipe, npt.NDArray[np.float32]] | None,
     seed_offset: int,
     *,
