@@ -11,7 +11,7 @@ from tvilfm.config import FIDELITY_SWITCHES, Config, known_keys, load_config
 
 DATASET = {"dataset": "d0", "captions": "c0"}
 FREE = ("run.name", "run.dir", "run.stages_dir", "data.name", "data.root", "data.decode_batch", "data.synthetic",
-        "data.split", "data.captions",
+        "data.split", "data.captions", "caption",
         "train.loader_workers", "cluster", "fidelity")  # fmt: skip
 
 
