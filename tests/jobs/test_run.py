@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from cluster.run import run
 from cluster.stages import STAGES
@@ -94,6 +95,31 @@ def test_evaluation_does_not_depend_on_the_number_of_workers(finished: Path) -> 
         folder.rename(folder.with_name("kept-" + folder.name))
     assert run(config).made == ("features", "results", "report")
     assert _numbers(finished / "tiny") == before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_published_fidelity_trains_on_pixels_and_says_that_it_chose_on_the_test_set(
+    finished: Path, tmp_path: Path
+) -> None:
+    config = _config(
+        tmp_path,
+        "fidelity=published",
+        "train.text.cache_views=0",
+        f"data.root={finished / 'data' / 'synthetic-tiny-0'}",
+        "train.base.epochs=1",
+        "train.text.epochs=1",
+    )
+    outcome = run(config)
+    assert "views" not in outcome.made
+    base, text = (
+        TVILFM.from_pretrained(next((tmp_path / "tiny" / "stages").glob(f"{name}-*")) / "model")
+        for name in ("base", "text")
+    )
+    statistics = "visible_stem.bn1.running_mean"
+    moved = not torch.equal(base.backbone.state_dict()[statistics], text.backbone.state_dict()[statistics])
+    assert moved, "the released code's frozen BN layers keep updating their statistics"
+    assert "selected on the test identities" in (tmp_path / "tiny" / "report" / "index.html").read_text()
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from tvilfm.datasets.captions import (
 )
 from tvilfm.datasets.manifest import CAPTION_SCHEMA, build_manifest, select
 from tvilfm.datasets.sysu_mm01 import read as read_sysu
+from tvilfm.evaluation.protocols import get_protocol, select_query, witness_captions
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "regdb_captions"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the published RegDB captions are not on this machine")
@@ -278,9 +279,7 @@ def test_captions_known_by_identity_alone_keep_the_witness_pool_and_say_so(
         for image in gallery["image"].to_pylist():
             del entries[image]
         path.write_text(json.dumps(entries))
-    with pytest.raises(ValueError, match=rf"got none for {gallery.num_rows} of"):
-        read_published(tmp_path, manifest)
-    spread = read_published(tmp_path, manifest, by_identity=True)
+    spread = read_published(tmp_path, manifest)
     for pid in set(gallery["pid"].to_pylist()):
         images = set(gallery.filter(pa.compute.equal(gallery["pid"], pid))["image"].to_pylist())
         pools = [
@@ -289,6 +288,16 @@ def test_captions_known_by_identity_alone_keep_the_witness_pool_and_say_so(
         assert pools[0] == pools[1]
     marked = {row["image"] for row in spread.to_pylist() if row["captioner"] == "published, by identity"}
     assert marked == set(gallery["image"].to_pylist())
+
+    protocol = get_protocol("sysu_mm01/indoor/single")
+    query = select_query(manifest, protocol)
+    draw = {"seed": 0, "held_out": True}
+    assert any(witness_captions(manifest, captions, query, protocol, **draw))
+    assert not any(witness_captions(manifest, spread, query, protocol, **draw))
+
+    (tmp_path / "Text" / "Blip_RGB" / "id_caption_map_Blip_RGB.json").unlink()
+    with pytest.raises(ValueError, match=rf"got none for {gallery.num_rows} of"):
+        read_published(tmp_path, manifest)
 
 
 def test_the_plain_file_completes_the_rephrased_one_and_differences_are_told(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_missing_images_and_identities_in_two_splits_are_counted_together(regdb:
     assert fault(findings, "not there").where == (manifest["image"][0].as_py(),)
     assert fault(findings, "identities in two splits").where == (f"pid {pid}: train and test",)
     assert fault(findings, "test identities with images of one modality only").where == (f"pid {pid}",)
-    assert fault(findings, "images without a caption").where == (f"Visible/{pid}/more.bmp",)
+    assert fault(findings, "whose identity has captions").where == (f"Visible/{pid}/more.bmp",)
 
 
 def test_captions_without_an_image_and_images_without_a_caption_are_found(regdb: Path) -> None:

@@ -446,3 +446,21 @@ def test_a_damaged_checkpoint_is_refused_by_file(tmp_path: Path, name: str, cont
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=name.replace(".", r"\.") + ": expected"):
         TVILFM.from_pretrained(tmp_path)
+
+
+def test_a_model_is_read_from_the_hub_cache_by_name_and_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The cache's documented layout; offline, the hub library reads it as it would after a download.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repository, commit = tmp_path / "models--lab--tvilfm", "a" * 40
+    model = make_model()
+    model.save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "v1").write_text(commit)
+    again = TVILFM.from_pretrained("lab/tvilfm", revision="v1")
+    assert parameter_digest(again) == parameter_digest(model)
+    for name, revision in (("lab/other", None), ("lab/tvilfm", "v2"), ("no such: name", None)):
+        with pytest.raises(ValueError, match=rf"checkpoint: expected a folder .* or a repository .*got {name}"):
+            TVILFM.from_pretrained(name, revision=revision)

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tvilfm.datasets.manifest import CAPTION_SCHEMA, select
+from tvilfm.datasets.splits import TEST_SPLITS
 
 SENSORS = {"visible": "RGB", "infrared": "IR"}
 PUBLISHED = "published"
@@ -93,21 +94,19 @@ def read_captions(manifest: pa.Table, root: Path, path: Path | None = None) -> p
     return pa.Table.from_pylist([rows[image] for image in manifest["image"].to_pylist()], schema=CAPTION_SCHEMA)
 
 
-def read_published(
-    root: Path, manifest: pa.Table, *, text_dir: Path | None = None, by_identity: bool = False
-) -> pa.Table:
+def read_published(root: Path, manifest: pa.Table, *, text_dir: Path | None = None) -> pa.Table:
     """Read a dataset's `Text` folder into the caption table.
 
     Read are `Blip_{RGB,IR}/caption_dict_*.json` and `caption_llm_dict_*.json` (the second wins, as it was written
-    later), then SYSU-MM01's `train_text_*.npy` for training images that no JSON file names.
+    later), then SYSU-MM01's `train_text_*.npy` for training images that no JSON file names. A visible test image that
+    no file names gets one of its identity's captions, in turn, from `id_caption_map_*`: that keeps the witness pool of
+    the published protocol exactly, but ties a sentence to an image, and so to a camera, that it may not describe; such
+    rows have the captioner "published, by identity" and are never a held-out witness.
 
     Args:
         root: dataset folder.
         manifest: the images that captions are wanted for.
         text_dir: the folder that holds Blip_RGB and Blip_IR, or their files themselves; None = `root/Text`.
-        by_identity: give visible images without a caption one of their identity's, in turn, from `id_caption_map_*`.
-            That keeps the witness pool of the published protocol exactly, but ties a sentence to an image, and so to a
-            camera, that it may not describe; such rows have the captioner "published, by identity".
 
     Returns:
         Caption table, one row an image, in manifest order.
@@ -121,9 +120,8 @@ def read_published(
     collected = collect(folder, manifest)
     captioner = dict.fromkeys(collected.found, PUBLISHED)
     found = dict(collected.found)
-    if by_identity:
-        for image, text in _spread(manifest, found, collected.identity_texts).items():
-            found[image], captioner[image] = Caption(text, None), BY_IDENTITY
+    for image, text in identity_captions(manifest, found, collected.identity_texts).items():
+        found[image], captioner[image] = Caption(text, None), BY_IDENTITY
     _require_all(manifest, found, collected.unknown)
     return _table([(image, found[image], captioner[image]) for image in manifest["image"].to_pylist()])
 
@@ -364,13 +362,13 @@ def _require_all(manifest: pa.Table, found: Mapping[str, object], unknown: Mappi
     )
 
 
-def _spread(
+def identity_captions(
     manifest: pa.Table, found: Mapping[str, Caption], identity_texts: Mapping[int, list[str]]
 ) -> dict[str, str]:
-    """One of its identity's captions, in turn, for every visible image that has none."""
+    """One of its identity's captions, in turn, for every visible test image that has none."""
     given: dict[int, int] = {}
     spread: dict[str, str] = {}
-    visible = select(manifest, modality="visible")
+    visible = select(manifest, split=TEST_SPLITS, modality="visible")
     for image, pid in zip(visible["image"].to_pylist(), visible["pid"].to_pylist(), strict=True):
         texts = identity_texts.get(pid)
         if image not in found and texts:

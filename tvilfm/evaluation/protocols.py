@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from tvilfm.datasets.captions import BY_IDENTITY
 from tvilfm.datasets.manifest import column
 from tvilfm.evaluation.metrics import MetricRule
 
@@ -175,7 +176,13 @@ def witness_captions(
     Source: METHOD 6.
     Differs: the released code draws from an unseeded generator, so its texts cannot be repeated.
     """
-    caption_of = dict(zip(captions["image"].to_pylist(), captions["caption"].to_pylist(), strict=True))
+    caption_of = {
+        image: text
+        for image, text, captioner in zip(
+            *(captions[name].to_pylist() for name in ("image", "caption", "captioner")), strict=True
+        )
+        if not (held_out and captioner == BY_IDENTITY)  # whose camera saw it is not known
+    }
     texts: dict[int, set[str]] = defaultdict(set)
     gallery_cameras = protocol.gallery_cameras
     for row in _rows(manifest, protocol, "visible", None, split):

@@ -156,12 +156,20 @@ class TVILFM(nn.Module):
         (folder / "config.json").write_text(json.dumps({"model_type": "tvilfm", **asdict(self.spec)}, indent=2))
 
     @classmethod
-    def from_pretrained(cls, folder: Path) -> TVILFM:
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> TVILFM:
         """Read what `save_pretrained` wrote, strictly.
 
+        Args:
+            name: a local folder, or else a repository `owner/model` of the Hugging Face hub (or of its local cache).
+            revision: branch, tag or commit of a repository.
+
         Raises:
-            ValueError: when the folder lacks a file or the weights do not fit its config.
+            ValueError: neither a folder nor a repository that can be reached, a missing file, or weights that do not
+                fit the config.
         """
+        folder = Path(name)
+        if not folder.is_dir():
+            folder = _download(str(name), revision)
         config_path, weights_path = folder / "config.json", folder / "model.safetensors"
         for path in (config_path, weights_path):
             if not path.is_file():
@@ -181,6 +189,18 @@ class TVILFM(nn.Module):
         except (RuntimeError, SafetensorError) as error:
             raise ValueError(f"{weights_path}: expected the weights of {config_path}, got {error}") from None
         return model
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["config.json", "model.safetensors"]))
+    except (OSError, ValueError) as error:  # the hub's own errors are kinds of these two
+        raise ValueError(
+            f"checkpoint: expected a folder of save_pretrained or a repository of the hub, got {name} "
+            f"({type(error).__name__}). Check the name; without internet, download it elsewhere and give its folder."
+        ) from None
 
 
 def load_visual_weights(model: TVILFM, section: ModelSection) -> None:
