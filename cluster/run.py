@@ -15,20 +15,23 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from cluster.features import write_features, write_views
+from cluster.learning import Learning, Record, follow
 from cluster.pixels import decode_dataset
 from cluster.progress import watch
 from cluster.session import session
 from cluster.stages import STAGES, StageStore, stage_fingerprints
+from cluster.trackers import check_trackers, log_record, log_results, trackers
 from cluster.train import fit_stage
 from tvilfm.config import Config, to_yaml
 from tvilfm.datasets import read_dataset
 from tvilfm.datasets.captions import read_captions
 from tvilfm.datasets.manifest import fingerprint, rows_of, select
 from tvilfm.datasets.pixels import open_pixels
+from tvilfm.datasets.splits import TEST_SPLITS
 from tvilfm.datasets.synthetic import SIZES, Size, write_sysu_layout
 from tvilfm.datasets.transforms import Recipe
 from tvilfm.datasets.tri_modal import RECIPES, TrainingRows
-from tvilfm.evaluation.evaluator import Evaluator, all_texts
+from tvilfm.evaluation.evaluator import Evaluator, Split, all_texts
 from tvilfm.evaluation.features import FeatureTable
 from tvilfm.models import TVILFM
 from tvilfm.report.build import RunFacts, build_report, build_results
@@ -43,6 +46,7 @@ UNITS = {
     "text": "steps",
     "features": "rows",
 }
+RESULTS_FILES: dict[Split, str] = {"test": "results.json", "val": "validation.json"}
 PACKAGES = ("ray", "torch", "torchvision", "open_clip_torch", "pyarrow", "numpy", "scikit-learn")
 
 
@@ -61,13 +65,22 @@ class Outcome:
     results: Results | None
 
 
-def run(config: Config, *, until: str = "report", console: Console | None = None) -> Outcome:
+def run(
+    config: Config,
+    *,
+    until: str = "report",
+    console: Console | None = None,
+    listener: Callable[[Record], None] | None = None,
+    group: str | None = None,
+) -> Outcome:
     """Bring a run up to a stage, making what is missing and nothing else.
 
     Args:
         config: the run.
         until: the last stage wanted, a key of `STAGES`.
         console: told which stages are made and which were there; None = standard error.
+        listener: told of every epoch of both training stages, also of those that were there.
+        group: the sweep that the run is a trial of.
 
     Returns:
         What was made, and the results once they are there.
@@ -76,14 +89,32 @@ def run(config: Config, *, until: str = "report", console: Console | None = None
         ValueError: a dataset, caption file or weight file that is not what it should be.
         ray.train.TrainingFailedError: a training worker failed more often than `cluster.max_failures`.
     """
-    return _Job(config, console or Console(stderr=True)).run(until)
+    check_trackers(config.run.trackers)
+    return _Job(config, console or Console(stderr=True), listener, group).run(until)
+
+
+def evaluator_of(config: Config, split: Split = "test") -> Evaluator:
+    """The evaluator of a run whose features are made."""
+    return _Job(config, Console(quiet=True)).evaluator(split)
+
+
+def learning_of(config: Config) -> list[Record]:
+    """The epochs of a run's training stages so far, wherever it stands."""
+    job = _Job(config, Console(quiet=True))
+    return Learning(job.store, config).records()
 
 
 class _Job:
     """One run: its tables, its stage store, and how each stage is made."""
 
-    def __init__(self, config: Config, console: Console) -> None:
-        self.config, self.console = config, console
+    def __init__(
+        self,
+        config: Config,
+        console: Console,
+        listener: Callable[[Record], None] | None = None,
+        group: str | None = None,
+    ) -> None:
+        self.config, self.console, self.listener, self.group = config, console, listener, group
         make_synthetic(config, console)
         self.manifest = read_dataset(config.data.name, config.data_root, **config.data.reader_options)
         self.captions = read_captions(self.manifest, config.data_root, config.data.captions)
@@ -96,20 +127,32 @@ class _Job:
     def run(self, until: str) -> Outcome:
         wanted = self._wanted(until)
         self._write_run_folder()
-        made = []
-        if any(not self.store.has(name) for name in wanted):
-            with session(self.config.cluster):
-                made = [name for name in wanted if self._ensure(name)]
+        made: list[str] = []
+        learning = Learning(self.store, self.config)
+        if self.listener or any(not self.store.has(name) for name in wanted):
+            with session(self.config.cluster), trackers(self.config, group=self.group) as opened:
+
+                def told(record: Record) -> None:
+                    log_record(opened, record)
+                    if self.listener:
+                        self.listener(record)
+
+                with follow(learning, told):
+                    made = [name for name in wanted if self._ensure(name)]
+                if "results" in wanted:
+                    last = learning.records()[-1]
+                    log_results(opened, self._results(), int(last["step"]))
         path = self.config.run.path
         results = None
         if "results" in wanted:
-            results = Results.read(self.store.path("results") / "results.json")
-            results.write(path / "results.json")
+            results = self._results()
+            for split in self._splits():
+                self._results(split).write(path / RESULTS_FILES[split])
         if "report" in wanted:
             (path / "report").mkdir(exist_ok=True)
             page = (self.store.path("report") / "index.html").read_bytes()
             (path / "report" / "index.html").write_bytes(page)
-        records = "".join(json.dumps(record) + "\n" for record in self._learning())
+        records = "".join(json.dumps(record) + "\n" for record in learning.records())
         (path / "metrics.jsonl").write_text(records)
         return Outcome(path=path, made=tuple(made), results=results)
 
@@ -146,7 +189,7 @@ class _Job:
 
     def _make_pretrain(self, folder: Path) -> None:
         section = self.config.train.pretrain
-        truth = self.config.run.dir / "data" / f"pretrain-{section.identities}-{section.seed}"
+        truth = self.store.root / f"pretrain-people-{section.identities}-{section.seed}"
         if not truth.exists():
             size = Size(train=section.identities, val=1, test=1, images_per_camera=1)
             write_sysu_layout(truth, size, seed=section.seed, archetypes=False)
@@ -173,28 +216,33 @@ class _Job:
         fit_stage("text", folder, self.config, inputs)
 
     def _make_features(self, folder: Path) -> None:
-        test = select(self.manifest, split=("query", "gallery", "test"))
         images = {}
         for modality in ("visible", "infrared"):
-            subset = select(test, modality=modality)
+            subset = select(self.manifest, split=("val", *TEST_SPLITS), modality=modality)
             images[modality] = (subset["image"].to_pylist(), rows_of(self.manifest, subset).tolist())
-        texts = all_texts(self.manifest, self.captions, self.config.evaluate, seed=self.config.run.seed)
-        write_features(folder, images, texts, **self._pool("text"))
+        texts = {
+            text
+            for split in self._splits()
+            for text in all_texts(
+                self.manifest, self.captions, self.config.evaluate, seed=self.config.run.seed, split=split
+            )
+        }
+        write_features(folder, images, sorted(texts), **self._pool("text"))
 
     def _make_results(self, folder: Path) -> None:
-        results = build_results(self._evaluator(), self.config)
-        results.write(folder / "results.json")
+        for split in self._splits():
+            build_results(self.evaluator(split), self.config).write(folder / RESULTS_FILES[split])
 
     def _make_report(self, folder: Path) -> None:
         facts = RunFacts(
             versions=self._versions(),
             dataset_fingerprint=self.dataset["dataset"],
             seconds=self._seconds(),
-            learning=tuple(self._learning()),
+            learning=tuple(Learning(self.store, self.config).records()),
         )
         report = build_report(
-            Results.read(self.store.path("results") / "results.json"),
-            self._evaluator(),
+            self._results(),
+            self.evaluator(),
             self.config,
             manifest=self.manifest,
             captions=self.captions,
@@ -203,7 +251,10 @@ class _Job:
         )
         write_report(report, folder / "index.html")
 
-    def _evaluator(self) -> Evaluator:
+    def _results(self, split: Split = "test") -> Results:
+        return Results.read(self.store.path("results") / RESULTS_FILES[split])
+
+    def evaluator(self, split: Split = "test") -> Evaluator:
         features = self.store.path("features")
         return Evaluator(
             TVILFM.from_pretrained(self.store.path("text") / "model").eval(),
@@ -214,7 +265,13 @@ class _Job:
             self.config.evaluate,
             filter_text=self.config.loss.filter_text,
             seed=self.config.run.seed,
+            split=split,
         )
+
+    def _splits(self) -> tuple[Split, ...]:
+        """Identities that can be evaluated: validation ones only where there are some that nothing was trained on."""
+        trained = self.config.train.base.use_val or self.config.train.text.use_val
+        return ("test",) if trained or not select(self.manifest, split="val").num_rows else ("val", "test")
 
     def _inputs(self, *names: str, captions: Path) -> dict[str, str]:
         """Folders of finished stages that exist in this config, and the caption table written for the workers."""
@@ -252,14 +309,6 @@ class _Job:
     def _seconds(self) -> dict[str, float]:
         paths = {name: self.store.path(name) / "seconds.json" for name in self._wanted("results")}
         return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
-
-    def _learning(self) -> list[dict[str, object]]:
-        records = []
-        for name in self._wanted("text"):
-            path = self.store.path(name) / "metrics.jsonl"
-            if path.exists():
-                records += [{"stage": name, **json.loads(line)} for line in path.read_text().splitlines()]
-        return records
 
 
 def make_synthetic(config: Config, console: Console) -> None:

@@ -20,6 +20,7 @@ def session(section: ClusterSection) -> Iterator[None]:
         ConnectionError: when no cluster answers at `cluster.address`.
     """
     if ray.is_initialized():
+        _quiet()
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -40,11 +41,16 @@ def session(section: ClusterSection) -> Iterator[None]:
             f"cluster.address: expected a Ray cluster at {section.address}, got no answer ({error}). "
             "Start it with `ray start --head`, or set cluster.address=null to run on this machine."
         ) from None
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    _quiet()
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _quiet() -> None:
+    """This program shows its own progress."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)

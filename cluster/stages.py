@@ -3,20 +3,23 @@
 A stage's folder carries a fingerprint of everything that can change its result: the config keys it reads, the dataset,
 and the stages it builds on. A changed key so re-does exactly the stages that depend on it, and a sweep whose trials
 share a stages folder shares every stage they have in common. A stage works in `<folder>.partial` and is renamed when
-it is done: a folder without the suffix is complete, whatever was killed when.
+it is done: a folder without the suffix is complete, whatever was killed when. While it works it holds the stage's
+lock, so that of several trials that need a stage one makes it and the others wait; a killed holder's lock is free.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from tvilfm.config import Config, value_at
 
-FORMAT = 1  # raise when a stage's files or meaning change, so that older folders are not taken for new ones
+FORMAT = 2  # raise when a stage's files or meaning change, so that older folders are not taken for new ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +31,13 @@ class Stage:
 
 
 _BATCHES = ("run.seed", "data.pad", "train.p", "train.k", "train.autocast")
-_LOSSES = ("loss.id_weight", "loss.wrt_weight", "loss.wrt_numerics")
+_LOSSES = ("loss.id_weight", "loss.wrt_weight", "loss.wrt_numerics", "loss.center_weight")
 _VISUAL_OPTIM = ("optim.lr", "optim.head_lr_factor", "optim.weight_decay")
 
 STAGES: dict[str, Stage] = {
     "pixels": Stage(keys=("data.height", "data.width"), needs=("dataset",)),
     "pretrain": Stage(
-        keys=("model.backbone", "data.height", "data.width", "data.pad", "run.seed", "train.pretrain"),
+        keys=("model.backbone", "data.height", "data.width", "data.pad", "train.pretrain"),
     ),
     "base": Stage(
         keys=(*_BATCHES, *_LOSSES, *_VISUAL_OPTIM, "model.backbone", "model.weights", "train.base"),
@@ -82,6 +85,10 @@ class StageStore:
     def path(self, name: str) -> Path:
         return self.root / f"{name}-{self._fingerprints[name]}"
 
+    def partial(self, name: str) -> Path:
+        """Where the stage works until it is done."""
+        return self.root / f"{name}-{self._fingerprints[name]}.partial"
+
     def has(self, name: str) -> bool:
         return self.path(name).is_dir()
 
@@ -98,8 +105,19 @@ class StageStore:
         target = self.path(name)
         if target.is_dir():
             return False
-        partial = target.with_name(target.name + ".partial")
-        partial.mkdir(parents=True, exist_ok=True)
-        make(partial)
-        partial.rename(target)
+        with self._lock(target.name):
+            if target.is_dir():  # made by another run while this one waited
+                return False
+            partial = self.partial(name)
+            partial.mkdir(parents=True, exist_ok=True)
+            make(partial)
+            partial.rename(target)
         return True
+
+    @contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        path = self.root / ".locks" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield

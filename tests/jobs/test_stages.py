@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,11 @@ from cluster.stages import STAGES, StageStore, stage_fingerprints
 from tvilfm.config import FIDELITY_SWITCHES, Config, known_keys, load_config
 
 DATASET = {"dataset": "d0", "captions": "c0"}
-FREE = ("run.name", "run.dir", "run.stages_dir", "data.name", "data.root", "data.decode_batch", "data.synthetic",
-        "data.split", "data.captions", "caption",
-        "train.loader_workers", "cluster", "fidelity")  # fmt: skip
+FREE = (
+    *("run.name", "run.dir", "run.stages_dir", "run.trackers", "run.mlflow_uri"),
+    *("data.name", "data.root", "data.decode_batch", "data.synthetic", "data.split", "data.captions"),
+    *("caption", "train.loader_workers", "cluster", "fidelity"),
+)
 
 
 def _changed(before: Config, after: Config, dataset: dict[str, str] = DATASET) -> set[str]:
@@ -76,3 +80,22 @@ def test_a_stage_that_fails_is_not_taken_for_done_and_keeps_its_working_folder(t
     assert store.ensure("base", lambda folder: found.append((folder / "half").read_text()))
     assert found == ["done"]
     assert store.has("base") and not store.ensure("base", fail)
+
+
+def test_of_two_runs_that_need_a_stage_one_makes_it_and_the_other_waits(tmp_path: Path) -> None:
+    made, started = [], threading.Event()
+
+    def make(folder: Path) -> None:
+        started.set()
+        time.sleep(0.3)
+        (folder / "model").write_text("done")
+        made.append(folder)
+
+    stores = [StageStore(tmp_path, {"base": "b0"}) for _ in range(2)]
+    first = threading.Thread(target=stores[0].ensure, args=("base", make))
+    first.start()
+    assert started.wait(10)
+    assert not stores[1].ensure("base", make)
+    assert (stores[1].path("base") / "model").read_text() == "done"
+    first.join()
+    assert len(made) == 1
