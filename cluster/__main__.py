@@ -71,6 +71,49 @@ def _run(config: Config, *, until: str) -> None:
         console.print(f"run: {outcome.path}", highlight=False)
 
 
+@app.command("tune")
+def tune_command(
+    space: Annotated[str, typer.Argument(help="Name of a space in tune_spaces/, or the path of a YAML file.")],
+    name: Annotated[str | None, typer.Option(help="Folder in run.dir; default the space's name.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds in place of the space's, such as 0,1,2.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep of that name.")] = False,
+    config: ConfigOption = None,
+    size: SizeOption = None,
+    overrides: Overrides = None,
+) -> None:
+    """Run a sweep: the trials of a space, its table and its report."""
+    from cluster.tune import SPACES, sweep_space
+    from tvilfm.tuning import load_space, with_seeds
+
+    path = Path(space) if space.endswith((".yaml", ".yml")) else SPACES / f"{space}.yaml"
+    loaded = load_space(path)
+    if seeds is not None:
+        loaded = with_seeds(loaded, seeds)
+    folder = sweep_space(
+        loaded,
+        name=name or loaded.name,
+        config_path=config or DEFAULT_CONFIG,
+        overrides=overrides or [],
+        size=size,
+        resume=resume,
+    )
+    _report(folder)
+
+
+@app.command("report")
+def report_command(folder: Annotated[Path, typer.Argument(help="Of a sweep, such as runs/ablations.")]) -> None:
+    """Write a sweep's tables (Markdown, CSV, LaTeX) and page again from its trials, and print the table."""
+    _report(folder)
+
+
+def _report(folder: Path) -> None:
+    from cluster.tune import report_sweep
+    from tvilfm.report.sweep import markdown_table
+
+    typer.echo(markdown_table(report_sweep(folder)))
+    typer.echo(f"report: {folder / 'report' / 'index.html'}")
+
+
 @config_app.command("show")
 def config_show(config: ConfigOption = None, size: SizeOption = None, overrides: Overrides = None) -> None:
     """Print the resolved run description."""

@@ -9,23 +9,29 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
+from cluster.caption import caption_images
+from cluster.caption_train import fit_captioner
 from cluster.features import write_features, write_views
 from cluster.learning import Learning, Record, follow
 from cluster.pixels import decode_dataset
-from cluster.progress import watch
+from cluster.progress import ProgressFile, watch
+from cluster.rephrase import rephrase_table
 from cluster.session import session
-from cluster.stages import STAGES, StageStore, stage_fingerprints
+from cluster.stages import STAGES, StageStore, stage_fingerprints, stages_of
 from cluster.trackers import check_trackers, log_record, log_results, trackers
 from cluster.train import fit_stage
+from tvilfm.captioning.finetune import Modality
 from tvilfm.config import Config, to_yaml
 from tvilfm.datasets import read_dataset
 from tvilfm.datasets.captions import read_captions
-from tvilfm.datasets.manifest import fingerprint, rows_of, select
+from tvilfm.datasets.manifest import MODALITIES, fingerprint, rows_of, select
 from tvilfm.datasets.pixels import open_pixels
 from tvilfm.datasets.splits import TEST_SPLITS
 from tvilfm.datasets.synthetic import SIZES, Size, write_sysu_layout
@@ -40,6 +46,9 @@ from tvilfm.report.tables import Results
 
 UNITS = {
     "pixels": "images",
+    "captioner_visible": "steps",
+    "captioner_infrared": "steps",
+    "captions": "images",
     "pretrain": "steps",
     "base": "steps",
     "views": "images",
@@ -117,12 +126,29 @@ class _Job:
         self.config, self.console, self.listener, self.group = config, console, listener, group
         make_synthetic(config, console)
         self.manifest = read_dataset(config.data.name, config.data_root, **config.data.reader_options)
-        self.captions = read_captions(self.manifest, config.data_root, config.data.captions)
-        self.dataset = {
-            "dataset": fingerprint(self.manifest, root=config.data_root),
-            "captions": fingerprint(self.captions),
-        }
+        self.dataset = {"dataset": fingerprint(self.manifest, root=config.data_root)}
+        self.written = self._written_captions()
+        if self.written is not None:
+            self.dataset["captions"] = fingerprint(self.written)
         self.store = StageStore(config.stages_path, stage_fingerprints(config, self.dataset))
+
+    def _written_captions(self) -> pa.Table | None:
+        """The captions of files: of every image, or of those that captioners learn from."""
+        source = self.config.caption.source
+        if source == "captioner":
+            return None
+        images = self.manifest if source == "files" else select(self.manifest, split=("train", "val"))
+        return read_captions(images, self.config.data_root, self.config.data.captions)
+
+    @cached_property
+    def captions(self) -> pa.Table:
+        """The captions that the run works with; generated ones are there after their stage."""
+        if self.config.caption.source == "files":
+            return self.written
+        folder = self.store.path("captions")
+        if self.config.caption.rephrase.engine != "none":
+            folder = folder / "rephrased"
+        return read_captions(self.manifest, self.config.data_root, folder / "captions.parquet")
 
     def run(self, until: str) -> Outcome:
         wanted = self._wanted(until)
@@ -157,15 +183,9 @@ class _Job:
         return Outcome(path=path, made=tuple(made), results=results)
 
     def _wanted(self, until: str) -> list[str]:
-        """Stages up to `until`, without those that this config does not have."""
-        names = list(STAGES)
-        names = names[: names.index(until) + 1]
-        skipped = set()
-        if self.config.model.weights != "attributes":
-            skipped.add("pretrain")
-        if not self.config.train.text.cache_views:
-            skipped.add("views")
-        return [name for name in names if name not in skipped]
+        """Stages up to `until`."""
+        last = list(STAGES).index(until)
+        return [name for name in stages_of(self.config) if list(STAGES).index(name) <= last]
 
     def _ensure(self, name: str) -> bool:
         make: Callable[[Path], None] = getattr(self, f"_make_{name}")
@@ -186,6 +206,44 @@ class _Job:
 
     def _make_pixels(self, folder: Path) -> None:
         decode_dataset(folder, self.config.data_root, self.manifest, self.config.data)
+
+    def _make_captioner_visible(self, folder: Path) -> None:
+        self._fit_captioner(folder, "visible")
+
+    def _make_captioner_infrared(self, folder: Path) -> None:
+        self._fit_captioner(folder, "infrared")
+
+    def _fit_captioner(self, folder: Path, modality: Modality) -> None:
+        pq.write_table(self.written, folder / "captions.parquet")
+        inputs = {"pixels": self.store.path("pixels"), "captions": folder.absolute() / "captions.parquet"}
+        if self.config.data.name == "synthetic":
+            inputs["truth"] = self.config.data_root.absolute()
+        fit_captioner(folder, self.config, modality, {name: str(path) for name, path in inputs.items()})
+
+    def _make_captions(self, folder: Path) -> None:
+        section, progress = self.config.caption, ProgressFile(folder / "progress.json")
+        if section.source == "finetuned":
+            trained = {
+                modality: getattr(section, modality).model_copy(
+                    update={"model": str(self.store.path(f"captioner_{modality}") / "captioner"), "revision": None}
+                )
+                for modality in MODALITIES
+            }
+            section = section.model_copy(update=trained)
+        rows, root = self.manifest.select(["image", "modality"]), str(self.config.data_root.absolute())
+        shared = {"cluster": self.config.cluster, "seed": section.seed, "progress": progress}
+        summary = caption_images(rows, root, str(folder), section, **shared)
+        summary.check(section.max_bad_share)
+        if section.rephrase.engine != "none":
+            table = read_captions(self.manifest, self.config.data_root, folder / "captions.parquet")
+            rephrase_table(
+                table,
+                self.manifest["modality"].to_pylist(),
+                str(folder / "rephrased"),
+                section.rephrase,
+                dtype=section.dtype,
+                **shared,
+            )
 
     def _make_pretrain(self, folder: Path) -> None:
         section = self.config.train.pretrain

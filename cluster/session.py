@@ -26,19 +26,21 @@ def session(section: ClusterSection) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # The uv hook would rebuild the environment of every worker when the command was started by `uv run`.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    if section.address is None:
+    # Without an address Ray would join whatever cluster happens to run on this machine.
+    address = section.address or os.environ.get("RAY_ADDRESS", "local")
+    if address == "local":
         # Ray Data's actor pools make the core log a standing warning at error level (ray issue 53727).
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         ray.init(
-            address=section.address,
-            include_dashboard=False if section.address is None else None,
+            address=address,
+            include_dashboard=False if address == "local" else None,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
     except ConnectionError as error:
         raise ConnectionError(
-            f"cluster.address: expected a Ray cluster at {section.address}, got no answer ({error}). "
+            f"cluster.address: expected a Ray cluster at {address}, got no answer ({error}). "
             "Start it with `ray start --head`, or set cluster.address=null to run on this machine."
         ) from None
     _quiet()

@@ -34,8 +34,19 @@ _BATCHES = ("run.seed", "data.pad", "train.p", "train.k", "train.autocast")
 _LOSSES = ("loss.id_weight", "loss.wrt_weight", "loss.wrt_numerics", "loss.center_weight")
 _VISUAL_OPTIM = ("optim.lr", "optim.head_lr_factor", "optim.weight_decay")
 
+_CAPTIONER = ("caption.train", "caption.dtype", "caption.seed")
+
 STAGES: dict[str, Stage] = {
     "pixels": Stage(keys=("data.height", "data.width"), needs=("dataset",)),
+    "captioner_visible": Stage(keys=(*_CAPTIONER, "caption.visible"), needs=("pixels", "captions")),
+    "captioner_infrared": Stage(keys=(*_CAPTIONER, "caption.infrared"), needs=("pixels", "captions")),
+    "captions": Stage(
+        keys=(
+            *("caption.source", "caption.visible", "caption.infrared", "caption.batch", "caption.dtype"),
+            *("caption.filter_colors", "caption.rephrase", "caption.seed"),
+        ),
+        needs=("dataset", "captioner_visible", "captioner_infrared"),
+    ),
     "pretrain": Stage(
         keys=("model.backbone", "data.height", "data.width", "data.pad", "train.pretrain"),
     ),
@@ -53,26 +64,41 @@ STAGES: dict[str, Stage] = {
 }
 
 
+def stages_of(config: Config) -> list[str]:
+    """The stages that a run has, in order."""
+    without = set()
+    if config.caption.source != "finetuned":
+        without |= {"captioner_visible", "captioner_infrared"}
+    if config.caption.source == "files":
+        without.add("captions")
+    if config.model.weights != "attributes":
+        without.add("pretrain")
+    if not config.train.text.cache_views:
+        without.add("views")
+    return [name for name in STAGES if name not in without]
+
+
 def stage_fingerprints(config: Config, dataset: Mapping[str, str]) -> dict[str, str]:
     """The fingerprint of every stage.
 
     Args:
         config: the run.
-        dataset: fingerprints of what lies on disk: `dataset` (rows and files) and `captions`.
+        dataset: fingerprints of what lies on disk: `dataset` (rows and files) and `captions` (of caption files, where
+            they are read; a run that writes its own captions goes by those from then on).
 
     Returns:
-        Stage name -> 12 hexadecimal digits; `pretrain` is left out where the weights come from elsewhere.
+        Stage name -> 12 hexadecimal digits, of the stages that the run has.
     """
     values = config.model_dump(mode="json")
     found = dict(dataset)
-    for name, stage in STAGES.items():
-        if name == "pretrain" and config.model.weights != "attributes":
-            continue
+    names = stages_of(config)
+    for name in names:
+        stage = STAGES[name]
         inputs = {key: value_at(values, key) for key in stage.keys}
         needs = {need: found[need] for need in stage.needs if need in found}
         text = json.dumps({"format": FORMAT, "stage": name, "keys": inputs, "needs": needs}, sort_keys=True)
         found[name] = hashlib.sha256(text.encode()).hexdigest()[:12]
-    return {name: found[name] for name in STAGES if name in found}
+    return {name: found[name] for name in names}
 
 
 class StageStore:

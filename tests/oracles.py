@@ -138,6 +138,21 @@ def wrt_triplet_loop(features: Sequence[Sequence[float]], labels: Sequence[int],
     return sum(losses) / len(losses)
 
 
+def hetero_center_loop(features: Floats, labels: Sequence[int], groups: Sequence[int]) -> float:
+    """Hetero-centre loss, one identity and group at a time; group 0 is visible."""
+    gaps = []
+    for label in sorted(set(labels)):
+        centers = {}
+        for group in sorted(set(groups)):
+            rows = [row for row, *at in zip(features, labels, groups, strict=True) if at == [label, group]]
+            if rows:
+                centers[group] = sum(rows[1:], start=rows[0]) / len(rows)
+        for group, center in centers.items():
+            if group and 0 in centers:
+                gaps.append(sum((float(a) - float(b)) ** 2 for a, b in zip(center, centers[0], strict=True)))
+    return sum(gaps) / len(gaps) if gaps else 0.0
+
+
 def lr_factors_loop(num_epochs: int, warmup_epochs: int, milestones: Sequence[int]) -> list[float]:
     """The rate's factor epoch by epoch: climb in equal steps from 0.01 to 1, fall tenfold when a milestone comes."""
     factors, fallen = [], 1.0

@@ -8,8 +8,9 @@ folder holds no null switch: every choice is spelled out.
 
 from __future__ import annotations
 
+import copy
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,6 +52,10 @@ class RunSection(Section):
         None, description="where finished stages live, shared between runs; null = inside the run folder"
     )
     seed: int = Field(0, ge=0, description="every random draw of training and evaluation follows from it")
+    trackers: tuple[Literal["mlflow", "wandb"], ...] = Field(
+        (), description="also log to mlflow, wandb (JSON lines and TensorBoard always)"
+    )
+    mlflow_uri: str | None = Field(None, description="MLflow server or database; null = SQLite file in run.dir")
 
     @property
     def path(self) -> Path:
@@ -102,7 +107,9 @@ class CaptionerSection(Section):
     """One modality's captioner (METHOD 5) and how it writes."""
 
     model: str = Field(
-        "Salesforce/blip-image-captioning-large", description="transformers image-to-text model: name or local folder"
+        "Salesforce/blip-image-captioning-large",
+        description="transformers image-to-text model: name or local folder; conv = what caption-train makes: a small new "
+        "one for pictures of data.height x data.width and the words of the training sentences",
     )
     revision: str | None = Field(None, description="revision of a named model; null = its default branch")
     prompt: str = Field("", description="words the captioner starts from, or the question a chat model is asked")
@@ -145,12 +152,20 @@ class RephraseSection(Section):
     temperature: float = Field(0.7, ge=0, description="of sampling (METHOD 5)")
     max_new_tokens: int = Field(80, ge=1, description="longest rephrase, tokens")
     retries: int = Field(2, ge=0, description="further tries at a rephrase that is not valid; then the caption stays")
-    batch: int = Field(32, ge=1, description="captions a batch, and requests under way at once")
+    max_words: int = Field(60, ge=1, description="longest rephrase, words; the text tower reads 77 tokens")
+    timeout_s: float = Field(60.0, gt=0, description="seconds that an endpoint has for an answer")
+    batch: int = Field(32, ge=1, description="captions a batch, and requests that an actor has under way at once")
+    workers: int = Field(1, ge=1, description="rephrasing actors; those with a model take cluster.gpus_per_worker GPUs")
 
 
 class CaptionSection(Section):
-    source: Literal["files", "generated"] = Field(
-        "files", description="files (data.captions) or generated (captioners fine-tuned on the training images)"
+    source: Literal["files", "captioner", "finetuned"] = Field(
+        "files",
+        description="files (data.captions), captioner (written by the models below), or finetuned (by these models "
+        "after fine-tuning on the training images and their captions of files)",
+    )
+    seed: int = Field(
+        0, ge=0, description="of fine-tuning, sampling and rephrasing; apart from run.seed: runs share captions"
     )
     visible: CaptionerSection = CaptionerSection()
     infrared: CaptionerSection = CaptionerSection()
@@ -159,6 +174,7 @@ class CaptionSection(Section):
         "float16", description="of the captioner on CUDA; CPU always runs float32"
     )
     workers: int = Field(1, ge=1, description="captioning actors, each with cluster.gpus_per_worker GPUs")
+    decoders: int = Field(2, ge=1, description="tasks that read and decode images for each captioning actor")
     filter_colors: bool = Field(True, description="remove colour words from infrared captions (METHOD 5)")
     max_bad_share: float = Field(
         0.01, ge=0, le=1, description="share of unreadable images above which the job ends with an error"
@@ -180,6 +196,9 @@ class LossSection(Section):
     id_weight: float = Field(1.0, ge=0, description="weight of the identity cross-entropy (METHOD 3)")
     wrt_weight: float = Field(1.0, ge=0, description="weight of the weighted regularised triplet (METHOD 3)")
     wrt_numerics: Numerics = Field("corrected", description="softmax inside WRT; null = as fidelity says")
+    center_weight: float = Field(
+        0.0, ge=0, description="weight of the hetero-centre loss: modalities' means of an identity to its visible one"
+    )
     filter_text: bool = Field(True, description="SFF: subtract the infrared caption's feature (ablation: false)")
     joint: bool = Field(True, description="MJL: loss over all modalities, not visible and fusion only")
 
@@ -265,12 +284,32 @@ class EnsembleWeights(Section):
     infrared: float = Field(1.0, ge=0, description="weight of the infrared query")
     text: float = Field(1.0, ge=0, description="weight of the text query")
     fusion: float = Field(1.0, ge=0, description="weight of the fusion query")
+    temperature: float | None = Field(
+        None, gt=0, description="of a softmax over the gallery that makes each vote a share; null = plain similarities"
+    )
 
     @model_validator(mode="after")
     def _somebody_votes(self) -> EnsembleWeights:
         if not (self.infrared or self.text or self.fusion):
             raise ValueError("fusion: expected a weight above 0 for one query at least, got three zeros. Raise one.")
         return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {"infrared": self.infrared, "text": self.text, "fusion": self.fusion}
+
+
+class RerankSection(Section):
+    """A second look at each ranking, with the gallery's help."""
+
+    method: Literal["none", "k_reciprocal", "query_expansion"] = Field(
+        "none", description="none, k_reciprocal (Zhong et al. 2017) or query_expansion; of every query"
+    )
+    k1: int = Field(20, ge=1, description="k_reciprocal: neighbourhood size")
+    k2: int = Field(6, ge=1, description="k_reciprocal: encodings averaged; 1 = none")
+    lambda_value: float = Field(0.3, ge=0, le=1, description="k_reciprocal: share of the original distance")
+    k: int = Field(5, ge=1, description="query_expansion: gallery features added")
+    alpha: float = Field(3.0, ge=0, description="query_expansion: power of the similarity that weighs them")
 
 
 class EvaluateSection(Section):
@@ -282,6 +321,7 @@ class EvaluateSection(Section):
     )
     default_text_source: QueryTextSource = Field("witness", description="the default table's text source")
     ensemble: EnsembleWeights = EnsembleWeights()
+    rerank: RerankSection = RerankSection()
     batch: int = Field(128, ge=1, description="images or captions an extraction batch")
 
     @model_validator(mode="after")
@@ -290,18 +330,37 @@ class EvaluateSection(Section):
             raise ValueError(
                 f"default_text_source: expected one of {list(self.text_sources)}, got {self.default_text_source}."
             )
+        if self.ensemble.temperature is not None and self.rerank.method != "none":
+            raise ValueError(
+                f"ensemble.temperature: expected null with rerank.method={self.rerank.method}, got "
+                f"{self.ensemble.temperature}. A second look takes one query vector, and soft votes have three."
+            )
         if not self.protocols:
             raise ValueError("protocols: expected at least one, got none. Set null for the dataset's own.")
         return self
 
 
 class ClusterSection(Section):
-    address: str | None = Field(None, description="Ray address; null = start or join Ray on this machine")
+    address: str | None = Field(None, description="Ray address; null = RAY_ADDRESS, or start Ray on this machine")
     train_workers: int = Field(1, ge=1, description="Ray Train workers; each sees p/workers identities a batch")
     gpus_per_worker: float = Field(0, ge=0, description="GPUs of each train and extraction worker; 0 = CPU")
     cpus_per_train_worker: float = Field(2, gt=0, description="CPUs (and torch threads) of each train worker")
     extract_workers: int = Field(2, ge=1, description="actors that decode or extract in parallel")
     max_failures: int = Field(3, ge=-1, description="times a stage restarts from its last checkpoint; -1 = always")
+
+
+class GallerySection(Section):
+    """The people that a service searches, and how."""
+
+    uri: str | None = Field(
+        None, description="where the gallery lies: folder or object store prefix; null = gallery/ in the run folder"
+    )
+    exact_limit: int = Field(100_000, ge=0, description="rows up to which search is exact and in memory; above, IVF_PQ")
+    partitions: int | None = Field(None, ge=1, description="lists of the index (IVF); null = square root of the rows")
+    sub_vectors: int = Field(128, ge=1, description="bytes a vector in the index (PQ); has to divide its dimension")
+    probes: int = Field(32, ge=1, description="lists of the index that a search reads")
+    refine: int = Field(10, ge=1, description="candidates a hit that are compared by their own vectors")
+    thumbnail_height: int = Field(192, ge=16, description="pixels of the pictures that are kept with the vectors")
 
 
 class Config(Section):
@@ -314,6 +373,7 @@ class Config(Section):
     optim: OptimSection = OptimSection()
     train: TrainSection = TrainSection()
     evaluate: EvaluateSection = EvaluateSection()
+    gallery: GallerySection = GallerySection()
     cluster: ClusterSection = ClusterSection()
 
     @model_validator(mode="after")
@@ -350,6 +410,10 @@ class Config(Section):
         return self.run.dir / "data" / f"synthetic-{self.data.synthetic.size}-{self.data.synthetic.seed}"
 
     @property
+    def gallery_uri(self) -> str:
+        return self.gallery.uri or str(self.run.path / "gallery")
+
+    @property
     def stages_path(self) -> Path:
         return self.run.stages_dir or self.run.path / "stages"
 
@@ -365,6 +429,11 @@ def load_config(path: Path | None = None, overrides: Iterable[str] = (), *, size
     Raises:
         ValueError: unreadable YAML, an unknown key (its nearest neighbour is named), or a value out of bounds.
     """
+    return resolve(read_description(path), overrides, size=size)
+
+
+def read_description(path: Path | None) -> dict[str, Any]:
+    """The sections of a run description as its file has them, unchecked; arguments and errors as of `load_config`."""
     values: dict[str, Any] = {}
     if path is not None:
         if not path.is_file():
@@ -375,6 +444,12 @@ def load_config(path: Path | None = None, overrides: Iterable[str] = (), *, size
             raise ValueError(f"{path}: expected YAML, got {error}. Mend the file.") from None
         if not isinstance(values, dict):
             raise ValueError(f"{path}: expected sections, got {type(values).__name__}. Begin as ray_config.yaml does.")
+    return values
+
+
+def resolve(description: Mapping[str, Any], overrides: Iterable[str] = (), *, size: str | None = None) -> Config:
+    """`load_config` of a description that is read already; it is left as it is."""
+    values: dict[str, Any] = copy.deepcopy(dict(description))
     sizes = values.pop("sizes", None) or {}
     if size is not None:
         if size not in sizes:
@@ -405,20 +480,29 @@ def load_config(path: Path | None = None, overrides: Iterable[str] = (), *, size
         raise ValueError(explain(error)) from None
 
 
-def explain(error: ValidationError) -> str:
-    """One line a fault in the house form: dotted key, what was expected, what was found, what to do."""
+def explain(
+    error: ValidationError, known: Collection[str] | None = None, *, see: str = "`tvilfm config schema`"
+) -> str:
+    """One line a fault in the house form: dotted key, what was expected, what was found, what to do.
+
+    Args:
+        error: of pydantic.
+        known: dotted keys that there are; None = those of the run description.
+        see: where they are described.
+    """
+    known = known_keys() if known is None else known
     lines = []
     for fault in error.errors():
         key = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
-            sections = {known.rpartition(".")[0] for known in known_keys()} - {""}
-            near = difflib.get_close_matches(key, [*known_keys(), *sections], n=1, cutoff=0.0)
+            sections = {one.rpartition(".")[0] for one in known} - {""}
+            near = difflib.get_close_matches(key, [*known, *sections], n=1, cutoff=0.0)
             lines.append(f"{key}: expected a known key, got this one. Did you mean {near[0]}?")
         elif fault["type"] == "value_error":
             # A section's own check names the key within the section.
             lines.append(f"{key}.{fault['ctx']['error']}" if key else str(fault["ctx"]["error"]))
         else:
-            lines.append(f"{key}: {fault['msg'].lower()}, got {fault['input']!r}. See `tvilfm config schema`.")
+            lines.append(f"{key}: {fault['msg'].lower()}, got {fault['input']!r}. See {see}.")
     return "\n".join(lines)
 
 

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from cluster.stages import STAGES, StageStore, stage_fingerprints
+from cluster.stages import STAGES, StageStore, stage_fingerprints, stages_of
 from tvilfm.config import FIDELITY_SWITCHES, Config, known_keys, load_config
 
 DATASET = {"dataset": "d0", "captions": "c0"}
 FREE = (
     *("run.name", "run.dir", "run.stages_dir", "run.trackers", "run.mlflow_uri"),
     *("data.name", "data.root", "data.decode_batch", "data.synthetic", "data.split", "data.captions"),
-    *("caption", "train.loader_workers", "cluster", "fidelity"),
+    *("caption.workers", "caption.decoders", "caption.max_bad_share"),
+    *("train.loader_workers", "gallery", "cluster", "fidelity"),
 )
 
 
@@ -34,10 +35,13 @@ CASES = {
     "train.text.cache_views=3": {"views"} | AFTER_TEXT,
     "train.base.epochs=7": {"base", "views"} | AFTER_TEXT,
     "loss.wrt_weight=0.5": {"base", "views"} | AFTER_TEXT,
+    "loss.center_weight=0.5": {"base", "views"} | AFTER_TEXT,
+    "evaluate.rerank.method=k_reciprocal": {"results", "report"},
     "train.pretrain.steps=9": {"pretrain", "base", "views"} | AFTER_TEXT,
     "data.height=64": {"pixels", "pretrain", "base", "views"} | AFTER_TEXT,
     "cluster.extract_workers=1": set(),
     "run.name=other": set(),
+    "caption.train.epochs=9": set(),  # captions come from files
 }
 
 
@@ -51,7 +55,24 @@ def test_a_changed_key_changes_exactly_the_stages_that_depend_on_it(override: st
 def test_new_captions_redo_the_text_stage_and_leave_the_base_model() -> None:
     config = load_config(Path("ray_config.yaml"), size="tiny")
     assert _changed(config, config, {**DATASET, "captions": "c1"}) == AFTER_TEXT
-    assert _changed(config, config, {**DATASET, "dataset": "d1"}) == set(STAGES) - {"pretrain"}
+    assert _changed(config, config, {**DATASET, "dataset": "d1"}) == set(stages_of(config)) - {"pretrain"}
+
+
+def test_captions_that_the_run_writes_decide_what_builds_on_them_and_those_of_files_nothing_else() -> None:
+    path = Path("ray_config.yaml")
+    finetuned = load_config(path, ["caption.source=finetuned"], size="tiny")
+
+    def changed(override: str) -> set[str]:
+        return _changed(finetuned, load_config(path, ["caption.source=finetuned", override], size="tiny"))
+
+    assert changed("caption.infrared.beams=2") == {"captioner_infrared", "captions"} | AFTER_TEXT
+    assert changed("caption.train.epochs=9") == {"captioner_visible", "captioner_infrared", "captions"} | AFTER_TEXT
+    assert changed("caption.rephrase.max_words=9") == {"captions"} | AFTER_TEXT
+    assert changed("run.seed=1").isdisjoint({"captioner_visible", "captioner_infrared", "captions"})
+    assert _changed(finetuned, finetuned, {**DATASET, "captions": "c1"}) == changed("caption.train.epochs=9")
+    written = load_config(path, ["caption.source=captioner"], size="tiny")
+    assert stages_of(written)[:3] == ["pixels", "captions", "pretrain"]
+    assert stage_fingerprints(written, {"dataset": "d0"}).keys() == set(stages_of(written))
 
 
 def test_every_key_is_read_by_a_stage_or_listed_as_without_influence() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tvilfm.captioning.colors import find_colors
 from tvilfm.datasets.captions import (
     collect,
     read_caption_dict,
@@ -27,12 +27,6 @@ from tvilfm.evaluation.protocols import get_protocol, select_query, witness_capt
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "regdb_captions"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the published RegDB captions are not on this machine")
-
-COLOUR = re.compile(
-    r"\b(black|white|gr[ae]y|red|blue|green|yellow|purple|violet|pink|orange|brown|blond|blonde|maroon|beige|khaki|cream|"
-    r"olive|silver|gold|golden|navy|crimson|lavender|mustard|teal|turquoise|burgundy|colou?r|colou?red|colou?rful)\b",
-    re.IGNORECASE,
-)
 
 
 def manifest_of(images: list[str]) -> pa.Table:
@@ -76,8 +70,8 @@ def test_published_captions_and_colour_words(real: pa.Table) -> None:
     """A colour in every visible text, none in an infrared one but "crimson": the published filter did not know it."""
     for column in ("caption", "rephrased"):
         visible, infrared = real[column].to_pylist()[:4120], real[column].to_pylist()[4120:]
-        assert all(COLOUR.search(text) for text in visible)
-        named = Counter(word.lower() for text in infrared for word in COLOUR.findall(text))
+        assert all(find_colors(text) for text in visible)
+        named = Counter(word for text in infrared for word in find_colors(text))
         assert named == {"crimson": {"caption": 12, "rephrased": 7}[column]}
 
 

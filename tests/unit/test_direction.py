@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).parents[2]
 # Packages of tvilfm from the bottom up; a package may import its own level and those below.
 LEVELS = (
     ("config",),
-    ("captioning", "datasets", "models", "losses"),
+    ("captioning", "datasets", "models", "losses", "tuning"),
     ("training", "evaluation", "retrieval"),
     ("report",),
 )

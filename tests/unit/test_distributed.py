@@ -38,7 +38,7 @@ def _train(rank: int, world_size: int, port: int, root: Path, stage: str, target
         manifest = read_dataset("synthetic", root)
         pixels = decode_files(root, manifest["image"].to_pylist(), height=HEIGHT, width=WIDTH)
         rows = TrainingRows.from_manifest(manifest, use_val=False)
-        overrides = ["optim={lr: 1.0e-3, text_lr: 1.0e-3}"]
+        overrides = ["optim={lr: 1.0e-3, text_lr: 1.0e-3}", "loss.center_weight=0.1"]
         config = load_config(Path("ray_config.yaml"), overrides, size="tiny")
         torch.manual_seed(0)
         model = TVILFM(spec_from_config(config.model, rows.num_classes, with_text=False))
@@ -89,7 +89,7 @@ def test_two_processes_equal_one(stage: str, tiny_benchmark: Path, tmp_path: Pat
     (one, one_state), (two, two_state) = (torch.load(tmp_path / name) for name in ("one.pt", "two.pt"))
     assert len(one) == 4  # 24 images, batches of 4 x 2
     for (one_terms, one_gradients), (two_terms, two_gradients) in zip(one, two, strict=True):
-        assert one_terms.keys() == two_terms.keys() == {"id", "wrt"}
+        assert one_terms.keys() == two_terms.keys() == {"id", "wrt", "center"}
         for name, value in one_terms.items():
             assert two_terms[name] == pytest.approx(value, abs=1e-6)  # cross-entropy runs in float32
         assert one_gradients.keys() == two_gradients.keys()

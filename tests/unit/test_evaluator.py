@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from tests.oracles import ranking_metrics_loop
-from tvilfm.config import EnsembleWeights, EvaluateSection
+from tests.oracles import expand_queries_loop, k_reciprocal_rerank_loop, ranking_metrics_loop
+from tvilfm.config import EnsembleWeights, EvaluateSection, RerankSection
 from tvilfm.datasets.manifest import CAPTION_SCHEMA, build_manifest
 from tvilfm.evaluation.evaluator import CaseResult, Evaluator, Split, all_texts, default_case, query_texts
 from tvilfm.evaluation.extract import encode_pixels, encode_texts
@@ -342,3 +342,66 @@ def test_extraction_keeps_the_order_asked_for(model: TVILFM) -> None:
     tensor = torch.from_numpy(((pixels / 255 - mean) / std).transpose(0, 3, 1, 2)).float()
     for modality, encode in (("visible", model.encode_visible), ("infrared", model.encode_infrared)):
         np.testing.assert_allclose(encode_pixels(model, pixels, modality), encode(tensor).numpy(), rtol=1e-4, atol=1e-4)
+
+
+def parts_by_hand(
+    model: TVILFM, images: FeatureTable, texts: FeatureTable, name: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Infrared, text and fusion of a query whose text is its own caption, which the filter takes away again."""
+    raw = images.vectors_ND[images.keys.index(name)]
+    own = texts.vectors_ND[texts.keys.index(f"infrared of {name}")]
+    return tuple(unit_by_hand(model.head, vector) for vector in (raw, own, raw + own - own))  # type: ignore[return-value]
+
+
+def asked_of_own_captions(
+    model: TVILFM,
+    manifest: pa.Table,
+    captions: pa.Table,
+    images: FeatureTable,
+    texts: FeatureTable,
+    section: EvaluateSection,
+) -> tuple[dict[str, np.ndarray], list[tuple[np.ndarray, ...]], np.ndarray]:
+    """Similarities that the evaluator finds, and the vectors by hand of the queries' parts and of the gallery."""
+    evaluator = make_evaluator(model, manifest, captions, images, texts, section=section)
+    protocol = get_protocol(ALL)
+    query, gallery = evaluator.query(protocol), evaluator.gallery(protocol, 0)
+    found = evaluator.texts(protocol, "own")
+    assert found is not None
+    parts = evaluator.part_vectors(query, found)
+    similarity = {name: evaluator.similarity(vectors, gallery, base=False) for name, vectors in parts.items()}
+    similarity["ensemble"] = evaluator.ensemble_similarity(parts, gallery)
+    by_hand = [parts_by_hand(model, images, texts, name) for name in query["image"].to_pylist()]
+    rows = [images.vectors_ND[images.keys.index(name)] for name in gallery["image"].to_pylist()]
+    return similarity, by_hand, np.stack([unit_by_hand(model.head, row) for row in rows])
+
+
+def test_a_temperature_makes_every_vote_a_share_of_the_gallery(
+    model: TVILFM, manifest: pa.Table, captions: pa.Table, images: FeatureTable, texts: FeatureTable
+) -> None:
+    weights = EnsembleWeights(infrared=0.5, text=2.0, fusion=1.0, temperature=0.2)
+    section = SECTION.model_copy(update={"ensemble": weights})
+    similarity, queries, gallery = asked_of_own_captions(model, manifest, captions, images, texts, section)
+    for q, parts in enumerate(queries):
+        expected = np.zeros(len(gallery))
+        for weight, part in zip((0.5, 2.0, 1.0), parts, strict=True):
+            votes = [math.exp(float(part @ g) / 0.2) for g in gallery]
+            expected += weight * np.array(votes) / sum(votes)
+        np.testing.assert_allclose(similarity["ensemble"][q], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["k_reciprocal", "query_expansion"])
+def test_a_second_look_is_taken_of_every_query(
+    model: TVILFM, manifest: pa.Table, captions: pa.Table, images: FeatureTable, texts: FeatureTable, method: str
+) -> None:
+    rerank = RerankSection.model_validate({"method": method, "k1": 4, "k2": 2, "lambda_value": 0.4, "k": 3, "alpha": 2})
+    section = SECTION.model_copy(update={"rerank": rerank})
+    similarity, queries, gallery = asked_of_own_captions(model, manifest, captions, images, texts, section)
+    infrared, text, fusion = (np.stack(part) for part in zip(*queries, strict=True))
+    ensemble = 0.5 * infrared + 2.0 * text + fusion
+    ensemble /= np.linalg.norm(ensemble, axis=1, keepdims=True)
+    for name, vectors in (("infrared", infrared), ("fusion", fusion), ("ensemble", ensemble)):
+        if method == "k_reciprocal":
+            expected = k_reciprocal_rerank_loop(vectors, gallery, 4, 2, 0.4)
+        else:
+            expected = expand_queries_loop(vectors, gallery, 3, 2) @ gallery.T
+        np.testing.assert_allclose(similarity[name], expected, atol=1e-5)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.oracles import wrt_triplet_loop
+from tests.oracles import hetero_center_loop, wrt_triplet_loop
 from tvilfm.config import LossSection
+from tvilfm.losses.hetero_center import hetero_center_loss
 from tvilfm.losses.objective import JointObjective, ModalityFeatures
 
 B, D = 4, 3
@@ -74,3 +75,35 @@ def test_a_weight_of_zero_drops_the_term(case: tuple[Tensor, Tensor, Tensor], dr
     terms = JointObjective(LossSection.model_validate({dropped: 0.0}))(*broken, labels)
     assert list(terms) == kept
     assert all(torch.isfinite(term) for term in terms.values())
+
+
+@pytest.mark.parametrize(
+    ("labels", "groups"),
+    [
+        ([0, 0, 1, 1] * 3, [0] * 4 + [1] * 4 + [2] * 4),
+        ([5, 5, 5, 5], [0, 0, 1, 1]),
+        ([0, 0, 1, 2], [0, 1, 1, 0]),  # identity 1 has no visible row, identity 2 nothing else
+        ([0, 1, 2], [0, 0, 0]),
+    ],
+)
+def test_hetero_centre_is_the_distance_of_means(labels: list[int], groups: list[int]) -> None:
+    features = np.random.default_rng(1).standard_normal((len(labels), D))
+    loss = hetero_center_loss(torch.from_numpy(features), torch.tensor(labels), torch.tensor(groups))
+    assert loss.item() == pytest.approx(hetero_center_loop(features, labels, groups), rel=1e-12)
+
+
+def test_hetero_centre_pulls_a_modality_to_visible_and_leaves_its_spread(case: tuple[Tensor, Tensor, Tensor]) -> None:
+    raw, logits, labels = case
+    groups = torch.arange(3).repeat_interleave(6)
+    terms = JointObjective(LossSection(center_weight=0.5))(raw.requires_grad_(), logits, labels, groups)
+    assert list(terms) == ["id", "wrt", "center"]
+    assert terms["center"].item() == pytest.approx(
+        0.5 * hetero_center_loop(raw.detach().numpy(), labels.tolist(), groups.tolist()), rel=1e-12
+    )
+    (gradient,) = torch.autograd.grad(terms["center"], raw)
+    # The two rows of an identity and group get the same push: their difference stays.
+    assert torch.equal(gradient[0::2], gradient[1::2]) and gradient.abs().min() > 0
+
+
+def test_without_a_weight_the_hetero_centre_asks_for_no_groups(case: tuple[Tensor, Tensor, Tensor]) -> None:
+    assert list(JointObjective(LossSection())(*case)) == ["id", "wrt"]

@@ -179,7 +179,6 @@ def captions_of(manifest: pa.Table) -> pa.Table:
         {
             "image": [row["image"] for row in rows],
             "caption": [f"{row['split']} {row['modality']} {row['pid']} {row['camid']}" for row in rows],
-            "captioner": ["written here"] * len(rows),
             "rephrased": ["other words" for _ in rows],
             "captioner": ["test" for _ in rows],
             "revision": ["0" for _ in rows],

@@ -292,7 +292,7 @@ def test_a_step_is_the_objective_of_rows_encoded_one_modality_at_a_time(
     from tvilfm.datasets.transforms import augment
 
     model = toy.model(text=True).eval()  # eval: batch statistics would tie the modalities together
-    objective = JointObjective(LossSection(joint=joint, filter_text=filter_text))
+    objective = JointObjective(LossSection(joint=joint, filter_text=filter_text, center_weight=0.1))
     batch = toy.dataset(text=True)[next(iter(toy.rows.sampler(2, 2, seed=0)))]
     found = StageStep(model, objective, pad=2)(batch)
     images = {recipe: augment(batch.pixels[recipe], batch.draws[recipe], pad=2) for recipe in RECIPES}
@@ -303,8 +303,9 @@ def test_a_step_is_the_objective_of_rows_encoded_one_modality_at_a_time(
     fusion = infrared + text - own if filter_text else infrared + text
     rows = torch.cat([visible, augmented, infrared, fusion, text] if joint else [visible, augmented, fusion])
     labels = torch.cat([batch.labels] * (5 if joint else 3))
-    expected = objective(rows, model.head(rows), labels)
-    for name in ("id", "wrt"):
+    groups = torch.arange(5 if joint else 3).repeat_interleave(len(batch.labels))
+    expected = objective(rows, model.head(rows), labels, groups)
+    for name in ("id", "wrt", "center"):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4)
 
 

@@ -13,20 +13,23 @@ from PIL import Image, UnidentifiedImageError
 MAX_PIXELS = 64_000_000
 
 
-def decode(content: bytes, *, height: int, width: int, name: str) -> npt.NDArray[np.uint8]:
+def decode(
+    content: bytes, *, height: int | None, width: int | None, name: str, min_side: int = 1
+) -> npt.NDArray[np.uint8]:
     """Decode one picture and resize it with Lanczos.
 
     Args:
         content: the file's bytes.
-        height: rows after resizing.
-        width: columns after resizing.
+        height: rows after resizing; None leaves both sides as they are.
+        width: columns after resizing; None likewise.
         name: what to call the picture in an error.
+        min_side: pixels that the shorter side has to have in the file.
 
     Returns:
         (H, W, 3) uint8; a one-channel picture is repeated.
 
     Raises:
-        ValueError: when the bytes are no picture, truncated, or larger than 64 megapixels.
+        ValueError: when the bytes are no picture, truncated, larger than 64 megapixels, or shorter than `min_side`.
 
     Source: METHOD 4. Differs: none known.
     """
@@ -36,10 +39,14 @@ def decode(content: bytes, *, height: int, width: int, name: str) -> npt.NDArray
         with Image.open(io.BytesIO(content)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{name}: expected at most {MAX_PIXELS} pixels, got {image.width} x {image.height}.")
+            if min(image.size) < min_side:
+                raise ValueError(f"{name}: expected {min_side} pixels a side, got {image.width} x {image.height}.")
             rgb = image.convert("RGB")
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError) as error:
         raise ValueError(f"{name}: expected a picture, got {error}. Restore the file.") from None
-    return np.asarray(rgb.resize((width, height), Image.Resampling.LANCZOS), dtype=np.uint8)
+    if height is not None and width is not None:
+        rgb = rgb.resize((width, height), Image.Resampling.LANCZOS)
+    return np.asarray(rgb, dtype=np.uint8)
 
 
 def decode_files(root: Path, images: Sequence[str], *, height: int, width: int) -> npt.NDArray[np.uint8]:

@@ -10,7 +10,7 @@ Shapes: Q queries, G gallery, D feature.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tvilfm.config import EvaluateSection
@@ -34,11 +35,13 @@ from tvilfm.evaluation.protocols import (
     select_query,
     witness_captions,
 )
+from tvilfm.evaluation.rerank import expand_queries, k_reciprocal_rerank
 from tvilfm.models import TVILFM
 from tvilfm.models.fusion import semantic_filtered_fusion
 from tvilfm.retrieval.ensemble import ensemble_query
 
 Split = Literal["test", "val"]
+Similarity = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +152,10 @@ class Evaluator:
         self._images, self._texts, self._section = images, texts, section
         self._filter_text, self._seed, self._split = filter_text, seed, split
 
+    @property
+    def section(self) -> EvaluateSection:
+        return self._section
+
     def query(self, protocol: Protocol) -> pa.Table:
         return select_query(self._manifest, protocol, split=self._split)
 
@@ -165,20 +172,23 @@ class Evaluator:
         return self._model.embed_base(raw) if base else self._model.embed(raw)
 
     @torch.inference_mode()
-    def text_query_vectors(self, query: pa.Table, texts: QueryTexts) -> dict[str, Tensor]:
-        """Unit vectors (Q, D) of the text, fusion and ensemble queries (the last not normalised), current head."""
+    def part_vectors(self, query: pa.Table, texts: QueryTexts) -> dict[str, Tensor]:
+        """Unit vectors (Q, D) of what the ensemble is made of: infrared, text and fusion, all by the current head."""
         assert self._texts is not None
         raw = self._on_device(self._images.select(query["image"].take(pa.array(texts.kept)).to_pylist()))
         text = self._on_device(self._texts.select(texts.texts))
         filter_text = self._on_device(self._texts.select(texts.filter_texts)) if self._filter_text else None
-        vectors = {
+        return {
             "infrared": self._model.embed(raw),
             "text": self._model.embed(text),
             "fusion": self._model.embed(semantic_filtered_fusion(raw, text, filter_text)),
         }
-        weights: Mapping[str, float] = self._section.ensemble.model_dump()
-        ensemble = ensemble_query(vectors, weights)
-        return {"text": vectors["text"], "fusion": vectors["fusion"], "ensemble": ensemble}
+
+    def text_query_vectors(self, query: pa.Table, texts: QueryTexts) -> dict[str, Tensor]:
+        """Unit vectors (Q, D) of the text, fusion and ensemble queries (the last not normalised), current head."""
+        parts = self.part_vectors(query, texts)
+        ensemble = ensemble_query(parts, self._section.ensemble.weights)
+        return {"text": parts["text"], "fusion": parts["fusion"], "ensemble": ensemble}
 
     def evaluate(self, *, only_default: bool = False) -> list[CaseResult]:
         """Rows of the table: the image alone, then each text source that applies, for each protocol.
@@ -193,32 +203,83 @@ class Evaluator:
         for name in protocols:
             protocol = get_protocol(name)
             query = self.query(protocol)
-            alone = self.image_vectors(query, base=True)
-            results.append(self._case(protocol.query_modality, "none", protocol, query, alone, base=True))
+            results.append(self._case(protocol.query_modality, "none", protocol, query, self._asks_alone(query)))
             if self._texts is None:
                 continue
             for source in sources:
                 texts = self.texts(protocol, source)
                 if texts is not None:
                     kept = query.take(pa.array(texts.kept))
-                    for kind, vectors in self.text_query_vectors(query, texts).items():
-                        results.append(self._case(kind, source, protocol, kept, vectors, base=False))
+                    parts = self.part_vectors(query, texts)
+                    for kind in ("text", "fusion", "ensemble"):
+                        results.append(self._case(kind, source, protocol, kept, self._asks(kind, parts)))
         return results
 
-    def similarity(self, vectors_QD: Tensor, gallery: pa.Table, *, base: bool) -> npt.NDArray[np.float32]:
-        """(Q, G) similarity of query vectors to gallery images."""
-        similarity: npt.NDArray[np.float32] = (vectors_QD @ self.image_vectors(gallery, base=base).T).cpu().numpy()
-        return similarity
+    def similarity(self, vectors_QD: Tensor, gallery: pa.Table, *, base: bool) -> Similarity:
+        """(Q, G) similarity of query vectors to gallery images, after the second look that `rerank` asks for."""
+        rerank, gallery_GD = self._section.rerank, self.image_vectors(gallery, base=base)
+        if rerank.method == "none":
+            similarity_QG = vectors_QD @ gallery_GD.T
+        else:
+            unit_QD = F.normalize(vectors_QD, dim=1)  # an ensemble is a sum
+            if rerank.method == "k_reciprocal":
+                similarity_QG = k_reciprocal_rerank(
+                    unit_QD, gallery_GD, k1=rerank.k1, k2=rerank.k2, lambda_value=rerank.lambda_value
+                )
+            else:
+                similarity_QG = expand_queries(unit_QD, gallery_GD, k=rerank.k, alpha=rerank.alpha) @ gallery_GD.T
+        return _numbers(similarity_QG)
+
+    def votes(self, parts: Mapping[str, Tensor], gallery: pa.Table) -> dict[str, Tensor]:
+        """(Q, G) what each part of the ensemble votes, before its weight and any second look.
+
+        Args:
+            parts: of `part_vectors`.
+            gallery: rows of the manifest.
+        """
+        gallery_GD, temperature = self.image_vectors(gallery, base=False), self._section.ensemble.temperature
+        similarity = {name: vectors @ gallery_GD.T for name, vectors in parts.items()}
+        if temperature is None:
+            return similarity
+        return {name: (of_part / temperature).softmax(dim=1) for name, of_part in similarity.items()}
+
+    def ensemble_similarity(self, parts: Mapping[str, Tensor], gallery: pa.Table) -> Similarity:
+        """(Q, G) similarity of the ensemble: one search with the summed vectors, or a sum of soft votes.
+
+        Args:
+            parts: of `part_vectors`.
+            gallery: rows of the manifest.
+
+        Source: METHOD 7. Differs: `ensemble.temperature`, which is ours; soft votes cannot be one search.
+        """
+        ensemble = self._section.ensemble
+        if ensemble.temperature is None:
+            return self.similarity(ensemble_query(parts, ensemble.weights), gallery, base=False)
+        return _numbers(ensemble_query(self.votes(parts, gallery), ensemble.weights))
+
+    def _asks_alone(self, query: pa.Table) -> Callable[[pa.Table], Similarity]:
+        vectors_QD = self.image_vectors(query, base=True)
+        return lambda gallery: self.similarity(vectors_QD, gallery, base=True)
+
+    def _asks(self, kind: str, parts: Mapping[str, Tensor]) -> Callable[[pa.Table], Similarity]:
+        if kind == "ensemble":
+            return lambda gallery: self.ensemble_similarity(parts, gallery)
+        return lambda gallery: self.similarity(parts[kind], gallery, base=False)
 
     def _case(
-        self, kind: str, source: TextSource, protocol: Protocol, query: pa.Table, vectors_QD: Tensor, *, base: bool
+        self,
+        kind: str,
+        source: TextSource,
+        protocol: Protocol,
+        query: pa.Table,
+        ask: Callable[[pa.Table], Similarity],
     ) -> CaseResult:
         trials, chances = [], []
         for trial in range(protocol.num_trials):
             gallery = self.gallery(protocol, trial)
             trials.append(
                 ranking_metrics(
-                    self.similarity(vectors_QD, gallery, base=base),
+                    ask(gallery),
                     column(query, "pid"),
                     column(gallery, "pid"),
                     column(query, "camid"),
@@ -237,6 +298,11 @@ class Evaluator:
 
     def _on_device(self, array: npt.NDArray[np.float32]) -> Tensor:
         return torch.from_numpy(array).to(next(self._model.parameters()).device)
+
+
+def _numbers(similarity_QG: Tensor) -> Similarity:
+    numbers: Similarity = similarity_QG.cpu().numpy()
+    return numbers
 
 
 def default_case(results: Sequence[CaseResult], section: EvaluateSection, kind: str) -> CaseResult | None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tvilfm.config import LossSection
+from tvilfm.losses.hetero_center import hetero_center_loss
 from tvilfm.losses.wrt_triplet import wrt_triplet_loss
 
 
@@ -29,10 +30,12 @@ class ModalityFeatures:
 class JointObjective(nn.Module):
     """Identity cross-entropy and WRT over one identity space for all modalities (MJL), through one shared head.
 
+    The hetero-centre loss is there to be tried and off by default.
+
     Base stage: [visible, visible-augmented, infrared]. Text stage with MJL: [visible, visible-augmented, infrared,
     fusion, text]; without MJL: [visible, visible-augmented, fusion].
 
-    Source: METHOD 3. Differs: none known beyond `loss.wrt_numerics`.
+    Source: METHOD 3. Differs: none known beyond `loss.wrt_numerics` and `loss.center_weight`.
     """
 
     def __init__(self, section: LossSection) -> None:
@@ -51,16 +54,19 @@ class JointObjective(nn.Module):
             rows.append(features.fusion_BD)
         return torch.cat(rows)
 
-    def forward(self, raw_ND: Tensor, logits_NC: Tensor, labels_N: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, raw_ND: Tensor, logits_NC: Tensor, labels_N: Tensor, groups_N: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Weighted terms of the loss; their sum is what is minimised.
 
         Args:
             raw_ND: raw features, rows of the global batch.
             logits_NC: the head's logits of the same rows.
             labels_N: int64 training labels.
+            groups_N: int64 place of each row's modality in the stack; only read with a `center_weight`.
 
         Returns:
-            `id` and `wrt`, scalars, each already weighted; a term of weight 0 is left out.
+            `id`, `wrt` and `center`, scalars, each already weighted; a term of weight 0 is left out.
         """
         terms: dict[str, Tensor] = {}
         if self.section.id_weight:
@@ -69,4 +75,7 @@ class JointObjective(nn.Module):
             terms["wrt"] = self.section.wrt_weight * wrt_triplet_loss(
                 raw_ND, labels_N, numerics=self.section.wrt_numerics
             )
+        if self.section.center_weight:
+            assert groups_N is not None
+            terms["center"] = self.section.center_weight * hetero_center_loss(raw_ND, labels_N, groups_N)
         return terms

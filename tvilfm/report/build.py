@@ -91,8 +91,12 @@ def build_report(
         for kind, of_text in evaluator.text_query_vectors(query, texts).items():
             vectors[kind], kept[kind] = of_text, texts.kept
     similarity = {
-        kind: evaluator.similarity(vectors[kind], gallery, base=kind == alone) for kind in QUERIES if kind in vectors
+        kind: evaluator.similarity(of_kind, gallery, base=kind == alone)
+        for kind, of_kind in vectors.items()
+        if kind != "ensemble"
     }
+    if texts is not None:
+        similarity["ensemble"] = evaluator.ensemble_similarity(evaluator.part_vectors(query, texts), gallery)
     cases = evaluator.evaluate(only_default=True)
     cmc = {}
     for kind in QUERIES:
@@ -217,6 +221,11 @@ def _notes(config: Config) -> list[str]:
     if "test" in (config.train.base.select, config.train.text.select):
         notes.append(
             "A checkpoint was selected on the test identities, as the published numbers were: these numbers flatter."
+        )
+    if config.evaluate.rerank.method != "none":
+        notes.append(
+            f"Every ranking had a second look ({config.evaluate.rerank.method}), which uses the other queries or the "
+            "gallery: compare with methods that do the same."
         )
     if config.data.name == "synthetic":
         notes.append(

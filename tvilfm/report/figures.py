@@ -49,6 +49,9 @@ TSNE_IMAGES_PER_SIDE = 12
 # Beyond this many points in one chart the points become one bitmap inside the SVG.
 VECTOR_POINTS = 2000
 DISTANCE_PAIRS = 4_000_000
+_LOSS_WORDS = {"loss", "id", "wrt", "center"}
+# Eight hues that differ in lightness too, in the order of the first eight settings of a sweep.
+_SETTING_COLORS = ("#1f2328", "#d55e00", "#0077bb", "#8a8a00", "#006a55", "#a3367a", "#7a8793", "#4b2a84")
 
 _STYLE: Any = {
     "font.family": ["DejaVu Sans"],
@@ -96,6 +99,34 @@ class RetrievalFeatures(NamedTuple):
     query_pids: IntArray
     gallery_GD: FloatArray
     gallery_pids: IntArray
+
+
+class ParallelAxis(NamedTuple):
+    """One parameter of `parallel_chart`.
+
+    Args:
+        label: its name.
+        ticks: places, 0-1, and the values that stand there.
+    """
+
+    label: str
+    ticks: Sequence[tuple[float, str]]
+
+
+class TrialCurve(NamedTuple):
+    """One trial of `trial_chart`.
+
+    Args:
+        setting: what it tried; trials of one setting share a colour.
+        status: done, stopped or failed.
+        score: what it came to; None where unknown.
+        learning: records with `stage`, `epoch` and validation metrics.
+    """
+
+    setting: str
+    status: str
+    score: float | None
+    learning: Sequence[Mapping[str, Any]]
 
 
 def comparison_chart(rows: Sequence[ResultRow], *, chance: float | None = None, width: int = 548) -> str:
@@ -376,7 +407,7 @@ def distance_chart(features: Mapping[str, RetrievalFeatures], *, seed: int = 0, 
 def learning_chart(records: Sequence[Mapping[str, Any]], *, panel: int = 280) -> str | None:
     """Draw loss terms and validation metrics per epoch, the panels of a stage side by side.
 
-    A loss term is a numeric key with "loss", "id" or "wrt" among its words (`loss`, `id_loss`, `wrt`,
+    A loss term is a numeric key with "loss", "id", "wrt" or "center" among its words (`loss`, `id_loss`, `wrt`,
     `loss/id`); a validation metric is `val_rank1` or `val_mAP`, a fraction. Other keys (rates, times) are
     not drawn. Two records of one stage and epoch are merged, the later one winning: a resumed run repeats
     epochs.
@@ -415,6 +446,138 @@ def learning_chart(records: Sequence[Mapping[str, Any]], *, panel: int = 280) ->
         return _svg(figure, "learning", "Losses and validation metrics per epoch of each training stage")
 
 
+def parallel_chart(
+    axes: Sequence[ParallelAxis],
+    places_TA: FloatArray,
+    scores_T: FloatArray,
+    *,
+    metric: str,
+    stopped: npt.NDArray[np.bool_],
+) -> str:
+    """Draw every trial of a sweep as a line over its parameters' values, ending at its metric.
+
+    Args:
+        axes: the parameters.
+        places_TA: where each trial crosses each axis, 0-1.
+        scores_T: its metric, a fraction.
+        metric: name of the metric.
+        stopped: which trials were stopped early; drawn dashed.
+
+    Returns:
+        SVG text.
+    """
+    low, high = float(scores_T.min()), float(scores_T.max())
+    heights_T = (scores_T - low) / (high - low) if high > low else np.full(len(scores_T), 0.5)
+    last = ParallelAxis(
+        f"{metric} (%)", [(0.0, percent(low)), (1.0, percent(high))] if high > low else [(0.5, percent(low))]
+    )
+    columns = [*axes, last]
+    with _figure(1120, 360) as figure:
+        axis = figure.subplots()
+        colors = _score_colors(heights_T)
+        for trial in np.argsort(heights_T):
+            best = bool(heights_T[trial] == heights_T.max())
+            axis.plot(
+                np.arange(len(columns)),
+                [*places_TA[trial], heights_T[trial]],
+                color=colors[trial],
+                linewidth=3 if best else 1.4,
+                linestyle="--" if stopped[trial] else "-",
+                alpha=1 if best else 0.8,
+            )
+        for place, column in enumerate(columns):
+            axis.plot([place, place], [0, 1], color=MUTED, linewidth=1, zorder=0)
+            axis.text(place, 1.09, column.label, ha="center", va="bottom", fontsize=12, fontweight="bold")
+            for height, name in column.ticks:
+                axis.text(place + 0.02, height, name, va="center", fontsize=11.5, color=INK, bbox=_LABEL_BOX)
+        axis.set_xlim(-0.05, len(columns) - 0.75)
+        axis.set_ylim(-0.06, 1.2)
+        axis.set_axis_off()
+        return _svg(figure, "parallel", f"Parameters of every trial, and its {metric}")
+
+
+def importance_chart(shares: Mapping[str, float], *, width: int = 548) -> str:
+    """Draw the share of the metric that each parameter decides, as bars.
+
+    Args:
+        shares: parameter -> share, in the order to draw.
+        width: pixels.
+
+    Returns:
+        SVG text.
+    """
+    with _figure(width, 60 + 34 * len(shares)) as figure:
+        axis = figure.subplots()
+        positions = np.arange(len(shares))
+        values = 100 * np.array(list(shares.values()))
+        axis.barh(positions, values, height=0.58, color="#4b2a84")
+        for position, value in enumerate(values):
+            axis.text(value + 1.5, position, f"{value:.0f}", va="center", fontsize=12.5, fontweight="bold")
+        axis.set_yticks(positions, list(shares))
+        axis.tick_params(axis="y", labelcolor=INK, labelsize=12.5)
+        axis.tick_params(length=0)
+        axis.set_ylim(len(shares) - 0.4, -0.6)
+        axis.set_xlim(0, 112)
+        axis.set_xticks([0, 25, 50, 75, 100])
+        axis.spines["left"].set_visible(False)
+        axis.grid(axis="x")
+        return _svg(figure, "importance", "Share of the metric that each parameter decides")
+
+
+def trial_chart(curves: Sequence[TrialCurve], *, metric: str, width: int = 1120) -> str | None:
+    """Draw a validation metric per epoch, a line a trial, the panels of the training stages side by side.
+
+    Up to eight settings have a colour each and a legend; of more, a lighter line ended lower. A cross ends a trial
+    that was stopped or failed.
+
+    Args:
+        curves: the trials.
+        metric: key of the learning records, a fraction.
+        width: pixels.
+
+    Returns:
+        SVG text, or None where no trial has the metric.
+    """
+    stages: dict[str, list[tuple[TrialCurve, dict[int, float]]]] = {}
+    for curve in curves:
+        of_stage: dict[str, dict[int, float]] = {}
+        for record in curve.learning:
+            if metric in record:
+                of_stage.setdefault(str(record["stage"]), {})[int(record["epoch"])] = 100 * float(record[metric])
+        for stage, values in of_stage.items():
+            stages.setdefault(stage, []).append((curve, values))
+    if not stages:
+        return None
+    settings = list(dict.fromkeys(curve.setting for curve in curves))
+    few = len(settings) <= len(_SETTING_COLORS)
+    scores = np.array([np.nan if curve.score is None else curve.score for curve in curves])
+    spread = float(np.nanmax(scores) - np.nanmin(scores)) if np.isfinite(scores).any() else 0.0
+    places = (scores - np.nanmin(scores)) / spread if spread else np.zeros(len(scores))
+    shades = dict(zip(map(id, curves), _score_colors(np.nan_to_num(places)), strict=True))
+    with _figure(width, 300 + (18 * -(-len(settings) // 3) if few else 0)) as figure:
+        axes = np.atleast_1d(figure.subplots(1, len(stages)))
+        for axis, (stage, lines) in zip(axes, stages.items(), strict=True):
+            for curve, values in lines:
+                color = _SETTING_COLORS[settings.index(curve.setting)] if few else shades[id(curve)]
+                epochs = sorted(values)
+                heights = [values[epoch] for epoch in epochs]
+                axis.plot(epochs, heights, color=color, linewidth=1.6, alpha=0.85, label=curve.setting if few else None)
+                # A trial that never came to the next stage ended in this one.
+                if curve.status != "done" and str(curve.learning[-1]["stage"]) == stage:
+                    axis.plot(epochs[-1:], heights[-1:], marker="x", markersize=7, markeredgewidth=2, color=color)
+            axis.set_title(f"{stage}: validation {METRIC_LABELS[metric.removeprefix('val_')]} (%)")
+            axis.set_xlabel("epoch")
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.grid()
+        if few:
+            handles = [
+                Line2D([], [], color=color, label=setting)
+                for color, setting in zip(_SETTING_COLORS, settings, strict=False)
+            ]
+            figure.legend(handles=handles, loc="outside lower left", ncols=3, **_LEGEND)
+        return _svg(figure, "trials", "Validation metric per epoch of every trial")
+
+
 def pair_distances(features: RetrievalFeatures, *, seed: int = 0) -> tuple[FloatArray, FloatArray]:
     """Return the cosine distances (1 - similarity) of same-person pairs and of different-person pairs.
 
@@ -443,6 +606,9 @@ _LEGEND: Mapping[str, Any] = {
 }
 
 
+_LABEL_BOX: Mapping[str, Any] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
+
+
 @contextmanager
 def _figure(width: int, height: int) -> Iterator[Figure]:
     """Give a figure of `width` x `height` SVG units in the page's style; use it inside the `with`."""
@@ -466,6 +632,12 @@ def _svg(figure: Figure, name: str, description: str) -> str:
     text = re.sub(r'(<svg[^>]*?) height="([\d.]+)pt"', r'\1 height="\2"', text, count=1)
     label = html.escape(description, quote=True)
     return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1).strip()
+
+
+def _score_colors(places: FloatArray) -> list[tuple[float, ...]]:
+    """From light to dark as a score rises; the lightest tones of the map are lost on white."""
+    colors = matplotlib.colormaps["viridis_r"](0.12 + 0.88 * np.asarray(places, dtype=np.float64))
+    return [tuple(color) for color in colors.tolist()]
 
 
 def _legend_below(figure: Figure, axis: Axes, *, columns: int) -> None:
@@ -528,7 +700,7 @@ def _learning_panels(
                 continue
             if key in ("val_rank1", "val_mAP"):
                 validation.setdefault(METRIC_LABELS[key[len("val_") :]], {})[epoch] = float(value)
-            elif not key.startswith("val_") and {"loss", "id", "wrt"} & set(re.split(r"[^a-z]+", key.lower())):
+            elif not key.startswith("val_") and _LOSS_WORDS & set(re.split(r"[^a-z]+", key.lower())):
                 losses.setdefault(key, {})[epoch] = float(value)
     panels = []
     for stage, (losses, validation) in stages.items():

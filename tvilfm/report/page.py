@@ -12,13 +12,12 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 from PIL import Image
 
@@ -30,7 +29,7 @@ ImageArray: TypeAlias = npt.NDArray[np.uint8]
 
 # Thumbnails are shown 96 pixels high; twice that keeps them sharp on dense screens.
 THUMBNAIL_HEIGHT = 192
-_DATASET_LABELS: Mapping[str, str] = {"sysu_mm01": "SYSU-MM01", "regdb": "RegDB", "llcm": "LLCM"}
+DATASET_LABELS: Mapping[str, str] = {"sysu_mm01": "SYSU-MM01", "regdb": "RegDB", "llcm": "LLCM"}
 
 
 class CaptionSample(NamedTuple):
@@ -149,11 +148,9 @@ def render_report(data: ReportData) -> str:
 
     results = data.results
     chance = results.chance.get(results.default_protocol)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    source = resources.files("tvilfm.report").joinpath("template.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source).render(
+    return page_template("template.html.j2").render(
         name=data.name,
-        dataset=_DATASET_LABELS.get(results.dataset, results.dataset),
+        dataset=DATASET_LABELS.get(results.dataset, results.dataset),
         results=results,
         verdict=tables.verdict(results),
         notes=data.notes,
@@ -166,10 +163,10 @@ def render_report(data: ReportData) -> str:
         metric_labels=[METRIC_LABELS[metric] for metric in METRICS],
         colors=figures.QUERY_COLORS,
         query_labels=QUERY_LABELS,
-        comparison=_markup(
+        comparison=markup(
             figures.comparison_chart(results.default_rows, chance=chance) if results.default_rows else None
         ),
-        cmc=_markup(figures.cmc_chart(data.cmc, chance=chance) if data.cmc else None),
+        cmc=markup(figures.cmc_chart(data.cmc, chance=chance) if data.cmc else None),
         protocols=_full_table(results) if len(results.rows) > len(results.default_rows) else [],
         text_sources={
             source: meaning
@@ -178,20 +175,33 @@ def render_report(data: ReportData) -> str:
         },
         markdown=tables.markdown_table(results),
         examples=[_example(example) for example in data.examples],
-        tsne=_markup(figures.tsne_chart(data.features, seed=data.seed)),
-        distances=_markup(figures.distance_chart(data.features, seed=data.seed)),
+        tsne=markup(figures.tsne_chart(data.features, seed=data.seed)),
+        distances=markup(figures.distance_chart(data.features, seed=data.seed)),
         captions=[
             {"image": _jpeg(image), "modality": modality, "caption": caption, "rephrased": rephrased}
             for image, modality, caption, rephrased in data.captions
         ],
-        learning=_markup(figures.learning_chart(data.learning)),
+        learning=markup(figures.learning_chart(data.learning)),
         facts=data.facts,
         config_yaml=data.config_yaml,
         results_json=_script_json(results),
     )
 
 
-def _markup(svg: str | None) -> Markup | None:
+def page_template(name: str) -> Template:
+    """A page of this folder, escaping every text and refusing names that are not given."""
+    environment = Environment(
+        loader=PackageLoader("tvilfm", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
+
+
+def markup(svg: str | None) -> Markup | None:
+    """A chart, or nothing, as it stands on a page."""
     return None if svg is None else Markup(svg)
 
 

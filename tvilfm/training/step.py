@@ -32,9 +32,14 @@ class StageStep(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         raw_BD = self._features(batch)
         raw_ND = gather_rows(raw_BD)
-        labels_B = batch.labels.repeat(len(raw_BD) // len(batch.labels))
+        num_groups = len(raw_BD) // len(batch.labels)
+        labels_B = batch.labels.repeat(num_groups)
+        groups_N = None
+        if self.objective.section.center_weight:
+            groups_B = torch.arange(num_groups, device=labels_B.device).repeat_interleave(len(batch.labels))
+            groups_N = gather_rows(groups_B)
         # BN neck and classifier run on the gathered rows: every worker computes the same global loss.
-        terms: dict[str, Tensor] = self.objective(raw_ND, self.model.head(raw_ND), gather_rows(labels_B))
+        terms: dict[str, Tensor] = self.objective(raw_ND, self.model.head(raw_ND), gather_rows(labels_B), groups_N)
         return terms
 
     def _features(self, batch: Batch) -> Tensor:

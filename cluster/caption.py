@@ -1,0 +1,534 @@
+"""Caption images on a pool of Ray Data actors: pointed at a million, killed at any moment, and started again.
+
+Images are cut into fixed chunks before they are handed out, so neither the number of actors nor their speed changes
+what is captioned together, and the sentences equal, row for row, those of a plain loop over the same chunks. CPU tasks
+read and decode a chunk; an actor captions it and itself writes the part that holds it, all or nothing. What was
+captioned is what lies in the output folder: there is no other state that a kill could leave behind.
+
+One modality follows the other, both with the whole pool: two pools side by side would share the GPUs by a guess, and
+the half that is done first would idle.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+from pyarrow import fs
+from ray.data import ExecutionResources
+
+from cluster.parts import Parts, alone, open_uri, part_name, shown, to_parquet, write_whole
+from cluster.progress import ProgressFile, watch
+from cluster.session import session
+from tvilfm.captioning.colors import remove_colors
+from tvilfm.config import CaptionerSection, CaptionSection, ClusterSection, Config
+from tvilfm.datasets import read_dataset
+from tvilfm.datasets.manifest import CAPTION_SCHEMA, MODALITIES
+from tvilfm.datasets.pixels import decode
+
+if TYPE_CHECKING:
+    from tvilfm.captioning.captioner import Captioner
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+MIN_SIDE = 8  # pixels; what is smaller shows nobody
+MAX_BYTES = 256 << 20  # of a file; a mistaken video would fill a worker's memory before it is found to be no picture
+READERS = 8  # files that a decoding task reads at once: an object store takes 30 ms to answer
+CHUNKS_A_TASK = 16  # at most; a million images are 2,000 decoding tasks
+TASKS = 64  # that a smaller job is cut into at least, so that every worker gets some
+STORE_BYTES = 1 << 30  # of decoded pictures ahead of each actor, at most: seconds of work for the fastest GPU
+# A CPU that holds an actor has room for a decoder: actors that move to the last nodes of a cluster that lost others
+# would else leave none to decode on, and the job would hang.
+ACTOR_CPUS, DECODER_CPUS = 0.9, 0.1
+
+PART_SCHEMA = pa.schema(
+    [
+        *CAPTION_SCHEMA,
+        pa.field("modality", pa.string()),
+        pa.field("prompt_hash", pa.string()),
+        pa.field("settings", pa.string()),
+        pa.field("time", pa.timestamp("ms", "UTC")),
+    ]
+)
+QUARANTINE_SCHEMA = pa.schema(
+    [
+        pa.field("image", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("time", pa.timestamp("ms", "UTC")),
+    ]
+)
+_PICTURE = pa.struct(
+    [
+        pa.field("image", pa.string()),
+        pa.field("pixels", pa.binary()),
+        pa.field("height", pa.int32()),
+        pa.field("width", pa.int32()),
+        pa.field("fault", pa.string()),
+        pa.field("again", pa.bool_()),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a job leaves behind.
+
+    Attributes:
+        table: URI or path of the caption table.
+        total: images asked for.
+        before: of these, captioned by earlier runs.
+        captioned: captioned now.
+        bad: in quarantine, of this or an earlier run.
+        unread: could not be read now and are tried again by the next run.
+        reasons: of bad and unread images, with counts, most frequent first.
+        seconds: from start to end.
+    """
+
+    table: str
+    total: int
+    before: int
+    captioned: int
+    bad: int
+    unread: int
+    reasons: Mapping[str, int]
+    seconds: float
+
+    @property
+    def images_per_s(self) -> float:
+        """Captioned now, start of the workers included."""
+        return self.captioned / self.seconds
+
+    def lines(self) -> list[str]:
+        """The closing words."""
+        first = f"captioned {self.captioned} of {self.total} images in {self.seconds:.1f} s"
+        first += f", {self.images_per_s:.1f} images/s; {self.before} were there"
+        faults = [f"{self.bad} in quarantine, {self.unread} not readable now"] if self.bad or self.unread else []
+        return [first, *faults, *(f"  {count} x {reason}" for reason, count in self.reasons.items()), self.table]
+
+    def check(self, max_bad_share: float) -> None:
+        """Refuse a result that lacks too many images.
+
+        Raises:
+            ValueError: the share of images in quarantine or not readable is above `max_bad_share`.
+        """
+        lacking = self.bad + self.unread
+        if lacking > max_bad_share * self.total:
+            raise ValueError(
+                f"caption.max_bad_share: expected at most {max_bad_share:g} of the images without caption, got "
+                f"{lacking} of {self.total}. Look at the quarantine table, mend the images, run with --retry-bad."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionJob:
+    """What a worker has to know; one modality."""
+
+    images: tuple[fs.FileSystem, str]
+    captions: Parts
+    quarantine: Parts
+    modality: str
+    captioner: CaptionerSection
+    device: str
+    dtype: Any
+    filter_colors: bool
+    seed: int
+
+    def load(self) -> Captioner:
+        # Decoding workers import this module too, and have no use for torch and transformers.
+        from tvilfm.captioning.captioner import Captioner
+
+        return Captioner.load(self.captioner, device=self.device, dtype=self.dtype)
+
+
+def caption(
+    config: Config, *, out: str, images: str | None = None, modality: str | None = None, retry_bad: bool = False
+) -> Summary:
+    """Caption a folder of images, or the dataset of the run description, showing how far it is.
+
+    Args:
+        config: the run.
+        out: see `caption_images`.
+        images: folder or URI whose picture files are captioned; None = `data.root`, with the dataset's modalities.
+        modality: visible or infrared, of `images`.
+        retry_bad: see `caption_images`.
+
+    Raises:
+        ValueError: `images` without modality or the other way round, or as `caption_images`.
+    """
+    if (images is None) != (modality is None):
+        raise ValueError(
+            f"--modality: expected visible or infrared with --images and only then, got {modality} with {images}."
+        )
+    if images is None or modality is None:
+        rows = read_dataset(config.data.name, config.data_root, **config.data.reader_options)
+        images = str(config.data_root)
+    else:
+        rows = list_images(images, modality)
+    with session(config.cluster), tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "progress.json"
+        with watch(path, "caption", "images"):
+            return caption_images(
+                rows,
+                images,
+                out,
+                config.caption,
+                config.cluster,
+                seed=config.run.seed,
+                retry_bad=retry_bad,
+                progress=ProgressFile(path),
+            )
+
+
+def caption_images(
+    rows: pa.Table,
+    root: str,
+    out: str,
+    section: CaptionSection,
+    cluster: ClusterSection,
+    *,
+    seed: int,
+    retry_bad: bool = False,
+    progress: ProgressFile | None = None,
+) -> Summary:
+    """Bring a caption table up to a list of images, captioning what is missing and nothing else.
+
+    `out/captions.parquet` is the table (columns of `CAPTION_SCHEMA`, then modality, prompt_hash, settings, time),
+    `out/quarantine.parquet` names the images that are none, `out/parts` holds what is written while the job runs.
+
+    Args:
+        rows: `image` (path below the root) and `modality`, each image once.
+        root: where the images lie: a local path or a URI that pyarrow opens, reached by every worker.
+        out: where to, likewise. One captioner a modality for ever: another one needs another folder.
+        section: captioners, batch, and how many work at once.
+        cluster: GPUs of an actor.
+        seed: of sampling.
+        retry_bad: also try images that an earlier run put in quarantine.
+        progress: told of images done.
+
+    Returns:
+        Counts; `Summary.check` says whether too many images are bad.
+
+    Raises:
+        ValueError: rows, a URI or a captioner that are not what they should be; another job fills `out`; or `out`
+            holds captions of another captioner.
+        ray.exceptions.RayError: the workers failed; what they wrote stays, and the next run goes on from there.
+    """
+    _check_rows(rows)
+    with alone(out):
+        return _caption(rows, root, out, section, cluster, seed, retry_bad, progress)
+
+
+def _caption(
+    rows: pa.Table,
+    root: str,
+    out: str,
+    section: CaptionSection,
+    cluster: ClusterSection,
+    seed: int,
+    retry_bad: bool,
+    progress: ProgressFile | None,
+) -> Summary:
+    started = time.monotonic()
+    captions, quarantine = Parts(out, "parts", "captions"), Parts(out, "parts", "quarantine")
+    for parts in (captions, quarantine):
+        parts.compact()
+    there = _among(rows, captions.keys())
+    wanted = ~there if retry_bad else ~(there | _among(rows, quarantine.keys()))
+    jobs, work = [], []
+    for modality in MODALITIES:
+        of_modality = pc.equal(rows["modality"], modality).to_numpy()
+        chunks = _chunks(rows["image"].filter(of_modality), wanted[of_modality], section.batch)
+        if chunks.num_rows:
+            work.append(chunks)
+            jobs.append(
+                CaptionJob(
+                    images=open_uri(root),
+                    captions=captions,
+                    quarantine=quarantine,
+                    modality=modality,
+                    captioner=_found_by_workers(getattr(section, modality)),
+                    device="cuda" if cluster.gpus_per_worker else "cpu",
+                    dtype=section.dtype,
+                    filter_colors=section.filter_colors,
+                    seed=seed,
+                )
+            )
+    done, unread = int(len(rows) - wanted.sum()), Counter[str]()
+    if jobs:
+        resources = {"num_cpus": ACTOR_CPUS, "num_gpus": cluster.gpus_per_worker or None}
+        for job, chunks, size in zip(jobs, work, _introduce(jobs, out, resources), strict=True):
+            for report in _reports(job, chunks, size, section, resources):
+                done += report["done"]
+                unread.update(report["unread"])
+                if progress:
+                    progress.update(done, len(rows))
+    for parts in (captions, quarantine):
+        parts.compact()
+    return _publish(rows, out, captions, quarantine, there, unread, time.monotonic() - started)
+
+
+def _introduce(
+    jobs: Sequence[CaptionJob], out: str, resources: Mapping[str, float | None]
+) -> list[tuple[int, int] | None]:
+    """Note in the output folder who captions it, or refuse another captioner; the size each wants pictures in.
+
+    A worker loads the models for that: the driver may run where there is neither GPU nor model.
+    """
+    try:
+        introduced = ray.get(_load_captioners.options(**resources).remote(jobs))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ValueError):
+            raise ValueError(str(error.cause)) from None
+        raise
+    filesystem, path = open_uri(out)
+    for job, (_, provenance) in zip(jobs, introduced, strict=True):
+        note = f"{path}/captioner-{job.modality}.json"
+        found = {**provenance, "filter_colors": job.filter_colors, "seed": job.seed}
+        if filesystem.get_file_info(note).type == fs.FileType.File:
+            with filesystem.open_input_file(note) as file:
+                noted = json.loads(file.read())
+            differing = [
+                f"{key}={noted.get(key)} there, {found[key]} here" for key in found if noted.get(key) != found[key]
+            ]
+            if differing:
+                raise ValueError(
+                    f"{shown(out)}: expected {job.modality} captions of one captioner, got {'; '.join(differing)}. "
+                    "Caption into another folder."
+                )
+        write_whole(filesystem, note, json.dumps(found, indent=2).encode())
+    return [size for size, _ in introduced]
+
+
+@ray.remote
+def _load_captioners(jobs: Sequence[CaptionJob]) -> list[tuple[tuple[int, int] | None, dict[str, str]]]:
+    found = []
+    for job in jobs:
+        try:
+            captioner = job.load()
+        except ValueError as error:
+            raise ValueError(f"caption.{job.modality}.{error}") from None
+        found.append((captioner.input_size, captioner.provenance))
+        del captioner  # before the next one is loaded
+    return found
+
+
+def _reports(
+    job: CaptionJob,
+    chunks: pa.Table,
+    size: tuple[int, int] | None,
+    section: CaptionSection,
+    resources: Mapping[str, float | None],
+) -> Iterator[dict[str, Any]]:
+    """Caption chunks; what the actors report of each."""
+    workers = min(section.workers, chunks.num_rows)
+    a_task = max(1, min(CHUNKS_A_TASK, chunks.num_rows // TASKS))
+    dataset = ray.data.from_arrow([chunks.slice(start, a_task) for start in range(0, chunks.num_rows, a_task)])
+    dataset.context.target_max_block_size = 1  # a chunk a block: it goes to the next free actor, and is reported
+    dataset.context.execution_options.resource_limits = ExecutionResources.for_limits(
+        object_store_memory=STORE_BYTES * workers
+    )
+    decoded = dataset.map_batches(
+        partial(decode_chunk, job=job, size=size),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.TaskPoolStrategy(size=section.decoders * workers),
+        num_cpus=DECODER_CPUS,
+    )
+    reports = decoded.map_batches(
+        CaptionActor,
+        fn_constructor_kwargs={"job": job},
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=workers),
+        **resources,
+    )
+    yield from reports.iter_rows()
+
+
+def decode_chunk(chunk: pa.Table, *, job: CaptionJob, size: tuple[int, int] | None) -> pa.Table:
+    """A chunk's names -> its pictures, or why there is none."""
+    (names,) = chunk["images"].to_pylist()
+    with ThreadPoolExecutor(READERS) as pool:
+        contents = list(pool.map(partial(_read, *job.images), names))
+    pictures = [_picture(name, *content, size) for name, content in zip(names, contents, strict=True)]
+    return pa.table({"start": chunk["start"], "pictures": pa.array([pictures], type=pa.list_(_PICTURE))})
+
+
+def _read(filesystem: fs.FileSystem, folder: str, name: str) -> tuple[bytes, str | None, bool]:
+    """A file's bytes; else why there are none, and whether that may be another matter next time."""
+    try:
+        with filesystem.open_input_file(f"{folder}/{name}") as file:
+            if file.size() > MAX_BYTES:
+                return b"", f"expected at most {MAX_BYTES >> 20} MiB, got {file.size() >> 20}", False
+            return file.read(), None, False
+    except FileNotFoundError:
+        return b"", "expected a file, got none", False
+    except OSError as error:
+        return b"", f"expected a readable file, got {type(error).__name__}", True
+
+
+def _picture(
+    name: str, content: bytes, fault: str | None, again: bool, size: tuple[int, int] | None
+) -> dict[str, object]:
+    """One `_PICTURE`."""
+    if fault is not None:
+        return {"image": name, "fault": fault, "again": again}
+    height, width = size or (None, None)
+    try:
+        pixels = decode(content, height=height, width=width, name=name, min_side=MIN_SIDE)
+    except Exception as error:  # fed with hostile bytes, a decoder may raise anything
+        return {"image": name, "fault": str(error).removeprefix(f"{name}: "), "again": False}
+    return {"image": name, "pixels": pixels.tobytes(), "height": pixels.shape[0], "width": pixels.shape[1]}
+
+
+class CaptionActor:
+    """Loads a captioner once, then captions chunks and writes their parts."""
+
+    def __init__(self, job: CaptionJob) -> None:
+        self._job, self._captioner = job, job.load()
+
+    def __call__(self, chunk: pa.Table) -> pa.Table:
+        (start,), (pictures,) = chunk["start"].to_pylist(), chunk["pictures"].to_pylist()
+        name = part_name(picture["image"] for picture in pictures)
+        bad = [picture for picture in pictures if picture["fault"] and not picture["again"]]
+        good = [picture for picture in pictures if not picture["fault"]]
+        if bad:
+            now = _now()
+            faults = [{"image": picture["image"], "reason": picture["fault"], "time": now} for picture in bad]
+            self._job.quarantine.write(name, pa.Table.from_pylist(faults, schema=QUARANTINE_SCHEMA))
+        # Ray hands a chunk out again when it did not hear of its end.
+        if good and not self._job.captions.has(name):
+            try:
+                self._job.captions.write(name, self._caption(good, start))
+            except Exception as error:
+                error.add_note(f"While captioning {len(good)} {self._job.modality} images from {good[0]['image']}.")
+                raise
+        unread = [picture["fault"] for picture in pictures if picture["again"]]
+        return pa.table(
+            {"done": [len(pictures) - len(unread)], "unread": pa.array([unread], type=pa.list_(pa.string()))}
+        )
+
+    def _caption(self, pictures: Sequence[Mapping[str, Any]], start: int) -> pa.Table:
+        seed = int(np.random.SeedSequence([self._job.seed, start]).generate_state(1)[0])
+        images = [
+            np.frombuffer(picture["pixels"], dtype=np.uint8).reshape(picture["height"], picture["width"], 3)
+            for picture in pictures
+        ]
+        sentences = self._captioner.caption(images, seed=seed)
+        if self._job.modality == "infrared" and self._job.filter_colors:
+            sentences = [remove_colors(sentence) for sentence in sentences]
+        provenance, now = self._captioner.provenance, _now()
+        common = {
+            "rephrased": None,
+            "captioner": provenance["model"],
+            "revision": provenance["revision"],
+            "modality": self._job.modality,
+            "prompt_hash": provenance["prompt_hash"],
+            "settings": provenance["settings"],
+            "time": now,
+        }
+        captioned = zip(pictures, sentences, strict=True)
+        return pa.Table.from_pylist(
+            [{"image": picture["image"], "caption": sentence, **common} for picture, sentence in captioned],
+            schema=PART_SCHEMA,
+        )
+
+
+def list_images(uri: str, modality: str) -> pa.Table:
+    """Every picture file below a folder, as `caption_images` takes them, ordered by name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    filesystem, root = open_uri(uri)
+    names, folders = [], [root]
+    while folders:
+        for info in filesystem.get_file_info(fs.FileSelector(folders.pop(), allow_not_found=True)):
+            if info.type == fs.FileType.Directory:
+                folders.append(info.path)
+            elif info.path.lower().endswith(SUFFIXES):
+                names.append(info.path.removeprefix(f"{root}/"))
+    if not names:
+        raise ValueError(
+            f"--images: expected {', '.join(SUFFIXES)} files below {shown(uri)}, got none. Check the path."
+        )
+    return pa.table({"image": sorted(names), "modality": pa.repeat(pa.scalar(modality), len(names))})
+
+
+def _check_rows(rows: pa.Table) -> None:
+    unknown = sorted(set(pc.unique(rows["modality"]).to_pylist()) - set(MODALITIES))
+    if unknown:
+        raise ValueError(f"modality: expected visible or infrared, got {unknown[0]}. Fix the rows.")
+    if pc.count_distinct(rows["image"]).as_py() != rows.num_rows:
+        raise ValueError(f"image: expected each image once, got some twice in {rows.num_rows} rows. Drop the copies.")
+
+
+def _found_by_workers(section: CaptionerSection) -> CaptionerSection:
+    """A local folder by its absolute path, as workers run in other folders."""
+    path = Path(section.model)
+    return section.model_copy(update={"model": str(path.absolute())}) if path.is_dir() else section
+
+
+def _among(rows: pa.Table, images: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
+    """Which rows' images are among those."""
+    found: npt.NDArray[np.bool_] = pc.is_in(rows["image"], images.combine_chunks()).to_numpy()
+    return found
+
+
+def _chunks(images: pa.ChunkedArray, wanted: npt.NDArray[np.bool_], batch: int) -> pa.Table:
+    """Chunks of fixed places in the list, each with those of its images that are wanted: `start`, `images`."""
+    places = np.flatnonzero(wanted)
+    starts, offsets = np.unique(places // batch, return_index=True)
+    lists = pa.ListArray.from_arrays(
+        np.append(offsets, len(places)).astype(np.int32), images.take(places).combine_chunks()
+    )
+    return pa.table({"start": starts * batch, "images": lists})
+
+
+def _publish(
+    rows: pa.Table,
+    out: str,
+    caption_parts: Parts,
+    quarantine_parts: Parts,
+    before: npt.NDArray[np.bool_],
+    unread: Counter[str],
+    seconds: float,
+) -> Summary:
+    """Write the tables that users read."""
+    filesystem, path = open_uri(out)
+    captions, quarantine = caption_parts.read(), quarantine_parts.read()
+    captions = captions if captions.num_columns else PART_SCHEMA.empty_table()
+    quarantine = quarantine if quarantine.num_columns else QUARANTINE_SCHEMA.empty_table()
+    quarantine = quarantine.filter(~_among(quarantine, captions["image"]))
+    for name, table in (("captions", captions), ("quarantine", quarantine)):
+        write_whole(filesystem, f"{path}/{name}.parquet", to_parquet(table))
+    there, bad = _among(rows, captions["image"]), _among(rows, quarantine["image"])
+    counts = pc.value_counts(quarantine["reason"].filter(_among(quarantine, rows["image"]))).to_pylist()
+    reasons = Counter({count["values"]: count["counts"] for count in counts}) + unread
+    return Summary(
+        table=f"{shown(out)}/captions.parquet",
+        total=rows.num_rows,
+        before=int(before.sum()),
+        captioned=int((there & ~before).sum()),
+        bad=int(bad.sum()),
+        unread=int((~there & ~bad).sum()),
+        reasons=dict(reasons.most_common()),
+        seconds=seconds,
+    )
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)

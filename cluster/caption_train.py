@@ -1,0 +1,207 @@
+"""Fine-tune captioners on Ray Train: workers, checkpoints, restarts, and marks on pictures they did not learn from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from cluster.pixels import decode_dataset
+from cluster.progress import watch
+from cluster.session import session
+from cluster.stages import StageStore, stage_fingerprints
+from cluster.train import _Reporter as Reporter
+from tvilfm.captioning.captioner import Captioner
+from tvilfm.captioning.conv_captioner import NAME, build_conv_captioner
+from tvilfm.captioning.finetune import Modality, Pairs, caption_pairs, finetune, mean_loss
+from tvilfm.captioning.scores import Marks, attribute_scores, colour_share, language_scores
+from tvilfm.config import CaptionerSection, Config
+from tvilfm.datasets import read_dataset
+from tvilfm.datasets.captions import read_captions
+from tvilfm.datasets.manifest import column, fingerprint, select
+from tvilfm.datasets.pixels import open_pixels
+from tvilfm.training.loop import AUTOCAST_DTYPES
+
+MARKED = 512  # validation pictures that are captioned to mark a captioner
+
+
+def fit_captioner(folder: Path, config: Config, modality: Modality, inputs: Mapping[str, str]) -> None:
+    """Fine-tune a modality's captioner on Ray Train and leave it in `folder/captioner`, its marks in `marks.json`.
+
+    The run lives in `folder/train`; if an interrupted attempt left one there, it goes on from its last checkpoint.
+
+    Args:
+        folder: the working folder, on storage that every node sees.
+        config: the run.
+        modality: visible or infrared.
+        inputs: `pixels` (folder of `pixels.npy` and `manifest.parquet`), `captions` (Parquet caption table) and, for
+            the synthetic benchmark, `truth` (folder of its `attributes.json`).
+
+    Raises:
+        ValueError: a captioner that cannot be had, or a dataset without pairs for it.
+        ray.train.TrainingFailedError: a worker failed more often than `cluster.max_failures`.
+    """
+    captioner: CaptionerSection = getattr(config.caption, modality)
+    model = captioner.model
+    if model == NAME:
+        pairs = _pairs(config, modality, inputs, "train")
+        model = str(folder / "start")
+        build_conv_captioner(
+            Path(model), pairs.texts, height=config.data.height, width=config.data.width, seed=config.run.seed
+        )
+    elif Path(model).is_dir():
+        model = str(Path(model).absolute())  # workers run in other folders
+    section = config.cluster
+    resources: dict[str, float] = {"CPU": section.cpus_per_train_worker}
+    if section.gpus_per_worker:
+        resources["GPU"] = section.gpus_per_worker
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={
+            "folder": str(folder),
+            "config": config.model_dump(mode="json"),
+            "captioner": captioner.model_copy(update={"model": model}).model_dump(mode="json"),
+            "modality": modality,
+            "inputs": dict(inputs),
+        },
+        scaling_config=ScalingConfig(
+            num_workers=section.train_workers, use_gpu=section.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name="train",
+            storage_path=str(folder),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            failure_config=FailureConfig(max_failures=section.max_failures),
+        ),
+    )
+    result = trainer.fit()
+    assert result.checkpoint is not None
+    with result.checkpoint.as_directory() as checkpoint:
+        shutil.copytree(Path(checkpoint) / "model", folder / "captioner", dirs_exist_ok=True)
+
+
+def _pairs(config: Config, modality: Modality, inputs: Mapping[str, str], split: str) -> Pairs:
+    pixels = Path(inputs["pixels"])
+    return caption_pairs(
+        pq.read_table(pixels / "manifest.parquet"),
+        pq.read_table(inputs["captions"]),
+        open_pixels(pixels / "pixels.npy"),
+        modality=modality,
+        split=split,
+        infrared_pairs=config.caption.train.infrared_pairs,
+    )
+
+
+def _worker(job: dict[str, Any]) -> None:
+    config, folder = Config.model_validate(job["config"]), Path(job["folder"])
+    modality, inputs = job["modality"], job["inputs"]
+    torch.set_num_threads(max(1, int(config.cluster.cpus_per_train_worker)))
+    device = ray.train.torch.get_device()
+    context = ray.train.get_context()
+    captioner = Captioner.load(CaptionerSection.model_validate(job["captioner"]), device=str(device))
+    section = config.caption.train
+    checkpoint = ray.train.get_checkpoint()
+    with tempfile.TemporaryDirectory(prefix="tvilfm-resume-") as resume_folder:
+        resume, epochs_done = None, 0
+        if checkpoint is not None:
+            resume = Path(checkpoint.to_directory(resume_folder))
+            epochs_done = json.loads((resume / "progress.json").read_text())["epochs_done"]
+        finetune(
+            captioner,
+            _pairs(config, modality, inputs, "train"),
+            section,
+            seed=config.run.seed,
+            listener=Reporter(folder, section.epochs, epochs_done),
+            autocast=AUTOCAST_DTYPES.get(config.caption.dtype) if device.type == "cuda" else None,
+            rank=context.get_world_rank(),
+            workers=context.get_world_size(),
+            resume=resume,
+        )
+    if context.get_world_rank() == 0:
+        _mark(captioner, config, modality, inputs).write(folder / "marks.json")
+
+
+def _mark(captioner: Captioner, config: Config, modality: Modality, inputs: Mapping[str, str]) -> Marks:
+    pairs = _pairs(config, modality, inputs, "val").thin(MARKED)
+    batch = config.caption.batch
+    sentences: list[str] = []
+    for start in range(0, len(pairs), batch):
+        chosen = range(start, min(start + batch, len(pairs)))
+        sentences += captioner.caption(pairs.images(chosen), seed=config.run.seed + start)
+    attributes = {}
+    if "truth" in inputs:
+        truth = json.loads((Path(inputs["truth"]) / "attributes.json").read_text())
+        pids = column(pq.read_table(Path(inputs["pixels"]) / "manifest.parquet"), "pid")[pairs.rows]
+        attributes = attribute_scores(sentences, [truth[str(pid)] for pid in pids], modality)
+    return Marks(
+        pictures=len(pairs),
+        loss=mean_loss(captioner, pairs, batch=batch),
+        colour_words=colour_share(sentences),
+        attributes=attributes,
+        **language_scores(sentences, pairs.texts),
+    )
+
+
+def train_captioners(config: Config, modalities: Sequence[Modality]) -> dict[Modality, Marks]:
+    """Fine-tune captioners on a dataset's training pictures and captions; what is there is not trained again.
+
+    Args:
+        config: the run; the dataset is there.
+        modalities: whose captioners.
+
+    Returns:
+        Modality -> marks; the captioners are in the run folder under `captioners/<modality>`.
+
+    Raises:
+        ValueError: as `fit_captioner`, or a dataset or caption file that is not what it should be.
+    """
+    manifest = read_dataset(config.data.name, config.data_root, **config.data.reader_options)
+    marks: dict[Modality, Marks] = {}
+    with session(config.cluster):
+        for modality in modalities:
+            gray = modality == "infrared" and config.caption.train.infrared_pairs == "gray"
+            shown = select(manifest, split=("train", "val"), modality="visible" if gray else modality)
+            captions = read_captions(shown, config.data_root, config.data.captions)
+            found = {"dataset": fingerprint(manifest, root=config.data_root), "captions": fingerprint(captions)}
+            stages = stage_fingerprints(config, found)
+            settings = {
+                "captioner": getattr(config.caption, modality).model_dump(mode="json"),
+                "train": config.caption.train.model_dump(mode="json"),
+                "dtype": config.caption.dtype,
+                "seed": config.run.seed,
+                "needs": [stages["pixels"], found["captions"]],
+            }
+            name = f"captioner-{modality}"
+            mark = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+            store = StageStore(config.stages_path, stages | {name: mark})
+
+            def pixels(folder: Path) -> None:
+                with watch(folder / "progress.json", "pixels", "images"):
+                    decode_dataset(folder, config.data_root, manifest, config.data)
+
+            def fit(folder: Path, modality: Modality = modality, captions: Any = captions, store: Any = store) -> None:
+                pq.write_table(captions, folder / "captions.parquet")
+                inputs = {"pixels": str(store.path("pixels")), "captions": str(folder / "captions.parquet")}
+                if config.data.name == "synthetic":
+                    inputs["truth"] = str(config.data_root.absolute())
+                with watch(folder / "progress.json", modality, "steps"):
+                    fit_captioner(folder, config, modality, inputs)
+
+            store.ensure("pixels", pixels)
+            store.ensure(name, fit)
+            target = config.run.path / "captioners" / modality
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(store.path(name) / "captioner", target)
+            marks[modality] = Marks.read(store.path(name) / "marks.json")
+    return marks

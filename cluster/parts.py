@@ -1,0 +1,194 @@
+"""A table that grows part by part: an append-only folder of Parquet files, on this disk or in an object store.
+
+Every part appears whole or not at all, under a name that follows from the images in it, so work that is done a second
+time finds its part or writes it over itself. A resumed job reads which images are there; whatever was killed when, no
+row is lost and `read` gives every image once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+KEY = "image"
+MERGED = "merged-"
+PARTS_A_MERGE = 1000
+DELETERS = 16
+
+
+class Parts:
+    """The folder.
+
+    Args:
+        uri: a local path, or a URI that pyarrow opens: `s3://bucket/folder?endpoint_override=host:port&scheme=http`,
+            `gs://bucket/folder`, `file:///folder`. Credentials come from the environment, as that store defines them.
+        folders: further folders below it.
+    """
+
+    def __init__(self, uri: str, *folders: str) -> None:
+        self.filesystem, root = open_uri(uri)
+        self.path = "/".join((root, *folders))
+
+    def write(self, name: str, table: pa.Table) -> None:
+        """Write a part, whole or not at all; writing it again replaces it.
+
+        Args:
+            name: of the part, without suffix; see `part_name`.
+            table: its rows; the column `image` names them.
+        """
+        write_whole(self.filesystem, f"{self.path}/{name}.parquet", to_parquet(table))
+
+    def has(self, name: str) -> bool:
+        """Whether that part is there, under its own name (not merged)."""
+        info = self.filesystem.get_file_info(f"{self.path}/{name}.parquet")
+        return bool(info.type == fs.FileType.File)
+
+    def keys(self, column: str = KEY) -> pa.ChunkedArray:
+        """The column of every part, as it lies there: an image that was written twice comes twice."""
+        table = self._load([column])
+        return table[column] if table.num_columns else pa.chunked_array([], type=pa.string())
+
+    def done(self, column: str = KEY) -> set[str]:
+        """Images that are written."""
+        return set(self.keys(column).to_pylist())
+
+    def read(self) -> pa.Table:
+        """Every row, each image once, in the order of their names; no column at all before the first part."""
+        table = self._load()
+        return _once(table).sort_by(KEY) if table.num_columns else table
+
+    def compact(self) -> None:
+        """Merge small parts, a thousand into one, as a million images leave 30,000 that take minutes to open.
+
+        A merged part is complete before the parts it replaces go, so a kill leaves rows that lie there twice, never
+        rows that are gone; `read` gives them once.
+        """
+        small = [path for path in self._paths() if not path.rpartition("/")[2].startswith(MERGED)]
+        for start in range(0, len(small), PARTS_A_MERGE):
+            group = small[start : start + PARTS_A_MERGE]
+            if len(group) == 1:
+                continue
+            try:
+                table = self._dataset(group).to_table()
+            except FileNotFoundError:  # another process is merging them
+                return
+            self.write(MERGED + part_name(group), _once(table))
+            with ThreadPoolExecutor(DELETERS) as pool:
+                list(pool.map(self._delete, group))
+
+    def _load(self, columns: Sequence[str] | None = None) -> pa.Table:
+        while paths := self._paths():
+            try:
+                return self._dataset(paths).to_table(columns=columns)
+            except FileNotFoundError:  # merged by another process since they were listed
+                continue
+        return pa.table({})
+
+    def _paths(self) -> list[str]:
+        found = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
+        return sorted(info.path for info in found if info.path.endswith(".parquet"))
+
+    def _dataset(self, paths: Sequence[str]) -> ds.Dataset:
+        return ds.dataset(list(paths), format="parquet", filesystem=self.filesystem)
+
+    def _delete(self, path: str) -> None:
+        with suppress(FileNotFoundError):
+            self.filesystem.delete_file(path)
+
+
+@contextmanager
+def alone(uri: str) -> Iterator[None]:
+    """Be the only job that fills a folder while the block runs, on a local path; a killed job's lock is free.
+
+    An object store knows no lock. There two jobs may run into each other without harm: parts are whole, an image that
+    both wrote is read once, and only the work is done twice.
+
+    Raises:
+        ValueError: another job holds the folder.
+    """
+    filesystem, path = open_uri(uri)
+    if not isinstance(filesystem, fs.LocalFileSystem):
+        yield
+        return
+    Path(path).mkdir(parents=True, exist_ok=True)
+    with (Path(path) / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{shown(uri)}: expected a folder that no other job fills, got one that is in use. Wait for that job."
+            ) from None
+        yield
+
+
+def part_name(images: Iterable[str]) -> str:
+    """The name of the part that holds these images: the same images in the same order, the same name."""
+    return hashlib.sha256("\0".join(images).encode()).hexdigest()[:24]
+
+
+def open_uri(uri: str) -> tuple[fs.FileSystem, str]:
+    """The filesystem of a local path or URI, and the path in it.
+
+    Raises:
+        ValueError: a URI that pyarrow cannot open.
+    """
+    if "://" not in uri:
+        return fs.LocalFileSystem(), str(Path(uri).absolute())  # workers run in other folders
+    try:
+        filesystem, path = fs.FileSystem.from_uri(uri)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise ValueError(
+            f"{shown(uri)}: expected a local path or a URI such as s3://bucket/folder, got an error: {error}. "
+            "Check the URI and the store's credentials in the environment."
+        ) from None
+    return filesystem, path.rstrip("/")
+
+
+def shown(uri: str) -> str:
+    """A path or URI without the keys and options that it may hold."""
+    if "://" not in uri:
+        return uri
+    scheme, _, rest = uri.partition("://")
+    return f"{scheme}://{rest.partition('?')[0].rpartition('@')[2]}"
+
+
+def to_parquet(table: pa.Table) -> pa.Buffer:
+    """The bytes of a Parquet file of that table."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return sink.getvalue()
+
+
+def write_whole(filesystem: fs.FileSystem, path: str, content: pa.Buffer | bytes) -> None:
+    """Write a file so that it is never seen in part: renamed into place locally, one upload in an object store."""
+    if not isinstance(filesystem, fs.LocalFileSystem):
+        with filesystem.open_output_stream(path) as stream:
+            stream.write(content)
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # else a machine that goes down may keep the new name and lose the bytes
+    os.replace(temporary, target)
+
+
+def _once(table: pa.Table) -> pa.Table:
+    """The first row of every image."""
+    rows = pa.table({KEY: table[KEY], "row": np.arange(table.num_rows)})
+    first = rows.group_by(KEY).aggregate([("row", "min")])["row_min"]
+    return table if len(first) == table.num_rows else table.take(first)

@@ -1,0 +1,491 @@
+"""Rephrase a caption table on Ray Data: started over a million captions, killed at any moment, and started again.
+
+Captions are cut into fixed chunks before they are handed out, so neither the number of actors nor their speed changes
+what is rephrased together, and the rephrases equal, row for row, those of a plain loop over the same chunks. An actor
+rephrases a chunk and itself writes the part that holds it, all or nothing; a kill loses the chunks under way. With
+vLLM, the engine of `ray.data.llm` takes the actors' place and the driver writes parts as rephrases come.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import json
+import os
+import pickle
+import tempfile
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+from pyarrow import fs
+from pydantic import SecretStr
+
+from cluster.parts import Parts, alone, open_uri, part_name, to_parquet, write_whole
+from cluster.progress import ProgressFile, watch
+from cluster.session import session
+from tvilfm.captioning.rephrase import completion_prompt, judge, messages, prompt_hash, rephrase_all, seed_of
+from tvilfm.config import ClusterSection, Config, RephraseSection
+from tvilfm.datasets import read_dataset
+from tvilfm.datasets.captions import read_captions
+from tvilfm.datasets.manifest import CAPTION_SCHEMA, MODALITIES
+
+if TYPE_CHECKING:
+    from tvilfm.captioning.rephrase import Rephraser
+
+CHUNKS_A_TASK = 16  # at most; a million captions are 2,000 tasks
+TASKS = 64  # that a smaller job is cut into at least, so that every actor gets some
+WITH_MODEL = ("transformers", "vllm")
+
+PART_SCHEMA = pa.schema(
+    [
+        pa.field("image", pa.string(), nullable=False),
+        pa.field("caption", pa.string(), nullable=False),
+        pa.field("rephrased", pa.string()),
+        pa.field("rephraser", pa.string()),
+        pa.field("refused", pa.string()),
+        pa.field("tries", pa.int32()),
+        pa.field("time", pa.timestamp("ms", "UTC")),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a job leaves behind.
+
+    Attributes:
+        table: URI or path of the caption table.
+        total: captions.
+        before: of these, dealt with before: they came with a rephrase, or an earlier run saw to them.
+        rephrased: rephrased now.
+        kept: captions that stay as they are, now and before, as no rephrase of them was valid, by the last reason.
+        seconds: from start to end.
+    """
+
+    table: str
+    total: int
+    before: int
+    rephrased: int
+    kept: Mapping[str, int]
+    seconds: float
+
+    def lines(self) -> list[str]:
+        """The closing words."""
+        rate = self.rephrased / self.seconds
+        first = f"rephrased {self.rephrased} of {self.total} captions in {self.seconds:.1f} s, {rate:.1f} captions/s"
+        kept = sum(self.kept.values())
+        return [
+            f"{first}; {self.before} were there",
+            *([f"{kept} captions stay, as no rephrase was valid"] if kept else []),
+            *(f"  {count} x {reason}" for reason, count in self.kept.items()),
+            self.table,
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What a worker has to know."""
+
+    section: RephraseSection
+    out: str
+    seed: int
+    device: str
+    dtype: str
+    key: SecretStr | None
+
+    def load(self) -> Rephraser:
+        # Here, as the driver has no use for torch and transformers.
+        from tvilfm.captioning.engines import EndpointRephraser, RuleParaphraser, TransformersRephraser
+
+        if self.section.engine == "transformers":
+            return TransformersRephraser(self.section, device=self.device, dtype=self.dtype)
+        if self.section.engine == "openai":
+            return EndpointRephraser(self.section, key=self.key)
+        return RuleParaphraser()
+
+    @property
+    def rephraser(self) -> str:
+        return "rules" if self.section.engine == "rules" else self.section.model
+
+    @property
+    def parts(self) -> Parts:
+        return Parts(self.out, "parts", "rephrases")
+
+
+def rephrase(config: Config, *, out: str, captions: str | None = None) -> Summary:
+    """The job of a configuration, with session and progress.
+
+    Args:
+        config: of the run; `caption.rephrase` says how.
+        out: folder or URI to fill.
+        captions: path or URI of a Parquet caption table; None = the dataset's captions.
+
+    Raises:
+        ValueError: as `read_rows` and `rephrase_table`.
+        ConnectionError: as `rephrase_table`.
+    """
+    table, modalities = read_rows(config, captions)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        session(config.cluster),
+        watch(Path(folder) / "progress.json", "rephrase", "captions"),
+    ):
+        return rephrase_table(
+            table,
+            modalities,
+            out,
+            config.caption.rephrase,
+            config.cluster,
+            seed=config.run.seed,
+            dtype=config.caption.dtype,
+            progress=ProgressFile(Path(folder) / "progress.json"),
+        )
+
+
+def read_rows(config: Config, captions: str | None) -> tuple[pa.Table, list[str]]:
+    """A caption table and each row's modality: from its own column, else from the dataset of the configuration.
+
+    Raises:
+        ValueError: no caption table, or one with images that are not in the dataset and have no modality.
+    """
+    if captions is not None:
+        filesystem, path = open_uri(captions)
+        if filesystem.get_file_info(path).type != fs.FileType.File:
+            raise ValueError(f"--captions: expected a Parquet caption table, got {captions}, no file. Check the path.")
+        table = pq.read_table(path, filesystem=filesystem)
+        if missing := [name for name in ("image", "caption") if name not in table.column_names]:
+            raise ValueError(f"--captions: expected a column {missing[0]}, got {table.column_names} in {captions}.")
+        if "modality" in table.column_names:
+            return table, table["modality"].to_pylist()
+    manifest = read_dataset(config.data.name, config.data_root, **config.data.reader_options)
+    if captions is None:
+        table = read_captions(manifest, config.data_root, config.data.captions)
+    modality_of = dict(zip(manifest["image"].to_pylist(), manifest["modality"].to_pylist(), strict=True))
+    images = table["image"].to_pylist()
+    if unknown := [image for image in images if image not in modality_of]:
+        raise ValueError(
+            f"--captions: expected images of {config.data_root} or a column modality, got {unknown[0]}. "
+            "Set data.name and data.root to the dataset that the captions are of."
+        )
+    return table, [modality_of[image] for image in images]
+
+
+def rephrase_table(
+    captions: pa.Table,
+    modalities: Sequence[str],
+    out: str,
+    section: RephraseSection,
+    cluster: ClusterSection,
+    *,
+    seed: int,
+    dtype: str = "float32",
+    progress: ProgressFile | None = None,
+) -> Summary:
+    """Give every caption of a table a rephrase, asking for what is missing and nothing else.
+
+    `out/captions.parquet` is the table with its `rephrased` column filled, null where the caption stays, then
+    `rephraser` and `refused`; `out/parts` holds what is written while the job runs.
+
+    Args:
+        captions: `image`, `caption` and perhaps `rephrased`, which is left as it is where it is given; other columns
+            are carried along.
+        modalities: visible or infrared, of each row.
+        out: local path or URI, reached by every worker. One rephraser for ever: another one needs another folder.
+        section: engine, batch and checks.
+        cluster: GPUs of an actor with a model.
+        seed: of sampling.
+        dtype: of a transformers model on CUDA.
+        progress: told of captions done.
+
+    Returns:
+        Counts.
+
+    Raises:
+        ValueError: no engine is chosen or it is not installed, the model cannot be had, rows that are not what they
+            should be, another job fills `out`, or `out` holds rephrases of another engine or of other captions.
+        ConnectionError: the endpoint cannot be reached or used.
+        ray.exceptions.RayError: the workers failed; what they wrote stays, and the next run goes on from there.
+    """
+    started = time.monotonic()
+    _check(captions, modalities, section)
+    rows = pa.table({"image": captions["image"], "caption": captions["caption"], "modality": pa.array(modalities)})
+    job = _Job(
+        section=_found_by_workers(section),
+        out=out,
+        seed=seed,
+        device="cuda" if cluster.gpus_per_worker else "cpu",
+        dtype=dtype,
+        key=_key(section),
+    )
+    with alone(out):
+        _introduce(job)
+        job.parts.compact()
+        there = _dealt_with(captions, job)
+        done, total = int(there.sum()), captions.num_rows
+        counts = (
+            _through_vllm(job, rows.filter(~there))
+            if section.engine == "vllm"
+            else _on_actors(job, rows, ~there, cluster)
+        )
+        for count in counts:
+            done += count
+            if progress:
+                progress.update(done, total)
+        job.parts.compact()
+        return _publish(captions, job, there, time.monotonic() - started)
+
+
+def _check(captions: pa.Table, modalities: Sequence[str], section: RephraseSection) -> None:
+    if section.engine == "none":
+        raise ValueError(
+            "caption.rephrase.engine: expected rules, transformers, openai or vllm, got none. Choose one: "
+            "caption.rephrase.engine=rules needs no model."
+        )
+    if section.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ValueError(
+            "caption.rephrase.engine: expected vLLM to be installed for engine=vllm, got no such package. "
+            "Install the extra on every node, pip install 'tvilfm[vllm]', or ask a vLLM server: engine=openai."
+        )
+    unknown = sorted(set(modalities) - set(MODALITIES))
+    if unknown:
+        raise ValueError(f"modality: expected visible or infrared, got {unknown[0]}. Fix the rows.")
+    if pc.count_distinct(captions["image"]).as_py() != captions.num_rows:
+        raise ValueError(
+            f"image: expected each image once, got some twice in {captions.num_rows} rows. Drop the copies."
+        )
+
+
+def _key(section: RephraseSection) -> SecretStr | None:
+    """Read where the user set it: workers of a cluster do not see the driver's environment."""
+    value = os.environ.get(section.key_variable)
+    return SecretStr(value) if value else None
+
+
+def _found_by_workers(section: RephraseSection) -> RephraseSection:
+    """A local folder by its absolute path, as workers run in other folders."""
+    path = Path(section.model)
+    local = section.engine in WITH_MODEL and path.is_dir()
+    return section.model_copy(update={"model": str(path.absolute())}) if local else section
+
+
+def _introduce(job: _Job) -> None:
+    """Note in the output folder who rephrases, or refuse another one."""
+    found = {
+        "rephraser": job.rephraser,
+        "prompt_hash": prompt_hash(),
+        "seed": job.seed,
+        **job.section.model_dump(include={"engine", "temperature", "max_new_tokens", "max_words"}),
+    }
+    filesystem, path = open_uri(job.out)
+    note = f"{path}/rephraser.json"
+    if filesystem.get_file_info(note).type == fs.FileType.File:
+        with filesystem.open_input_file(note) as file:
+            noted = json.loads(file.read())
+        for key, value in found.items():
+            if noted.get(key) != value:
+                raise ValueError(
+                    f"{job.out}: expected rephrases of one engine, got {key} {noted.get(key)!r} there and {value!r} "
+                    "here. Rephrase into another folder."
+                )
+    write_whole(filesystem, note, json.dumps(found, indent=2).encode())
+
+
+def _dealt_with(captions: pa.Table, job: _Job) -> npt.NDArray[np.bool_]:
+    """Which rows have a rephrase, or a part that says there is none.
+
+    Raises:
+        ValueError: a part is of another caption of that image.
+    """
+    there = pc.is_valid(captions["rephrased"]).to_numpy() if "rephrased" in captions.column_names else False
+    parts = job.parts.read()
+    if not parts.num_columns:
+        return np.broadcast_to(there, captions.num_rows)
+    places = pc.index_in(captions["image"], parts["image"].combine_chunks())
+    theirs = parts["caption"].take(places)
+    other = pc.fill_null(pc.not_equal(theirs, captions["caption"]), False)
+    if pc.any(other).as_py():
+        image = captions["image"].filter(other)[0].as_py()
+        raise ValueError(
+            f"{job.out}: expected rephrases of these captions, got one of another caption for {image}. "
+            "Rephrase into another folder."
+        )
+    found: npt.NDArray[np.bool_] = pc.is_valid(places).to_numpy() | there
+    return found
+
+
+def _on_actors(job: _Job, rows: pa.Table, wanted: npt.NDArray[np.bool_], cluster: ClusterSection) -> Iterator[int]:
+    """Rephrase on a pool of actors; how many captions each chunk had, as they are done."""
+    chunks = _chunks(rows, wanted, job.section.batch)
+    if not chunks.num_rows:
+        return
+    a_task = max(1, min(CHUNKS_A_TASK, chunks.num_rows // TASKS))
+    dataset = ray.data.from_arrow([chunks.slice(start, a_task) for start in range(0, chunks.num_rows, a_task)])
+    dataset.context.target_max_block_size = 1  # every chunk is reported when it is done
+    reports = dataset.map_batches(
+        _Actor,
+        fn_constructor_kwargs={"job": job},
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=1,
+        num_gpus=cluster.gpus_per_worker or None if job.section.engine in WITH_MODEL else None,
+        compute=ray.data.ActorPoolStrategy(size=min(job.section.workers, chunks.num_rows)),
+    )
+    for report in reports.iter_rows():
+        if report["error"] is not None:
+            raise pickle.loads(report["error"])
+        yield report["done"]
+
+
+class _Actor:
+    """Loads a rephraser once, then rephrases chunks and writes their parts."""
+
+    def __init__(self, job: _Job) -> None:
+        self._job = job
+
+    @cached_property
+    def _rephraser(self) -> Rephraser:
+        return self._job.load()
+
+    def __call__(self, chunk: pa.Table) -> pa.Table:
+        (columns,) = chunk.to_pylist()
+        name, error = part_name(columns["image"]), None
+        # Ray hands a chunk out again when it did not hear of its end.
+        if not self._job.parts.has(name):
+            try:
+                self._job.parts.write(name, self._rephrase(columns))
+            except (ConnectionError, ValueError) as fault:  # users can mend these, but Ray Data would lose their words
+                error = pickle.dumps(fault)
+        return pa.table({"done": [len(columns["image"])], "error": pa.array([error], type=pa.binary())})
+
+    def _rephrase(self, columns: Mapping[str, Any]) -> pa.Table:
+        section = self._job.section
+        rephrases = rephrase_all(
+            self._rephraser,
+            columns["caption"],
+            columns["modality"],
+            seed=seed_of(self._job.seed, columns["start"]),
+            retries=section.retries,
+            max_words=section.max_words,
+        )
+        rows = [
+            {"image": image, "caption": caption, "rephrased": one.text, "refused": one.refused, "tries": one.tries}
+            for image, caption, one in zip(columns["image"], columns["caption"], rephrases, strict=True)
+        ]
+        return _part(rows, self._job)
+
+
+def _chunks(rows: pa.Table, wanted: npt.NDArray[np.bool_], batch: int) -> pa.Table:
+    """Chunks of fixed places in the table, each with those of its rows that are wanted, as lists."""
+    places = np.flatnonzero(wanted)
+    starts, offsets = np.unique(places // batch, return_index=True)
+    ends = np.append(offsets, len(places)).astype(np.int32)
+    taken = rows.take(places)
+    lists = {name: pa.ListArray.from_arrays(ends, taken[name].combine_chunks()) for name in rows.column_names}
+    return pa.table({"start": starts * batch, **lists})
+
+
+def _through_vllm(job: _Job, rows: pa.Table) -> Iterator[int]:
+    """Rephrase with the vLLM engine of `ray.data.llm`; how many captions are done, as they come."""
+    for attempt in range(1 + job.section.retries):
+        if not rows.num_rows:
+            return
+        rows = yield from _one_pass(job, rows, _vllm_processor(job, attempt), last=attempt == job.section.retries)
+
+
+def _one_pass(
+    job: _Job, rows: pa.Table, processor: Callable[[ray.data.Dataset], ray.data.Dataset], *, last: bool
+) -> Iterator[int]:
+    """Write what a pass over the rows got right, on the last pass also what stays; the rest is returned."""
+    batch = job.section.batch
+    blocks = [rows.slice(start, batch) for start in range(0, rows.num_rows, batch)]
+    again = []
+    for answered in processor(ray.data.from_arrow(blocks)).iter_batches(batch_size=batch, batch_format="pyarrow"):
+        kept = pa.array([False] * answered.num_rows) if last else pc.is_valid(answered["refused"])
+        settled = answered.filter(pc.invert(kept)).to_pylist()
+        again += answered["image"].filter(kept).to_pylist()
+        if settled:
+            job.parts.write(part_name(row["image"] for row in settled), _part(settled, job))
+            yield len(settled)
+    return rows.filter(pc.is_in(rows["image"], pa.array(again, type=pa.string())))
+
+
+def _vllm_processor(job: _Job, attempt: int) -> Callable[[ray.data.Dataset], ray.data.Dataset]:
+    """The pipeline from rows to judged answers: prompt, vLLM, verdict."""
+    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+    from transformers import AutoTokenizer
+
+    section = job.section
+    chat = AutoTokenizer.from_pretrained(section.model).chat_template is not None
+    return build_processor(
+        vLLMEngineProcessorConfig(
+            model_source=section.model,
+            batch_size=section.batch,
+            concurrency=section.workers,
+            chat_template_stage=chat,
+        ),
+        preprocess=partial(_to_vllm, section=section, chat=chat, seed=seed_of(job.seed, attempt)),
+        postprocess=partial(_from_vllm, section=section, tries=attempt + 1),
+    )
+
+
+def _to_vllm(row: Mapping[str, Any], *, section: RephraseSection, chat: bool, seed: int) -> dict[str, Any]:
+    own_seed = seed_of(seed, zlib.crc32(row["image"].encode()))
+    sampling = {"temperature": section.temperature, "max_tokens": section.max_new_tokens, "seed": own_seed}
+    ask = {"messages": messages} if chat else {"prompt": completion_prompt}
+    asked = {name: write(row["caption"], row["modality"], max_words=section.max_words) for name, write in ask.items()}
+    return {**row, **asked, "sampling_params": sampling}
+
+
+def _from_vllm(row: Mapping[str, Any], *, section: RephraseSection, tries: int) -> dict[str, Any]:
+    one = judge(row["caption"], row["generated_text"], row["modality"], max_words=section.max_words, tries=tries)
+    return {
+        "image": row["image"],
+        "caption": row["caption"],
+        "rephrased": one.text,
+        "refused": one.refused,
+        "tries": one.tries,
+    }
+
+
+def _part(rows: Sequence[Mapping[str, Any]], job: _Job) -> pa.Table:
+    common = {"rephraser": job.rephraser, "time": datetime.datetime.now(datetime.UTC)}
+    return pa.Table.from_pylist([{**row, **common} for row in rows], schema=PART_SCHEMA)
+
+
+def _publish(captions: pa.Table, job: _Job, before: npt.NDArray[np.bool_], seconds: float) -> Summary:
+    """Write the table that users read."""
+    parts = job.parts.read()
+    parts = parts if parts.num_columns else PART_SCHEMA.empty_table()
+    places = pc.index_in(captions["image"], parts["image"].combine_chunks())
+    found = {name: parts[name].take(places) for name in ("rephrased", "rephraser", "refused")}
+    for name in ("rephrased", "rephraser"):
+        if name in captions.column_names:
+            found[name] = pc.coalesce(found[name], captions[name])
+    table = captions.drop_columns([name for name in found if name in captions.column_names])
+    for name, values in found.items():
+        table = table.append_column(name, values)
+    order = [name for name in CAPTION_SCHEMA.names if name in table.column_names]
+    table = table.select([*order, *(name for name in table.column_names if name not in order)])
+    filesystem, path = open_uri(job.out)
+    write_whole(filesystem, f"{path}/captions.parquet", to_parquet(table))
+    now = pc.is_valid(table["rephrased"]).to_numpy() & ~before
+    return Summary(
+        table=f"{job.out.partition('?')[0].rstrip('/')}/captions.parquet",
+        total=captions.num_rows,
+        before=int(before.sum()),
+        rephrased=int(now.sum()),
+        kept=dict(Counter(table["refused"].drop_null().to_pylist()).most_common()),
+        seconds=seconds,
+    )

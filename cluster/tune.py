@@ -1,0 +1,361 @@
+"""Sweeps on Ray Tune: the trials of a space, each an ordinary run, and what came out for all of them.
+
+What makes a sweep cheap is that its trials share one folder of stages. A stage that several trials have in common
+(decoded images, base model, cached views) is made once, by whichever comes first, and a trial that was killed goes on
+from the last epoch of the stage it was in. Tune decides which trials there are, which run now and which are stopped
+early, and remembers that over a kill of the driver.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+from ray import tune
+from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
+from ray.tune.execution.placement_groups import PlacementGroupFactory
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search.optuna import OptunaSearch
+from rich.console import Console
+
+from cluster.learning import Record
+from cluster.run import RESULTS_FILES, evaluator_of, learning_of, make_synthetic, run
+from cluster.session import session
+from cluster.trackers import check_trackers
+from tvilfm.config import ClusterSection, Config, load_config, to_yaml
+from tvilfm.evaluation.ensemble_sweep import MODALITIES, SweptMetric, sweep_ensemble, weight_grid
+from tvilfm.evaluation.evaluator import Split
+from tvilfm.report.sweep import SweepData, TrialRecord, read_trials, write_sweep_report
+from tvilfm.report.tables import Results, write_text_atomic
+from tvilfm.tuning import Parameter, Space, Trial, check_space, written
+
+TRIAL_MEMORY = 200 * 2**20  # bytes for the process that drives a trial; its CPUs are those of the stages it runs
+WATCHED = "watched_epoch"  # epochs of the stage that asha counts
+DONE = "finished"  # a trial's last report; one that asha stopped never sends it
+TRIALS_FILE = "trials.jsonl"
+ENDED_FILE = "ended.jsonl"  # a line for every run that ended, written as it did
+METRICS: dict[Split, tuple[str, ...]] = {"val": ("val_rank1", "val_mAP"), "test": ("rank1", "mAP", "mINP")}
+ALL_METRICS = [name for names in METRICS.values() for name in names]
+Status = Literal["done", "stopped", "failed"]
+SPACE_FILE = "space.json"
+BASE_FILE = "config.yaml"  # what every trial begins with
+EXPERIMENT = "tune"
+SPACES = Path(str(files("tune_spaces")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What every trial's process is told.
+
+    Attributes:
+        folder: of the sweep, on storage that every node sees.
+        space: what varies.
+        overrides: of the user.
+        size: recipe of the run description.
+    """
+
+    folder: Path
+    space: Space
+    overrides: tuple[str, ...]
+    size: str | None
+
+    def config(self, trial: Trial) -> Config:
+        """A trial's run: in the sweep's folder, and with its stages beside those of the other trials."""
+        own = [
+            f"run.dir={self.folder / 'trials'}",
+            f"run.name={trial.name}",
+            f"run.stages_dir={self.folder / 'stages'}",
+        ]
+        return load_config(self.folder / "ray_config.yaml", [*trial.overrides, *own], size=self.size)
+
+
+def sweep_space(
+    space: Space,
+    *,
+    name: str,
+    config_path: Path,
+    overrides: Sequence[str] = (),
+    size: str | None = None,
+    resume: bool = False,
+) -> Path:
+    """Run a space's trials, or go on with a sweep that was interrupted.
+
+    Args:
+        space: what varies.
+        name: of the sweep's folder in `run.dir`.
+        config_path: run description.
+        overrides: of the user, `section.key=value`.
+        size: recipe of the run description.
+        resume: go on with the sweep of that name: finished trials stay, the others go on, failed ones run again.
+
+    Returns:
+        The sweep's folder, with `trials.jsonl`: one line a trial.
+
+    Raises:
+        ValueError: a space that does not fit the run description, a sweep of that name that is there without
+            `resume` or not there with it.
+    """
+    base = check_space(space, config_path, overrides, size=size)
+    check_trackers(base.run.trackers)
+    folder = (base.run.dir / name).absolute()
+    _prepare(folder, config_path, resume=resume)
+    write_text_atomic(folder / SPACE_FILE, space.model_dump_json(indent=2))
+    write_text_atomic(folder / BASE_FILE, to_yaml(base))
+    # A dataset that stands beside the runs is not beside the trials.
+    sweep = Sweep(
+        folder=folder, space=space, overrides=(*overrides, f"data.root={base.data_root.absolute()}"), size=size
+    )
+    make_synthetic(base, Console(stderr=True))
+    # Tune's own loggers would write every number a second time, into its own folder.
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are told of by name, and go into the table
+    with session(base.cluster):
+        _tuner(sweep, base, resume=resume).fit()
+    # A trial that failed and ran again after --resume ended twice; the last time counts.
+    ended = {end["name"]: end for end in map(json.loads, (folder / ENDED_FILE).read_text().splitlines())}
+    records = [record for end in ended.values() for record in _records(sweep, **end)]
+    records.sort(key=lambda record: record.name)
+    write_text_atomic(folder / TRIALS_FILE, "".join(json.dumps(asdict(record)) + "\n" for record in records))
+    return folder
+
+
+def report_sweep(folder: Path) -> SweepData:
+    """Write a sweep's tables and page into its `report/`, from its trials.
+
+    Args:
+        folder: of `sweep_space`.
+
+    Raises:
+        ValueError: no finished sweep is there.
+    """
+    if not (folder / TRIALS_FILE).is_file():
+        raise ValueError(
+            f"report: expected a sweep's folder, got {folder} without {TRIALS_FILE}. "
+            "Run `tvilfm tune`, with --resume if it was interrupted."
+        )
+    base = load_config(folder / BASE_FILE)
+    data = SweepData(
+        space=Space.model_validate_json((folder / SPACE_FILE).read_text()),
+        records=read_trials(folder / TRIALS_FILE),
+        dataset=base.data.name,
+        facts={
+            "protocol": base.evaluate.protocols[0],
+            "text source": base.evaluate.default_text_source,
+            **{f"{name} version": importlib.metadata.version(name) for name in ("tvilfm", "ray", "torch")},
+        },
+        config_yaml=to_yaml(base),
+    )
+    write_sweep_report(data, folder / "report")
+    return data
+
+
+def _prepare(folder: Path, config_path: Path, *, resume: bool) -> None:
+    there = Tuner.can_restore(str(folder / EXPERIMENT))
+    if resume and not there:
+        raise ValueError(f"--resume: expected a sweep in {folder}, got none. Start it without --resume.")
+    if there and not resume:
+        raise ValueError(f"--name: expected a new name, got a sweep that is there, {folder}. Go on with --resume.")
+    if not resume:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(config_path, folder / "ray_config.yaml")
+
+
+def _tuner(sweep: Sweep, base: Config, *, resume: bool) -> Tuner:
+    space = sweep.space
+    trainable = tune.with_resources(
+        tune.with_parameters(_trial, sweep=sweep), PlacementGroupFactory([{"CPU": 0, "memory": TRIAL_MEMORY}])
+    )
+    path = str(sweep.folder / EXPERIMENT)
+    param_space: dict[str, Any]
+    if space.searcher == "optuna":
+        param_space = {key: _domain(parameter) for key, parameter in space.parameters.items()}
+        total = space.budget.num_samples or 0
+    else:
+        runs = list(_runs(sweep))
+        param_space, total = {"trial": tune.grid_search(runs)}, len(runs)
+    if resume:
+        return Tuner.restore(path, trainable, param_space=param_space, restart_errored=True)
+    search = None
+    if space.searcher == "optuna":
+        search = OptunaSearch(metric=space.metric, mode=space.mode, seed=space.seeds[0])
+    scheduler = None
+    if space.scheduler.name == "asha":
+        scheduler = ASHAScheduler(
+            time_attr=WATCHED,
+            metric=space.metric,
+            mode=space.mode,
+            max_t=space.scheduler.epochs(base),
+            grace_period=space.scheduler.grace_epochs(base),
+            reduction_factor=space.scheduler.reduction_factor,
+            stop_last_trials=False,  # after the last epoch the test identities are still to be evaluated
+        )
+    return Tuner(
+        trainable,
+        param_space=param_space,
+        tune_config=TuneConfig(
+            num_samples=space.budget.num_samples if space.searcher == "optuna" else 1,
+            max_concurrent_trials=space.budget.max_concurrent or _room(base.cluster),
+            time_budget_s=space.budget.time_limit_s,
+            search_alg=search,
+            scheduler=scheduler,
+        ),
+        run_config=RunConfig(
+            name=EXPERIMENT,
+            storage_path=str(sweep.folder),
+            verbose=0,
+            failure_config=FailureConfig(max_failures=0),
+            callbacks=[_Ends(sweep.folder, total)],
+        ),
+    )
+
+
+def _runs(sweep: Sweep) -> dict[str, list[Trial]]:
+    """Name of the first -> all trials that are the same run: rows that differ in the query they read alone."""
+    runs: dict[tuple[str, ...], list[Trial]] = {}
+    for trial in sweep.space.trials(sweep.overrides):
+        config = sweep.config(replace(trial, name="same"))
+        runs.setdefault(config.model_dump_json(), []).append(trial)
+    return {trials[0].name: trials for trials in runs.values()}
+
+
+def _domain(parameter: Parameter) -> Any:
+    if parameter.range is None:
+        return tune.choice(list(parameter.options))
+    kind, low, high = parameter.range
+    if kind == "randint":
+        return tune.randint(int(low), int(high) + 1)
+    return {"uniform": tune.uniform, "loguniform": tune.loguniform}[kind](low, high)
+
+
+def _room(section: ClusterSection) -> int:
+    """Trials that can train at once on the cluster as it is now."""
+    there = ray.cluster_resources()
+    wanted = {
+        "CPU": section.train_workers * section.cpus_per_train_worker,
+        "GPU": section.train_workers * section.gpus_per_worker,
+    }
+    return max(1, min(int(there.get(name, 0) // amount) for name, amount in wanted.items() if amount))
+
+
+def _trials_of(sweep: Sweep, params: dict[str, Any], name: str) -> list[Trial]:
+    if "trial" in params:
+        return _runs(sweep)[params["trial"]]
+    trial = sweep.space.trial(0, params, sweep.space.seeds[0], sweep.overrides)
+    return [replace(trial, name=name)]
+
+
+def _trial(params: dict[str, Any], *, sweep: Sweep) -> None:
+    """Run one trial; in a process of its own."""
+    space = sweep.space
+    trial = _trials_of(sweep, params, tune.get_context().get_trial_id())[0]
+    config = sweep.config(trial)
+    # Epochs validate the fusion query; a trial judged by another query or on the test identities reports at its end.
+    live = space.metric.startswith("val_") and trial.query == "fusion"
+
+    def told(record: Record) -> None:
+        if live and space.metric in record:
+            watched = {WATCHED: int(record["epoch"]) + 1} if record["stage"] == space.scheduler.stage else {}
+            tune.report(
+                {space.metric: record[space.metric], "stage": record["stage"], "step": record["step"], **watched}
+            )
+
+    if space.free_steps is not None:
+        run(config, until="features")
+        config = _with_best_weights(config, sweep, trial)
+    run(config, until="results", listener=told, group=sweep.folder.name)
+    tune.report({**_metrics(config, trial.query), DONE: True})
+
+
+def _with_best_weights(config: Config, sweep: Sweep, trial: Trial) -> Config:
+    """The trial's config with the MER weights that are best on the validation identities."""
+    assert sweep.space.free_steps is not None
+    metric: SweptMetric = sweep.space.metric.removeprefix("val_")  # type: ignore[assignment]
+    found = sweep_ensemble(evaluator_of(config, "val"), weight_grid(sweep.space.free_steps), metric=metric)
+    chosen = {f"evaluate.ensemble.{name}": weight for name, weight in found.best.items()}
+    return sweep.config(replace(trial, overrides=(*trial.overrides, *written(chosen))))
+
+
+def _metrics(config: Config, query: str) -> dict[str, float]:
+    """Of the default table's row of a query: `val_*` on validation identities, the others on test identities."""
+    found = {}
+    for split, names in METRICS.items():
+        path = config.run.path / RESULTS_FILES[split]
+        if path.exists():
+            (row,) = (row for row in Results.read(path).default_rows if row.query == query)
+            found |= {name: row.metric(name.removeprefix("val_")) for name in names}
+    return found
+
+
+def _records(sweep: Sweep, *, name: str, params: dict[str, Any], status: Status, reason: str) -> list[TrialRecord]:
+    """One record for every trial that an ended run stands for."""
+    trials = _trials_of(sweep, params, name)
+    folder = sweep.folder / "trials" / name
+    # What the trial ran, with the weights that it chose itself.
+    config = load_config(folder / "config.yaml") if (folder / "config.yaml").exists() else sweep.config(trials[0])
+    ensemble = config.evaluate.ensemble.model_dump()
+    return [
+        TrialRecord(
+            name=trial.name,
+            setting=trial.setting,
+            values=dict(trial.values),
+            seed=trial.seed,
+            query=trial.query,
+            status=status,
+            reason=reason,
+            metrics=_metrics(config, trial.query) if status == "done" else {},
+            chosen={part: ensemble[part] for part in MODALITIES} if sweep.space.free_steps else {},
+            learning=learning_of(config),
+        )
+        for trial in trials
+    ]
+
+
+class _Ends(Callback):
+    """Says what happens to the runs, a line an event, and writes down how each ended."""
+
+    def __init__(self, folder: Path, total: int) -> None:
+        self._folder, self._left = folder, total
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        _say(trial, "started")
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        where = "test" if DONE in result else f"{result['stage']}, epoch {result['step']} of both stages"
+        numbers = [f"{name} {100 * value:.2f}" for name, value in result.items() if name in ALL_METRICS]
+        _say(trial, f"{where}: {', '.join(numbers)}")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._end(trials, trial, "done" if trial.last_result.get(DONE) else "stopped", "")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        # The last line of the error is what was raised; the others are the way there.
+        reason = [line for line in str(trial.get_error()).splitlines() if line.strip()][-1].strip()
+        self._end(trials, trial, "failed", reason)
+
+    def _end(self, trials: list[Any], trial: Any, status: Status, reason: str) -> None:
+        end = {"name": _name(trial), "params": trial.config, "status": status, "reason": reason}
+        with (self._folder / ENDED_FILE).open("a") as file:
+            file.write(json.dumps(end) + "\n")
+        self._left -= 1
+        _say(trial, f"{status}{': ' + reason if reason else ''}; {self._left} left")
+
+
+def _name(trial: Any) -> str:
+    name: str = trial.config.get("trial", trial.trial_id)
+    return name
+
+
+def _say(trial: Any, text: str) -> None:
+    Console(stderr=True).print(f"{_name(trial)}: {text}", highlight=False, soft_wrap=True)

@@ -1,0 +1,299 @@
+"""The captioning job: the plain loop's sentences, bad images set aside, and nothing captioned twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from cluster.caption import (
+    PART_SCHEMA,
+    QUARANTINE_SCHEMA,
+    CaptionActor,
+    CaptionJob,
+    Summary,
+    caption_images,
+    decode_chunk,
+    list_images,
+)
+from cluster.parts import Parts, alone, open_uri
+from tvilfm.captioning.captioner import Captioner
+from tvilfm.captioning.colors import find_colors, remove_colors
+from tvilfm.captioning.conv_captioner import build_conv_captioner
+from tvilfm.config import CaptionerSection, CaptionSection, ClusterSection
+from tvilfm.datasets.captions import read_captions
+from tvilfm.datasets.pixels import decode_files
+
+HEIGHT, WIDTH, BATCH = 48, 24, 8
+VISIBLE, INFRARED = 30, 12
+TEXTS = [f"a {who} in a {colour} coat" for who in ("man", "woman") for colour in ("red", "dark blue", "green", "gray")]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A captioner whose sentences differ from picture to picture, good images and bad ones."""
+    folder = tmp_path_factory.mktemp("caption")
+    build_conv_captioner(folder / "captioner", TEXTS, height=HEIGHT, width=WIDTH, seed=0)
+    captioner = CaptionerSection(model=str(folder / "captioner"), max_new_tokens=8)
+    loaded = Captioner.load(captioner)
+    with torch.no_grad():  # fresh weights are so small that every picture gets the same sentence
+        for name, parameter in loaded.model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3 if name.startswith("encoder") else 30 if "cross" in name else 10)
+    loaded.save(folder / "captioner")
+    root, rng = folder / "images", np.random.default_rng(0)
+    names = [f"cam1/{i:02d}.png" for i in range(VISIBLE)] + [f"cam3/{i:02d}.png" for i in range(INFRARED)]
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        patches = Image.fromarray(rng.integers(0, 256, (3, 2, 3), dtype=np.uint8))
+        patches.resize(tuple(rng.integers(30, 90, 2).tolist()), Image.Resampling.NEAREST).save(root / name)
+    whole = (root / names[0]).read_bytes()
+    bad = {
+        "cam1/bad_truncated.png": whole[: len(whole) // 2],
+        "cam1/bad_empty.png": b"",
+        "cam1/bad_page.jpg": b"<html>404</html>",
+    }
+    for name, content in bad.items():
+        (root / name).write_bytes(content)
+    Image.new("RGB", (1, 1)).save(root / "cam1/bad_dot.png")
+    Image.new("1", (10_000, 10_000)).save(root / "cam1/bad_bomb.png")
+    bad_names = [*bad, "cam1/bad_dot.png", "cam1/bad_bomb.png", "cam1/bad_missing.png"]
+    # Bad images stand among the good ones, and one chunk has nothing else.
+    visible = [*names[:4], *bad_names[:2], *names[4 : VISIBLE - 2], *bad_names[2:], *names[VISIBLE - 2 : VISIBLE]]
+    images = [*visible, *names[VISIBLE:]]
+    rows = pa.table({"image": images, "modality": ["visible"] * len(visible) + ["infrared"] * INFRARED})
+    return SimpleNamespace(root=root, rows=rows, captioner=captioner, names=names, bad=bad_names)
+
+
+def plain_loop(lab: SimpleNamespace) -> dict[str, str]:
+    """The same chunks without Ray."""
+    captioner = Captioner.load(lab.captioner)
+    found: dict[str, str] = {}
+    for modality in ("visible", "infrared"):
+        images = [row["image"] for row in lab.rows.to_pylist() if row["modality"] == modality]
+        for start in range(0, len(images), BATCH):
+            good = [name for name in images[start : start + BATCH] if name not in lab.bad]
+            pictures = decode_files(lab.root, good, height=HEIGHT, width=WIDTH) if good else []
+            sentences = captioner.caption(list(pictures)) if good else []
+            found |= zip(good, sentences, strict=True)
+    return {name: remove_colors(text) if name.startswith("cam3") else text for name, text in found.items()}
+
+
+def caption(
+    lab: SimpleNamespace,
+    out: Path,
+    *,
+    rows: pa.Table | None = None,
+    root: Path | None = None,
+    captioner: CaptionerSection | None = None,
+    workers: int = 1,
+    retry_bad: bool = False,
+) -> Summary:
+    captioner = captioner or lab.captioner
+    section = CaptionSection(visible=captioner, infrared=captioner, batch=BATCH, workers=workers)
+    rows = lab.rows if rows is None else rows
+    return caption_images(rows, str(root or lab.root), str(out), section, ClusterSection(), seed=0, retry_bad=retry_bad)
+
+
+@pytest.fixture(scope="module")
+def done(lab: SimpleNamespace, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    out = tmp_path_factory.mktemp("done") / "out"
+    return SimpleNamespace(out=out, summary=caption(lab, out))
+
+
+@pytest.mark.slow
+def test_captions_equal_the_plain_loop_row_for_row(lab: SimpleNamespace, done: SimpleNamespace, tmp_path: Path) -> None:
+    expected = plain_loop(lab)
+    assert len(set(expected.values())) > 10
+    table = pq.read_table(done.out / "captions.parquet")
+    assert dict(zip(table["image"].to_pylist(), table["caption"].to_pylist(), strict=True)) == expected
+    assert table["image"].to_pylist() == sorted(lab.names)
+
+    visible = lab.rows.slice(0, len(lab.rows) - INFRARED)
+    assert caption(lab, tmp_path / "two", rows=visible, workers=2).captioned == VISIBLE
+    two = pq.read_table(tmp_path / "two" / "captions.parquet")
+    assert two.select(["image", "caption"]).equals(table.slice(0, VISIBLE).select(["image", "caption"]))
+
+
+@pytest.mark.slow
+def test_infrared_sentences_have_lost_their_colours(lab: SimpleNamespace, done: SimpleNamespace) -> None:
+    rows = pq.read_table(done.out / "captions.parquet").to_pylist()
+    colours = {
+        modality: [find_colors(row["caption"]) for row in rows if row["modality"] == modality]
+        for modality in ("visible", "infrared")
+    }
+    assert any(colours["visible"])
+    assert not any(colours["infrared"])
+
+
+@pytest.mark.slow
+def test_the_table_is_a_caption_table_with_provenance(lab: SimpleNamespace, done: SimpleNamespace) -> None:
+    good = pa.table({"image": lab.names})
+    assert read_captions(good, lab.root, done.out / "captions.parquet")["image"].to_pylist() == lab.names
+    table = pq.read_table(done.out / "captions.parquet")
+    assert table.schema.equals(PART_SCHEMA)
+    provenance = Captioner.load(lab.captioner).provenance
+    row = table.to_pylist()[0]
+    assert {key: row[key] for key in ("captioner", "revision", "prompt_hash", "settings", "rephrased", "modality")} == {
+        "captioner": str(lab.captioner.model),
+        "revision": provenance["revision"],
+        "prompt_hash": provenance["prompt_hash"],
+        "settings": provenance["settings"],
+        "rephrased": None,
+        "modality": "visible",
+    }
+    assert row["time"] is not None
+
+
+@pytest.mark.slow
+def test_bad_images_are_set_aside_with_their_reasons(lab: SimpleNamespace, done: SimpleNamespace) -> None:
+    table = pq.read_table(done.out / "quarantine.parquet")
+    assert table.schema.equals(QUARANTINE_SCHEMA)
+    reasons = {row["image"]: row["reason"] for row in table.to_pylist()}
+    assert sorted(reasons) == sorted(lab.bad)
+    for name, reason in (
+        ("truncated", "truncated"),
+        ("empty", "got zero bytes"),
+        ("dot", "expected 8 pixels a side, got 1 x 1"),
+        ("bomb", "expected at most 64000000 pixels, got 10000 x 10000"),
+        ("missing", "expected a file, got none"),
+    ):
+        (image,) = [image for image in lab.bad if f"bad_{name}" in image]
+        assert reason in reasons[image]
+    assert reasons["cam1/bad_page.jpg"].startswith("expected a picture, got cannot identify")
+    summary = done.summary
+    assert (summary.total, summary.before, summary.captioned) == (len(lab.rows), 0, len(lab.names))
+    assert (summary.bad, summary.unread) == (len(lab.bad), 0)
+    assert sum(summary.reasons.values()) == len(lab.bad)
+    share = len(lab.bad) / len(lab.rows)
+    summary.check(share + 0.001)
+    with pytest.raises(ValueError, match=r"^caption\.max_bad_share: expected at most .* got 6 of 48"):
+        summary.check(share - 0.001)
+
+
+@pytest.mark.slow
+def test_the_next_run_starts_no_worker_and_only_retry_bad_tries_bad_images_again(
+    lab: SimpleNamespace, done: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = (done.out / "captions.parquet").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("ray.data.from_arrow", lambda tables: pytest.fail("a second run captioned something"))
+        again = caption(lab, done.out)
+    assert (again.before, again.captioned, again.bad) == (len(lab.names), 0, len(lab.bad))
+    assert (done.out / "captions.parquet").read_bytes() == table
+
+    mended = "cam1/bad_empty.png"
+    (lab.root / mended).write_bytes((lab.root / lab.names[0]).read_bytes())
+    try:
+        retried = caption(lab, done.out, retry_bad=True)
+    finally:
+        (lab.root / mended).write_bytes(b"")
+    assert (retried.captioned, retried.bad) == (1, len(lab.bad) - 1)
+    images = pq.read_table(done.out / "captions.parquet")["image"].to_pylist()
+    assert sorted(images) == sorted([*lab.names, mended])
+    assert mended not in pq.read_table(done.out / "quarantine.parquet")["image"].to_pylist()
+
+
+@pytest.mark.slow
+def test_another_captioner_is_refused_on_the_same_folder(
+    lab: SimpleNamespace, done: SimpleNamespace, tmp_path: Path
+) -> None:
+    Image.new("RGB", (20, 20)).save(tmp_path / "new.png")
+    rows = pa.table({"image": ["new.png"], "modality": ["visible"]})
+    longer = lab.captioner.model_copy(update={"max_new_tokens": 9})
+    with pytest.raises(ValueError, match="expected visible captions of one captioner, got settings=.* there, "):
+        caption(lab, done.out, rows=rows, root=tmp_path, captioner=longer)
+    nowhere = lab.captioner.model_copy(update={"model": "/nowhere"})
+    with pytest.raises(ValueError, match=r"^caption\.visible\.model: expected a transformers"):
+        caption(lab, tmp_path / "out", rows=rows, root=tmp_path, captioner=nowhere)
+
+
+def test_a_chunk_that_is_handed_out_again_finds_its_part(
+    lab: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = CaptionJob(
+        images=open_uri(str(lab.root)),
+        captions=Parts(str(tmp_path), "captions"),
+        quarantine=Parts(str(tmp_path), "quarantine"),
+        modality="visible",
+        captioner=lab.captioner,
+        device="cpu",
+        dtype="float32",
+        filter_colors=True,
+        seed=0,
+    )
+    (lab.root / "cam1" / "folder.png").mkdir(exist_ok=True)
+    images = [lab.names[0], lab.bad[0], "cam1/folder.png", lab.names[1]]
+    chunk = decode_chunk(pa.table({"start": [0], "images": [images]}), job=job, size=(HEIGHT, WIDTH))
+    actor = CaptionActor(job)
+    first = actor(chunk)
+    assert first["done"].to_pylist() == [3]  # what cannot be read is neither captioned nor bad, and tried again
+    assert first["unread"].to_pylist() == [["expected a readable file, got OSError"]]
+    assert job.captions.read()["image"].to_pylist() == lab.names[:2]
+    assert job.quarantine.read()["image"].to_pylist() == [lab.bad[0]]
+    monkeypatch.setattr(Captioner, "caption", lambda *arguments, **keys: pytest.fail("captioned twice"))
+    assert actor(chunk).equals(first)
+    assert len(list((tmp_path / "captions").iterdir())) == 1
+
+
+def test_sampling_follows_the_seed_and_the_place_in_the_list(lab: SimpleNamespace, tmp_path: Path) -> None:
+    sampling = lab.captioner.model_copy(update={"temperature": 5.0})
+    images = lab.names[:BATCH]
+
+    def sentences(out: str, seed: int, start: int) -> list[str]:
+        job = CaptionJob(
+            images=open_uri(str(lab.root)),
+            captions=Parts(str(tmp_path), out),
+            quarantine=Parts(str(tmp_path), "quarantine"),
+            modality="visible",
+            captioner=sampling,
+            device="cpu",
+            dtype="float32",
+            filter_colors=True,
+            seed=seed,
+        )
+        chunk = pa.table({"start": [start], "images": [images]})
+        CaptionActor(job)(decode_chunk(chunk, job=job, size=(HEIGHT, WIDTH)))
+        return job.captions.read()["caption"].to_pylist()
+
+    assert sentences("first", 0, 0) == sentences("again", 0, 0)
+    assert len({tuple(sentences(f"{seed}-{start}", seed, start)) for seed in (0, 1) for start in (0, BATCH)}) == 4
+
+
+def test_a_second_job_on_a_folder_that_is_being_filled_is_refused(lab: SimpleNamespace, tmp_path: Path) -> None:
+    with alone(str(tmp_path)), pytest.raises(ValueError, match="expected a folder that no other job fills"):
+        caption(lab, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("images", "modality", "message"),
+    [
+        (["a.png", "a.png"], ["visible", "visible"], "image: expected each image once"),
+        (["a.png"], ["thermal"], "modality: expected visible or infrared, got thermal"),
+    ],
+)
+def test_rows_are_checked_before_anything_starts(
+    lab: SimpleNamespace, tmp_path: Path, images: list[str], modality: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        caption(lab, tmp_path / "out", rows=pa.table({"image": images, "modality": modality}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_are_found_in_folders_below_and_nothing_else_is(tmp_path: Path) -> None:
+    for name in ("b.JPG", "deep/er/a.png", "notes.txt", "Thumbs.db"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert list_images(str(tmp_path), "infrared").to_pydict() == {
+        "image": ["b.JPG", "deep/er/a.png"],
+        "modality": ["infrared", "infrared"],
+    }
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"--images: expected \.jpg"):
+        list_images(str(tmp_path / "empty"), "visible")

@@ -1,0 +1,102 @@
+"""The captioning job on an object store: images read from it, parts and tables written to it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from moto.server import ThreadedMotoServer
+from PIL import Image
+from pyarrow import fs
+
+from cluster.caption import caption_images, list_images
+from cluster.parts import Parts, alone, part_name, shown
+from tvilfm.captioning.captioner import Captioner
+from tvilfm.captioning.conv_captioner import build_conv_captioner
+from tvilfm.config import CaptionerSection, CaptionSection, ClusterSection
+from tvilfm.datasets.pixels import decode
+
+HEIGHT, WIDTH = 32, 16
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[SimpleNamespace]:
+    """An S3 server of this process with one bucket; workers get its address and keys from the URI."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    _, port = server.get_host_and_port()
+    endpoint = f"127.0.0.1:{port}"
+    filesystem = fs.S3FileSystem(
+        access_key="key", secret_key="secret", endpoint_override=endpoint, scheme="http", allow_bucket_creation=True
+    )
+    filesystem.create_dir("bucket")
+
+    def uri(folder: str) -> str:
+        return f"s3://key:secret@bucket/{folder}?endpoint_override={endpoint}&scheme=http"
+
+    yield SimpleNamespace(filesystem=filesystem, uri=uri)
+    server.stop()
+
+
+def picture(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.slow
+def test_a_job_reads_from_and_writes_to_a_store(store: SimpleNamespace, ray_session: None, tmp_path: Path) -> None:
+    build_conv_captioner(tmp_path, ["a man in a coat", "a woman with a bag"], height=HEIGHT, width=WIDTH, seed=0)
+    captioner = CaptionerSection(model=str(tmp_path), max_new_tokens=4)
+    names = [f"day {day}/{i}.png" for day in (1, 2) for i in range(5)]
+    for seed, name in enumerate(names):
+        with store.filesystem.open_output_stream(f"bucket/images/{name}") as stream:
+            stream.write(picture(seed))
+    with store.filesystem.open_output_stream("bucket/images/day 2/torn.png") as stream:
+        stream.write(picture(0)[:100])
+
+    rows = list_images(store.uri("images"), "visible")
+    assert rows["image"].to_pylist() == [*names, "day 2/torn.png"]
+    section = CaptionSection(visible=captioner, batch=4)
+    summary = caption_images(rows, store.uri("images"), store.uri("out"), section, ClusterSection(), seed=0)
+    assert (summary.captioned, summary.bad, summary.unread) == (10, 1, 0)
+    assert summary.table == "s3://bucket/out/captions.parquet"
+
+    plain = Captioner.load(captioner)
+    pixels = [decode(picture(seed), height=HEIGHT, width=WIDTH, name="") for seed in range(10)]
+    expected = [text for start in (0, 4, 8) for text in plain.caption(pixels[start : start + 4])]
+    table = pq.read_table("bucket/out/captions.parquet", filesystem=store.filesystem)
+    assert table["image"].to_pylist() == names
+    assert table["caption"].to_pylist() == expected
+    quarantine = pq.read_table("bucket/out/quarantine.parquet", filesystem=store.filesystem)
+    assert quarantine["image"].to_pylist() == ["day 2/torn.png"]
+
+    again = caption_images(rows, store.uri("images"), store.uri("out"), section, ClusterSection(), seed=0)
+    assert (again.before, again.captioned, again.bad) == (10, 0, 1)
+
+
+def test_two_jobs_on_one_folder_of_a_store_do_each_other_no_harm(store: SimpleNamespace) -> None:
+    parts, other = Parts(store.uri("shared")), Parts(store.uri("shared"))
+    with alone(store.uri("shared")), alone(store.uri("shared")):
+        for first in range(0, 12, 3):
+            images = [f"{place:02d}" for place in range(first, first + 4)]
+            for job in (parts, other):
+                job.write(part_name([str(job is parts), *images]), pa.table({"image": images, "caption": images}))
+        parts.compact()
+        other.write(part_name(["late"]), pa.table({"image": ["late"], "caption": ["late"]}))
+        other.compact()
+    expected = [f"{place:02d}" for place in range(13)] + ["late"]
+    assert parts.read()["image"].to_pylist() == other.read()["image"].to_pylist() == expected
+    assert parts.has(part_name(["late"]))
+
+
+def test_keys_of_a_store_are_not_shown() -> None:
+    assert shown("s3://key:secret@bucket/out?scheme=http&endpoint_override=host:1") == "s3://bucket/out"
+    assert shown("runs/captions") == "runs/captions"

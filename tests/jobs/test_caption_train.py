@@ -1,0 +1,182 @@
+"""Fine-tuning captioners on Ray Train: the plain loop's weights, whatever is killed, and a folder that loads anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from cluster.__main__ import main
+from cluster.caption_train import fit_captioner
+from cluster.pixels import decode_dataset
+from tests.jobs.test_run import _alive, _descendants
+from tvilfm.captioning.captioner import Captioner
+from tvilfm.captioning.colors import find_colors
+from tvilfm.captioning.conv_captioner import build_conv_captioner
+from tvilfm.captioning.finetune import caption_pairs, finetune
+from tvilfm.captioning.scores import Marks
+from tvilfm.config import CaptionerSection, Config, load_config
+from tvilfm.datasets import read_dataset
+from tvilfm.datasets.captions import read_published
+from tvilfm.datasets.pixels import open_pixels
+from tvilfm.datasets.synthetic import Size, write_sysu_layout
+
+EPOCHS = 6
+OVERRIDES = (
+    "caption.visible={model: conv, max_new_tokens: 12}",
+    "caption.infrared={model: conv, max_new_tokens: 12}",
+    f"caption.train={{epochs: {EPOCHS}, batch: 8, lr: 1.0e-3, warmup_steps: 2}}",
+    "cluster.cpus_per_train_worker=1",
+)
+
+
+def _config(folder: Path, *overrides: str) -> Config:
+    settings = [*OVERRIDES, f"run.dir={folder}", f"data.root={folder / 'data'}", *overrides]
+    return load_config(Path("ray_config.yaml"), settings, size="tiny")
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> tuple[Path, dict[str, str]]:
+    """A dataset, and what a captioner's training reads of it."""
+    folder = tmp_path_factory.mktemp("caption-train")
+    write_sysu_layout(folder / "data", Size(train=4, val=2, test=2, images_per_camera=1), seed=3)
+    manifest = read_dataset("synthetic", folder / "data")
+    (folder / "pixels").mkdir()
+    decode_dataset(folder / "pixels", folder / "data", manifest, _config(folder).data)
+    pq.write_table(read_published(folder / "data", manifest), folder / "captions.parquet")
+    paths = {"pixels": "pixels", "captions": "captions.parquet", "truth": "data"}
+    return folder, {name: str(folder / path) for name, path in paths.items()}
+
+
+class _Silence:
+    def on_step(self, record: dict[str, float | int]) -> None: ...
+
+    def on_epoch(self, record: dict[str, float | int], checkpoint: Path | None) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def plain(lab: tuple[Path, dict[str, str]], tmp_path_factory: pytest.TempPathFactory) -> Captioner:
+    """The visible captioner of the plain loop, without Ray."""
+    folder, inputs = lab
+    config, start = _config(folder), tmp_path_factory.mktemp("plain") / "start"
+    pairs = caption_pairs(
+        pq.read_table(Path(inputs["pixels"]) / "manifest.parquet"),
+        pq.read_table(inputs["captions"]),
+        open_pixels(Path(inputs["pixels"]) / "pixels.npy"),
+        modality="visible",
+        split="train",
+        infrared_pairs="infrared",
+    )
+    build_conv_captioner(start, pairs.texts, height=config.data.height, width=config.data.width, seed=config.run.seed)
+    captioner = Captioner.load(config.caption.visible.model_copy(update={"model": str(start)}))
+    finetune(captioner, pairs, config.caption.train, seed=config.run.seed, listener=_Silence())
+    return captioner
+
+
+def _assert_is(found: Path, plain: Captioner) -> None:
+    state = Captioner.load(CaptionerSection(model=str(found))).model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in plain.model.state_dict().items())
+
+
+@pytest.mark.slow
+def test_one_worker_leaves_the_weights_of_the_plain_loop_and_its_marks(
+    lab: tuple[Path, dict[str, str]], plain: Captioner, tmp_path: Path
+) -> None:
+    folder, inputs = lab
+    fit_captioner(tmp_path, _config(folder), "visible", inputs)
+    _assert_is(tmp_path / "captioner", plain)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == list(range(EPOCHS))
+    assert records[-1]["loss"] < records[0]["loss"]
+    marks = Marks.read(tmp_path / "marks.json")
+    assert marks.pictures == 2 * 4 and 0 < marks.loss < records[0]["loss"]
+    assert {"top_colour", "garments"} <= marks.attributes.keys()
+
+
+@pytest.mark.slow
+def test_two_workers_average_their_gradients(lab: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    folder, inputs = lab
+    fit_captioner(tmp_path, _config(folder, "cluster.train_workers=2"), "infrared", inputs)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == list(range(EPOCHS))
+    assert records[-1]["loss"] < records[0]["loss"]
+    marks = Marks.read(tmp_path / "marks.json")
+    assert marks.colour_words == 0 and "top_colour" not in marks.attributes
+
+
+# A training whose driver can be killed, in a process of its own on a Ray of its own.
+DRIVER = """
+import json, sys
+from pathlib import Path
+from cluster.caption_train import fit_captioner
+from cluster.session import session
+from tvilfm.config import Config
+config, folder, inputs = Config.model_validate_json(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+with session(config.cluster):
+    fit_captioner(folder, config, "visible", inputs)
+"""
+
+
+@pytest.mark.slow
+def test_killed_after_an_epoch_it_goes_on_and_ends_with_the_same_weights(
+    lab: tuple[Path, dict[str, str]], plain: Captioner, tmp_path: Path
+) -> None:
+    folder, inputs = lab
+    config = _config(folder)
+    arguments = [sys.executable, "-c", DRIVER, config.model_dump_json(), str(tmp_path), json.dumps(inputs)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    driver = subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    metrics = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or metrics.read_text().count("\n") < 2:
+        assert driver.poll() is None, driver.stderr.read()[-2000:] if driver.stderr else ""
+        assert time.monotonic() < deadline, "two epochs were never done"
+        time.sleep(0.01)
+    workers = _descendants(driver.pid)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    while any(_alive(pid) for pid in workers):
+        assert time.monotonic() < deadline, "processes of the killed training live on"
+        time.sleep(0.05)
+    before = metrics.read_text().splitlines()
+    assert len(before) < EPOCHS and not (tmp_path / "captioner").exists()
+    fit_captioner(tmp_path, config, "visible", inputs)
+    _assert_is(tmp_path / "captioner", plain)
+    after = metrics.read_text().splitlines()
+    # Epochs that the kill left a checkpoint of were not done again: their seconds are those of the first attempt.
+    assert after[0] == before[0]
+    assert [json.loads(line)["epoch"] for line in after] == list(range(EPOCHS))
+
+
+@pytest.mark.slow
+def test_the_command_trains_once_and_prints_the_marks(
+    lab: tuple[Path, dict[str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, _ = lab
+    overrides = [*OVERRIDES, f"run.dir={tmp_path}", f"data.root={folder / 'data'}", "caption.train.infrared_pairs=gray"]
+    command = ["tvilfm", "caption-train", "--modality", "infrared", "--size", "tiny", *overrides]
+    printed = []
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert not end.value.code
+        printed.append(capsys.readouterr())
+    assert "infrared: done in" in printed[0].err and "done in" not in printed[1].err
+    assert printed[0].out == printed[1].out and "BLEU-4" in printed[0].out
+    found = tmp_path / "tiny" / "captioners" / "infrared"
+    assert str(found) in printed[0].out
+    (sentence,) = Captioner.load(CaptionerSection(model=str(found))).caption([np.zeros((48, 24, 3), dtype=np.uint8)])
+    assert sentence and not find_colors(sentence)

@@ -1,0 +1,225 @@
+"""Who rephrases: a transformers language model, an OpenAI-compatible endpoint, or rules that need neither.
+
+All three are a `Rephraser`; what they answer is cleaned and checked in `tvilfm.captioning.rephrase`, and a batch is
+the same with Ray and without. An engine's library is imported where the engine is made: a worker that asks an endpoint
+needs neither torch nor transformers. Shapes: B texts, P tokens of a prompt, L tokens of prompt and answer.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from pydantic import SecretStr
+
+from tvilfm.captioning.colors import find_colors, indefinite_article
+from tvilfm.captioning.rephrase import completion_prompt, messages, seed_of
+from tvilfm.config import RephraseSection
+from tvilfm.datasets.synthetic import SYNONYMS
+
+if TYPE_CHECKING:
+    import openai
+
+ENDPOINT_RETRIES = 5  # waits of 0.5 s, doubled up to 8 s, unless the endpoint names a time
+
+
+class TransformersRephraser:
+    """A causal language model from a transformers folder or, by name, from the model hub.
+
+    Args:
+        section: which model and how it writes.
+        device: to write on.
+        dtype: of the weights on CUDA; a CPU always computes in float32.
+
+    Raises:
+        ValueError: the model is neither a folder nor to be had by its name, or no language model.
+    """
+
+    def __init__(self, section: RephraseSection, *, device: str = "cpu", dtype: str = "float32") -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        self._section = section
+        try:
+            # Answers of a batch begin in the same column.
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(section.model, padding_side="left")
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                section.model, dtype=torch.float32 if device == "cpu" else getattr(torch, dtype)
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"caption.rephrase.model: expected a transformers language model, by name or folder, got "
+                f"{section.model} ({str(error).splitlines()[0]}). Without a connection, download its files elsewhere "
+                "and name their folder."
+            ) from None
+        if self._tokenizer.pad_token is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        self._model = model.to(device).eval()
+
+    def rephrase(self, texts: Sequence[str], modalities: Sequence[str], *, seed: int) -> list[str]:
+        """An answer a text; see `Rephraser`."""
+        import torch
+
+        section, tokenizer = self._section, self._tokenizer
+        chat = tokenizer.chat_template is not None
+        prompts = [
+            tokenizer.apply_chat_template(
+                messages(text, modality, max_words=section.max_words), tokenize=False, add_generation_prompt=True
+            )
+            if chat
+            else completion_prompt(text, modality, max_words=section.max_words)
+            for text, modality in zip(texts, modalities, strict=True)
+        ]
+        # A chat template writes the special tokens itself.
+        inputs_BP = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=not chat)
+        inputs_BP = inputs_BP.to(self._model.device)
+        sampling = section.temperature > 0
+        choice: dict[str, object] = {"do_sample": sampling, "num_beams": 1, "pad_token_id": tokenizer.pad_token_id}
+        if sampling:
+            choice |= {"temperature": section.temperature, "top_p": 1.0, "top_k": 0}
+        devices = [self._model.device] if self._model.device.type == "cuda" else []
+        with torch.inference_mode(), torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            answer_BL = self._model.generate(**inputs_BP, max_new_tokens=section.max_new_tokens, **choice)
+        answers: list[str] = tokenizer.batch_decode(
+            answer_BL[:, inputs_BP["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        return answers
+
+
+class EndpointRephraser:
+    """Any OpenAI-compatible endpoint: a vLLM server, Ollama, or a hosted one; a batch's requests go out at once.
+
+    The client asks again by itself, with growing pauses, where the endpoint is busy (429), broken (5xx) or silent.
+
+    Args:
+        section: address, model and how it writes.
+        key: that the endpoint asks for; None = it asks for none.
+    """
+
+    def __init__(self, section: RephraseSection, *, key: SecretStr | None) -> None:
+        import openai
+
+        self._section, self._serves = section, False
+        self._client = openai.OpenAI(
+            base_url=section.url,
+            # The client insists on one; an endpoint without keys ignores it.
+            api_key=key.get_secret_value() if key else "none",
+            timeout=section.timeout_s,
+            max_retries=ENDPOINT_RETRIES,
+        )
+
+    def rephrase(self, texts: Sequence[str], modalities: Sequence[str], *, seed: int) -> list[str]:
+        """An answer a text; see `Rephraser`. A text that the endpoint refuses by itself (400, 422) gets an empty one.
+
+        Raises:
+            ConnectionError: there is no such endpoint, it does not know the key or model, it stays broken, or it has
+                refused everything so far, which says more of the request than of the texts.
+        """
+        import openai
+
+        seeds = [seed_of(seed, i) for i in range(len(texts))]  # twice the same caption is not twice the same rephrase
+        try:
+            with ThreadPoolExecutor(self._section.batch) as pool:
+                answers = list(pool.map(self._ask, texts, modalities, seeds))
+        except openai.APIError as error:
+            raise self._broken(error) from None
+        refusals = [answer for answer in answers if isinstance(answer, openai.APIError)]
+        self._serves = self._serves or len(refusals) < len(texts)
+        if not self._serves and len(texts) > 1:
+            raise self._broken(refusals[0])
+        return [answer if isinstance(answer, str) else "" for answer in answers]
+
+    def _ask(self, text: str, modality: str, seed: int) -> str | openai.APIError:
+        import openai
+
+        section = self._section
+        try:
+            completion = self._client.chat.completions.create(
+                model=section.model,
+                messages=messages(text, modality, max_words=section.max_words),  # type: ignore[arg-type]
+                temperature=section.temperature,
+                max_tokens=section.max_new_tokens,
+                seed=seed,
+            )
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as refusal:
+            return refusal
+        return (completion.choices[0].message.content or "") if completion.choices else ""
+
+    def _broken(self, error: openai.APIError) -> ConnectionError:
+        section = self._section
+        return ConnectionError(
+            f"caption.rephrase.url: expected an OpenAI-compatible endpoint with model {section.model} at "
+            f"{section.url}, got {type(error).__name__} ({error}). Check address, model and the key in "
+            f"${section.key_variable}; what is rephrased is kept, and the next run goes on from there."
+        )
+
+
+# Words that may stand for each other whatever is around them; the benchmark's, and those of published captions.
+_SYNONYMS = [
+    [word for word in words if " " not in word]
+    for name, words in SYNONYMS.items()
+    if name not in ("short", "long") and not find_colors(name)
+]
+_SYNONYMS += [
+    ["wearing", "sporting"],
+    ["paired with", "matched with", "along with", "together with"],
+    ["carrying", "holding"],
+    ["has worn", "has on"],
+    ["mobile phone", "phone", "cellphone"],
+    ["shoes", "footwear"],
+    ["sneakers", "trainers"],
+    ["spectacles", "glasses"],
+]
+_OTHERS = {word: [other for other in group if other != word] for group in _SYNONYMS for word in group if len(group) > 1}
+_OTHERS["dressed in"] = ["wearing"]
+# A word of another's making ("t-shirt", "t - shirt", "female individual") stays.
+_REPLACEABLE = re.compile(
+    rf"(?<![\w-])(?<!- )(?P<article>an?\s+)?\b(?P<word>{'|'.join(sorted(_OTHERS, key=len, reverse=True))})"
+    r"(?!\s*-|\s+(?:individual|person|shirt))\b"
+)
+_CLAUSE = re.compile(r",\s+(?=(?:wearing|sporting|carrying|holding|paired with|matched with|with|dressed in)\b)")
+_SHARE = 0.6  # of the words with a synonym that get one
+
+
+class RuleParaphraser:
+    """Rules in place of a language model, for work without one: synonyms, and clauses in another order.
+
+    It knows the words of the benchmark's and the published captions, and adds and drops nothing; a caption without any
+    of these words is introduced in other words.
+    """
+
+    def rephrase(self, texts: Sequence[str], modalities: Sequence[str], *, seed: int) -> list[str]:
+        """A rephrase a text; see `Rephraser`. The modality changes nothing, as nothing is added."""
+        return [self._rephrase(text, random.Random(f"{seed}/{i}/{text}")) for i, text in enumerate(texts)]
+
+    def _rephrase(self, text: str, rng: random.Random) -> str:
+        sentences = re.split(r"(?<=\.)\s+", text)
+        rephrased = " ".join(_reorder(sentence, rng) for sentence in sentences)
+        rephrased = _REPLACEABLE.sub(lambda match: _replace(match, rng, _SHARE), rephrased)
+        if rephrased == text:
+            rephrased = _REPLACEABLE.sub(lambda match: _replace(match, rng, 1.0), text)
+        if rephrased == text:
+            return f"{rng.choice(('The picture shows', 'There is', 'One can see'))} {text[:1].lower()}{text[1:]}"
+        return rephrased
+
+
+def _reorder(sentence: str, rng: random.Random) -> str:
+    """Shuffle the clauses after the first, each with what hangs on it."""
+    body = sentence.removesuffix(".")
+    first, *clauses = _CLAUSE.split(body)
+    rng.shuffle(clauses)
+    return ", ".join([first, *clauses]) + sentence[len(body) :]
+
+
+def _replace(match: re.Match[str], rng: random.Random, share: float) -> str:
+    article, word = match["article"], match["word"]
+    if rng.random() >= share:
+        return match[0]
+    other = rng.choice(_OTHERS[word])
+    return f"{indefinite_article(other)} {other}" if article else other

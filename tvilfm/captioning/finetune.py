@@ -1,0 +1,281 @@
+"""Fine-tune a captioner on (picture, sentence) pairs, teacher-forced through the model's own `labels`.
+
+Nothing here knows who runs it: the caller hands over pairs and is told of every epoch. What chance decides follows
+from (seed, epoch, worker), so training that was killed and resumed ends with the weights of the undisturbed one.
+
+Shapes: B pictures, P tokens of the prompt, A tokens of the answer.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tvilfm.captioning.captioner import CONTINUES, DROPS_LAST, Captioner
+from tvilfm.captioning.colors import remove_colors
+from tvilfm.config import CaptionTrainSection
+from tvilfm.datasets.captions import texts_of
+from tvilfm.datasets.manifest import rows_of, select
+
+Modality = Literal["visible", "infrared"]
+IGNORED = -100  # a label that the loss leaves out
+LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's conversion to gray
+
+
+class Listener(Protocol):
+    """Told of what happens; every worker calls it alike."""
+
+    def on_step(self, record: dict[str, float | int]) -> None:
+        """After each step: epoch, step, num_steps, loss."""
+
+    def on_epoch(self, record: dict[str, float | int], checkpoint: Path | None) -> None:
+        """After each epoch: mean loss, seconds; worker 0 brings a checkpoint folder to keep."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """What a captioner learns from.
+
+    Attributes:
+        pixels: uint8 (N, H, W, 3), often a mapped file.
+        rows: row in `pixels` of each pair's picture.
+        texts: its sentence.
+        gray: show the picture without colour.
+    """
+
+    pixels: npt.NDArray[np.uint8]
+    rows: npt.NDArray[np.int64]
+    texts: tuple[str, ...]
+    gray: bool = False
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def thin(self, count: int) -> Pairs:
+        """At most so many of them, evenly spread."""
+        chosen = np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int))
+        return replace(self, rows=self.rows[chosen], texts=tuple(self.texts[i] for i in chosen))
+
+    def images(self, chosen: Sequence[int] | npt.NDArray[np.int64]) -> list[npt.NDArray[np.uint8]]:
+        """Pictures (H, W, 3) of some pairs."""
+        images = [np.asarray(self.pixels[self.rows[i]]) for i in chosen]
+        return [to_gray(image) for image in images] if self.gray else images
+
+
+def to_gray(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """The picture's luminance in three equal channels; (H, W, 3) uint8 in and out."""
+    luminance = (image @ np.array(LUMINANCE) + 0.5).astype(np.uint8)
+    return np.repeat(luminance[:, :, None], 3, axis=2)
+
+
+def caption_pairs(
+    manifest: pa.Table,
+    captions: pa.Table,
+    pixels: npt.NDArray[np.uint8],
+    *,
+    modality: Modality,
+    split: str,
+    infrared_pairs: Literal["infrared", "gray"],
+) -> Pairs:
+    """Pairs of a modality from a dataset's captions.
+
+    Infrared sentences lose their colour words. Where a dataset has no described infrared pictures, visible ones
+    without colour stand in for them.
+
+    Args:
+        manifest: rows in the order of `pixels`.
+        captions: caption table.
+        pixels: uint8 (N, H, W, 3).
+        modality: of the captioner.
+        split: train or val.
+        infrared_pairs: what an infrared captioner sees, `caption.train.infrared_pairs`.
+
+    Raises:
+        ValueError: no picture of that kind in that split.
+
+    Source: METHOD 5. Differs: none known.
+    """
+    gray = modality == "infrared" and infrared_pairs == "gray"
+    shown = select(manifest, split=split, modality="visible" if gray else modality)
+    if not shown.num_rows:
+        raise ValueError(
+            f"caption.train: expected {modality} pictures with captions in the {split} split, got none. "
+            "Set caption.train.infrared_pairs=gray to learn infrared captions from visible pictures."
+        )
+    texts, _ = texts_of(captions, shown["image"].to_pylist())
+    if modality == "infrared":
+        texts = [remove_colors(text) for text in texts]
+    return Pairs(pixels=pixels, rows=rows_of(manifest, shown), texts=tuple(texts), gray=gray)
+
+
+def training_inputs(
+    captioner: Captioner, images: Sequence[npt.NDArray[np.uint8]], texts: Sequence[str]
+) -> dict[str, Tensor]:
+    """Inputs and labels of teacher forcing: the prompt as when writing, then the sentence, which alone is scored.
+
+    Args:
+        captioner: whose model is trained.
+        images: uint8 (H, W, 3) each.
+        texts: a sentence each; cut at the section's `max_new_tokens`.
+
+    Returns:
+        What the model's `forward` takes, `labels` among it.
+    """
+    inputs = captioner.prompt_inputs(images)
+    config, tokenizer = captioner.model.config, captioner.tokenizer
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    answers = [[*ids, end] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    encoder_gets_prompt = config.is_encoder_decoder and config.model_type not in CONTINUES
+    first = captioner.model.generation_config.forced_bos_token_id
+    if encoder_gets_prompt and first is not None:
+        answers = [[first, *ids] for ids in answers]
+    rows = [torch.tensor(ids[: captioner.section.max_new_tokens]) for ids in answers]
+    labels_BA = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED).to(captioner.model.device)
+    if encoder_gets_prompt:
+        return inputs | {"labels": labels_BA}
+    name = CONTINUES.get(config.model_type, "input_ids")
+    prompt_BP = inputs[name]
+    if config.model_type in DROPS_LAST:
+        prompt_BP = prompt_BP[:, :-1]
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
+    ids = torch.cat([prompt_BP, labels_BA.masked_fill(labels_BA == IGNORED, padding)], dim=1)
+    labels = torch.cat([torch.full_like(prompt_BP, IGNORED), labels_BA], dim=1)
+    if config.is_encoder_decoder:
+        # Such a decoder compares position by position; the others shift the labels themselves.
+        return inputs | {name: ids[:, :-1], "labels": labels[:, 1:]}
+    mask_BP = inputs.get("attention_mask", torch.ones_like(prompt_BP))
+    mask = torch.cat([mask_BP, (labels_BA != IGNORED).to(mask_BP.dtype)], dim=1)
+    # Whatever else a processor says of each token (its kind), the sentence's tokens are plain text.
+    kinds = {key: value for key, value in inputs.items() if value.shape == prompt_BP.shape and key != "attention_mask"}
+    longer = {key: torch.cat([value, torch.zeros_like(labels_BA)], dim=1) for key, value in kinds.items()}
+    return inputs | longer | {name: ids, "attention_mask": mask, "labels": labels}
+
+
+def mean_loss(captioner: Captioner, pairs: Pairs, *, batch: int) -> float:
+    """The loss of sentences that are not trained on, in evaluation mode."""
+    captioner.model.eval()
+    losses = []
+    for start in range(0, len(pairs), batch):
+        chosen = range(start, min(start + batch, len(pairs)))
+        inputs = training_inputs(captioner, pairs.images(chosen), pairs.texts[start : start + batch])
+        with torch.inference_mode():
+            losses.append(float(captioner.model(**inputs).loss) * len(chosen))
+    return sum(losses) / len(pairs)
+
+
+def learning_rate_factor(step: int, *, warmup_steps: int, num_steps: int) -> float:
+    """Linear warm-up to 1 over `warmup_steps`, then linearly down to 0 at `num_steps`.
+
+    Args:
+        step: counted from 0.
+        warmup_steps: steps until the peak.
+        num_steps: of the whole training.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return (num_steps - step) / max(1, num_steps - warmup_steps)
+
+
+def finetune(
+    captioner: Captioner,
+    pairs: Pairs,
+    section: CaptionTrainSection,
+    *,
+    seed: int,
+    listener: Listener,
+    autocast: torch.dtype | None = None,
+    rank: int = 0,
+    workers: int = 1,
+    resume: Path | None = None,
+) -> None:
+    """Train a captioner in place.
+
+    With several workers each takes its share of every batch and gradients are averaged.
+
+    Args:
+        captioner: loaded in float32 on this worker's device.
+        pairs: to learn from.
+        section: epochs, batch, rates.
+        seed: of order, flips and dropout.
+        listener: told of steps and epochs.
+        autocast: half precision on CUDA; None = float32.
+        rank: of this worker.
+        workers: how many there are, joined in one process group when more than one.
+        resume: checkpoint folder to go on from: `model/` (a transformers folder), `trainer.pt`, `progress.json`.
+
+    Raises:
+        FloatingPointError: when the loss is not finite, naming epoch and batch.
+    """
+    model: nn.Module = captioner.model
+    device = captioner.model.device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=section.lr, weight_decay=section.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)
+    epochs_done = 0
+    if resume is not None:
+        epochs_done = json.loads((resume / "progress.json").read_text())["epochs_done"]
+        model.load_state_dict(type(captioner.model).from_pretrained(resume / "model").state_dict())
+        state = torch.load(resume / "trainer.pt", map_location=device, weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    wrapped = model
+    if workers > 1:
+        wrapped = DistributedDataParallel(
+            model, device_ids=[device] if device.type == "cuda" else None, find_unused_parameters=True
+        )
+    # The last, incomplete batch of an epoch is left out: every step weighs the same.
+    batch = min(section.batch, len(pairs))
+    num_steps = len(pairs) // batch
+    for epoch in range(epochs_done, section.epochs):
+        wrapped.train()
+        started, losses = time.monotonic(), []
+        rng = np.random.default_rng([seed, 31, epoch])
+        order, flipped = rng.permutation(len(pairs)), rng.random(len(pairs)) < 0.5
+        torch.manual_seed(int(np.random.default_rng([seed, 32, epoch, rank]).integers(2**31)))
+        for step in range(num_steps):
+            chosen = order[step * batch : (step + 1) * batch][rank::workers]
+            images = [
+                image[:, ::-1] if flipped[i] else image for i, image in zip(chosen, pairs.images(chosen), strict=True)
+            ]
+            inputs = training_inputs(captioner, images, [pairs.texts[i] for i in chosen])
+            factor = learning_rate_factor(
+                epoch * num_steps + step, warmup_steps=section.warmup_steps, num_steps=section.epochs * num_steps
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = section.lr * factor
+            optimizer.zero_grad()
+            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                loss = wrapped(**inputs).loss
+            value = float(loss.detach())
+            if value != value or abs(value) == float("inf"):
+                raise FloatingPointError(
+                    f"caption.train loss: expected a finite number, got {value} in epoch {epoch}, batch {step}. "
+                    "Lower caption.train.lr or look at this batch's pictures."
+                )
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses.append(value)
+            listener.on_step({"epoch": epoch, "step": step + 1, "num_steps": num_steps, "loss": value})
+        record = {"epoch": epoch, "loss": float(np.mean(losses)), "seconds": time.monotonic() - started}
+        if rank:
+            listener.on_epoch(record, None)
+            continue
+        with tempfile.TemporaryDirectory(prefix="tvilfm-checkpoint-") as name:
+            folder = Path(name)
+            captioner.save(folder / "model")
+            torch.save({"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, folder / "trainer.pt")
+            (folder / "progress.json").write_text(json.dumps({"epochs_done": epoch + 1}))
+            listener.on_epoch(record, folder)
+    model.eval()

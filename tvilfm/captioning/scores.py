@@ -1,0 +1,202 @@
+"""How good captions are: do they name what is there, and do they read like the reference.
+
+The synthetic benchmark knows every person's attributes, so its captions can be marked exactly; on real pictures only
+the distance to other captions is left (BLEU, CIDEr).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+
+from tvilfm.captioning.colors import find_colors
+from tvilfm.datasets.synthetic import ATTRIBUTES, COLOUR_ATTRIBUTES, RGB, SHAPE_ATTRIBUTES, SYNONYMS
+
+UNSPOKEN = ("plain", "none")  # values that a sentence states by saying nothing
+GARMENTS = ("top", "pattern", "bottom")
+# Nouns that name a part without an attribute of it, as `write_sentence` puts them.
+BARE_NOUNS = {"hair": "hair", "top": "top", "bottoms": "bottom", "shoes": "shoe", "footwear": "shoe"}
+# Attributes whose words stand before a noun, and the part that noun names.
+ADJECTIVES = {"hair": "hair", "pattern": "top"}
+
+
+def _vocabulary() -> dict[tuple[str, ...], tuple[str, str]]:
+    """Spoken words -> (attribute, value); a colour has no attribute of its own before its noun is known."""
+    values = [("colour", value) for value in RGB]
+    values += [(name, value) for name, options in SHAPE_ATTRIBUTES.items() for value in options]
+    spoken = {
+        tuple(words.split()): (name, value)
+        for name, value in values
+        if value not in UNSPOKEN
+        for words in SYNONYMS.get(value, (value,))
+    }
+    return spoken | {(noun,): ("part", part) for noun, part in BARE_NOUNS.items()}
+
+
+VOCABULARY = _vocabulary()
+LONGEST = max(len(words) for words in VOCABULARY)
+
+
+def named_attributes(sentence: str) -> dict[str, str]:
+    """The attributes of a person that a sentence names.
+
+    The longest known phrase wins ("short sleeved shirt" is no short hair); colours and other adjectives belong to the
+    next noun.
+
+    Args:
+        sentence: in the benchmark's words.
+
+    Returns:
+        Attribute -> value, names and values of `synthetic.ATTRIBUTES`.
+    """
+    words = tuple(re.findall(r"[\w-]+", sentence.lower()))
+    found: dict[str, str] = {}
+    adjectives: dict[str, str] = {}
+    start = 0
+    while start < len(words):
+        sizes = range(min(LONGEST, len(words) - start), 0, -1)
+        size = next((size for size in sizes if words[start : start + size] in VOCABULARY), 0)
+        if size:
+            name, value = VOCABULARY[words[start : start + size]]
+            if name == "colour" or name in ADJECTIVES:
+                adjectives[name] = value
+            else:
+                part = value if name == "part" else name
+                if name != "part":
+                    found[name] = value
+                found |= {name: value for name, value in adjectives.items() if ADJECTIVES.get(name) == part}
+                if f"{part}_colour" in COLOUR_ATTRIBUTES and "colour" in adjectives:
+                    found[f"{part}_colour"] = adjectives["colour"]
+                adjectives = {}
+        start += size or 1
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttributeScore:
+    """How captions do on one attribute.
+
+    Attributes:
+        accuracy: share of right values among the sentences that name one, 0-1; 0 when none does.
+        named: share of sentences that name one, over people who have something to name, 0-1.
+    """
+
+    accuracy: float
+    named: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Marks:
+    """How good a captioner is on pictures that it did not learn from.
+
+    Attributes:
+        pictures: how many.
+        loss: cross-entropy of their reference sentences, nats a token.
+        bleu4: 0-1.
+        cider: 0-10.
+        colour_words: share of its sentences with a colour word, 0-1; 0 is right for infrared.
+        attributes: on the synthetic benchmark, see `attribute_scores`; else empty.
+    """
+
+    pictures: int
+    loss: float
+    bleu4: float
+    cider: float
+    colour_words: float
+    attributes: dict[str, AttributeScore]
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=2))
+
+    @staticmethod
+    def read(path: Path) -> Marks:
+        values = json.loads(path.read_text())
+        attributes = {name: AttributeScore(**score) for name, score in values.pop("attributes").items()}
+        return Marks(**values, attributes=attributes)
+
+    def lines(self) -> list[str]:
+        """What a terminal prints of them."""
+        return [
+            f"{self.pictures} validation pictures: loss {self.loss:.3f}, BLEU-4 {self.bleu4:.3f}, "
+            f"CIDEr {self.cider:.2f}, {self.colour_words:.1%} of sentences with a colour word",
+            *(
+                f"{name.replace('_', ' '):<14} {score.accuracy:6.1%} right, named in {score.named:.1%}"
+                for name, score in self.attributes.items()
+            ),
+        ]
+
+
+def attribute_scores(
+    sentences: Sequence[str], truths: Sequence[Mapping[str, str]], modality: str
+) -> dict[str, AttributeScore]:
+    """Mark sentences against what the people in the pictures wear.
+
+    Naming what is not there (a bag, a hat, stripes) is wrong; saying nothing lowers `named` alone, as a captioner that
+    writes its likeliest sentence leaves out what half of its teachers leave out.
+
+    Args:
+        sentences: one a picture.
+        truths: attributes of the person in it.
+        modality: visible: all attributes; infrared: those without colour.
+
+    Returns:
+        Attribute -> score, and the means `garments` (top, pattern, bottom) and `colours` (visible only).
+    """
+    spoken = [named_attributes(sentence) for sentence in sentences]
+    scores: dict[str, AttributeScore] = {}
+    for name in ATTRIBUTES if modality == "visible" else SHAPE_ATTRIBUTES:
+        right = [
+            words[name] == _truth(truth, name) for words, truth in zip(spoken, truths, strict=True) if name in words
+        ]
+        named = [name in words for words, truth in zip(spoken, truths, strict=True) if _truth(truth, name)]
+        scores[name] = AttributeScore(accuracy=_share(right), named=_share(named))
+    means = {"garments": GARMENTS} | ({"colours": tuple(COLOUR_ATTRIBUTES)} if modality == "visible" else {})
+    for mean, names in means.items():
+        scores[mean] = AttributeScore(
+            accuracy=sum(scores[name].accuracy for name in names) / len(names),
+            named=sum(scores[name].named for name in names) / len(names),
+        )
+    return scores
+
+
+def _truth(truth: Mapping[str, str], name: str) -> str | None:
+    """What there is to name: no value of an unspoken attribute, and no colour of a bag that is not there."""
+    value = truth["bag"] if name == "bag_colour" and truth["bag"] in UNSPOKEN else truth[name]
+    return None if value in UNSPOKEN else value
+
+
+def _share(cases: Sequence[bool]) -> float:
+    return sum(cases) / len(cases) if cases else 0.0
+
+
+def colour_share(sentences: Sequence[str]) -> float:
+    """Share of sentences with a colour word, 0-1; 0 is right for infrared."""
+    return _share([bool(find_colors(sentence)) for sentence in sentences])
+
+
+def language_scores(sentences: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """BLEU-4 and CIDEr against one reference each, words without punctuation and case.
+
+    Args:
+        sentences: one a picture.
+        references: likewise.
+
+    Returns:
+        `bleu4` 0-1, `cider` 0-10.
+    """
+    # The library's own tokenizer needs Java; captions are plain enough for words alone.
+    given = {i: [_words(sentence)] for i, sentence in enumerate(sentences)}
+    wanted = {i: [_words(reference)] for i, reference in enumerate(references)}
+    bleu, _ = Bleu(4).compute_score(wanted, given, verbose=0)
+    cider, _ = Cider().compute_score(wanted, given)
+    return {"bleu4": float(bleu[3]), "cider": float(cider)}
+
+
+def _words(sentence: str) -> str:
+    return " ".join(re.findall(r"[\w-]+", sentence.lower()))

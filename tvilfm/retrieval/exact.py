@@ -1,0 +1,249 @@
+"""Exact search in memory, with the evaluation's own arithmetic.
+
+A first pass, one matrix product in the fastest arithmetic there is (half precision on a GPU), finds everything that
+could be among the best; a second computes these few in float32. A bound on the rounding of both makes the result that
+of the second alone. The second pass is also what keeps a lone query's ranking that of the evaluation: a product with a
+handful of rows adds up in another order than a large one, which moves near ties and parts equal images.
+
+The table's rows lie in chunks that are never changed: a new version adds one and marks what is gone, so that loading
+it costs what it brings, and a search that is under way is not disturbed.
+
+Shapes: Q queries, N rows of a chunk, R of them that are looked at twice, K ranked rows, D feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tvilfm.retrieval.gallery import Gallery, Where, column_of, vectors_of
+
+FACTS = ("id", "pid", "camid", "time", "image", "position")
+CHUNK_ROWS = 1 << 18
+# Rows of either side from which on the libraries in use add up a product as they do a large one.
+LARGE = 16
+# Rounding of a product with a unit vector, over the length of the other: of inputs and sums in half precision (four
+# roundings of 2^-11 and a reserve for sums split over a GPU), and of float32 sums per summand.
+HALF_ERROR, FLOAT_ERROR = 2.0**-8, 2.0**-24
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranked:
+    """Rows in the order of their scores, ties in the order of writing.
+
+    Attributes:
+        facts: (K) columns of `FACTS`.
+        vectors_KD: float32, of the space that was searched.
+        scores_K: float32.
+    """
+
+    facts: pa.Table
+    vectors_KD: Tensor
+    scores_K: npt.NDArray[np.float32]
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Ranked:
+        return Ranked(
+            facts=self.facts.take(rows),
+            vectors_KD=self.vectors_KD[torch.from_numpy(rows)],
+            scores_K=self.scores_K[rows],
+        )
+
+    def head(self, count: int) -> Ranked:
+        return self.take(np.arange(min(count, len(self.scores_K))))
+
+    def sorted(self) -> Ranked:
+        return self.take(np.lexsort((self.facts["position"].to_numpy(), -self.scores_K)))
+
+    def first_of_each_identity(self) -> Ranked:
+        """The best row of each identity; rows without one stand for themselves."""
+        seen: set[int] = set()
+        first = []
+        for row, pid in enumerate(self.facts["pid"].to_pylist()):
+            if pid not in seen:
+                first.append(row)
+                if pid is not None:
+                    seen.add(pid)
+        return self.take(np.array(first, dtype=np.int64))
+
+
+def similarity(query_QD: Tensor, gallery_RD: Tensor) -> npt.NDArray[np.float32]:
+    """(Q, R) products that are, bit for bit, those entries of a product of many queries with many rows.
+
+    Source: METHOD 8 as `Evaluator.similarity` computes it. Differs: none known, for the CPU libraries of PyTorch.
+    """
+    enough_QD, enough_RD = (F.pad(part, (0, 0, 0, max(0, LARGE - len(part)))) for part in (query_QD, gallery_RD))
+    product: npt.NDArray[np.float32] = (enough_QD @ enough_RD.T)[: len(query_QD), : len(gallery_RD)].numpy()
+    return product
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chunk:
+    """Some rows; `vectors` by whether of the base space, `coarse` the same for the first pass."""
+
+    stamps: npt.NDArray[np.void]
+    facts: pa.Table
+    vectors: dict[bool, Tensor]
+    coarse: dict[bool, Tensor]
+    alive: Mask
+
+    def __len__(self) -> int:
+        return len(self.alive)
+
+    def allowed(self, where: Where) -> Mask:
+        expression = where.expression()
+        if expression is None:
+            return self.alive
+        numbered = self.facts.append_column("row", pa.array(np.arange(len(self))))
+        mask = np.zeros(len(self), dtype=bool)
+        mask[numbered.filter(expression)["row"].to_numpy()] = True
+        return mask & self.alive
+
+
+class ExactIndex:
+    """All rows of one version; see `load`.
+
+    Args:
+        chunks: the rows.
+        device: of the first pass.
+        half: whether that is in half precision.
+    """
+
+    def __init__(self, chunks: Sequence[_Chunk], *, device: torch.device, half: bool) -> None:
+        self._chunks, self._device, self._half = tuple(chunks), device, half
+
+    @classmethod
+    def load(
+        cls, gallery: Gallery, *, device: torch.device, half: bool, before: ExactIndex | None = None
+    ) -> ExactIndex:
+        """Load what a version has and an earlier one has not.
+
+        Args:
+            gallery: at that version.
+            device: of the first pass.
+            half: whether that is in half precision.
+            before: any earlier load of the same table; it stays as it is.
+        """
+        index = cls((), device=device, half=half)
+        stamps = gallery.stamps()
+        chunks = [] if before is None else list(before._chunks)
+        known = np.zeros(len(stamps), dtype=bool)
+        for place, chunk in enumerate(chunks):
+            chunks[place] = replace(chunk, alive=chunk.alive & _among(chunk.stamps, stamps))
+            known |= _among(stamps, chunk.stamps[chunk.alive])
+        columns = (*FACTS, column_of(False), column_of(True))
+        table = gallery.load(None if not known.any() else np.flatnonzero(~known), columns)
+        for start in range(0, max(1, table.num_rows), CHUNK_ROWS):  # an empty gallery is an empty chunk
+            part = table.slice(start, CHUNK_ROWS)
+            vectors = {base: torch.from_numpy(vectors_of(part[column_of(base)]).copy()) for base in (False, True)}
+            facts = part.select(FACTS).combine_chunks()
+            chunks.append(index._chunk(stamps[~known][start : start + CHUNK_ROWS], facts, vectors))
+        index._chunks = tuple(index._settled(chunks))
+        return index
+
+    def __len__(self) -> int:
+        return sum(int(chunk.alive.sum()) for chunk in self._chunks)
+
+    @torch.inference_mode()
+    def rank(self, vectors_QD: Tensor, wheres: Sequence[Where], count: int, *, base: bool) -> list[Ranked]:
+        """The best rows of each query, `count` or as many as take part.
+
+        Args:
+            vectors_QD: float32 on the CPU, not necessarily unit.
+            wheres: which rows take part, one a query.
+            count: rows wanted, at least 1.
+            base: which vectors are compared.
+        """
+        found: list[list[Ranked]] = [[] for _ in wheres]
+        for chunk in self._chunks:
+            keep_QN = self._first_pass(chunk, vectors_QD, wheres, count, base=base)
+            rows_R = np.flatnonzero(keep_QN.any(axis=0))
+            vectors_RD = chunk.vectors[base]
+            if len(rows_R) < len(chunk):
+                vectors_RD = vectors_RD[torch.from_numpy(rows_R)]
+            similarity_QR = similarity(vectors_QD, vectors_RD)
+            candidates = chunk.facts.take(rows_R)
+            for query, keep_N in enumerate(keep_QN):
+                ranked = Ranked(facts=candidates, vectors_KD=vectors_RD, scores_K=similarity_QR[query])
+                found[query].append(ranked.take(np.flatnonzero(keep_N[rows_R])))
+        return [_merged(parts).sorted().head(count) for parts in found]
+
+    def _first_pass(
+        self, chunk: _Chunk, vectors_QD: Tensor, wheres: Sequence[Where], count: int, *, base: bool
+    ) -> Mask:
+        """(Q, N) rows that may be among the best: no row that ranks in float32 is missing."""
+        coarse = chunk.coarse[base]
+        coarse_QN = (vectors_QD.to(coarse) @ coarse.T).float()
+        allowed = {where: torch.from_numpy(chunk.allowed(where)) for where in set(wheres)}
+        if not all(mask.all() for mask in allowed.values()):
+            allowed_QN = torch.stack([allowed[where] for where in wheres]).to(coarse.device)
+            coarse_QN.masked_fill_(~allowed_QN, -torch.inf)
+        lowest = torch.finfo(torch.float32).min  # above minus infinity
+        least_Q = torch.full((len(vectors_QD),), lowest, device=coarse.device)
+        if count < len(chunk):
+            # Either pass may be off by its error, for the row in question and for the last of the best.
+            error = 2 * FLOAT_ERROR * vectors_QD.shape[1] + (HALF_ERROR if self._half else 0.0)
+            slack_Q = (2 * error * vectors_QD.norm(dim=1)).to(coarse.device)
+            least_Q = (coarse_QN.topk(count, dim=1).values[:, -1] - slack_Q).clamp(min=lowest)
+        keep_QN: Mask = (coarse_QN >= least_Q[:, None]).cpu().numpy()
+        return keep_QN
+
+    def _chunk(self, stamps: npt.NDArray[np.void], facts: pa.Table, vectors: dict[bool, Tensor]) -> _Chunk:
+        coarse = vectors
+        if self._half:
+            coarse = {base: part.to(self._device, torch.float16) for base, part in vectors.items()}
+        return _Chunk(
+            stamps=stamps, facts=facts, vectors=vectors, coarse=coarse, alive=np.ones(len(stamps), dtype=bool)
+        )
+
+    def _settled(self, chunks: Sequence[_Chunk]) -> list[_Chunk]:
+        """Few chunks, little waste: neighbours of like size are joined, and what is half gone is written anew.
+
+        As in a binary counter, a row is copied once each time that its chunk doubles.
+        """
+        settled: list[_Chunk] = []
+        for chunk in chunks:
+            if 2 * int(chunk.alive.sum()) < len(chunk):
+                chunk = self._joined([chunk])
+            while settled and len(settled[-1]) <= 2 * len(chunk) and len(settled[-1]) + len(chunk) <= CHUNK_ROWS:
+                chunk = self._joined([settled.pop(), chunk])
+            if len(chunk) or not settled:
+                settled.append(chunk)
+        return settled
+
+    def _joined(self, chunks: Sequence[_Chunk]) -> _Chunk:
+        alive = [torch.from_numpy(chunk.alive) for chunk in chunks]
+        facts = pa.concat_tables([chunk.facts.filter(pa.array(chunk.alive)) for chunk in chunks])
+        return self._chunk(
+            np.concatenate([chunk.stamps[chunk.alive] for chunk in chunks]),
+            facts.combine_chunks(),
+            {
+                base: torch.cat([chunk.vectors[base][mask] for chunk, mask in zip(chunks, alive, strict=True)])
+                for base in (False, True)
+            },
+        )
+
+
+def _among(stamps: npt.NDArray[np.void], others: npt.NDArray[np.void]) -> Mask:
+    """Which stamps are among others; a row occurs once in either."""
+    if not len(others):
+        return np.zeros(len(stamps), dtype=bool)
+    order = np.argsort(others["row"])
+    place = np.searchsorted(others["row"], stamps["row"], sorter=order)
+    same: Mask = others[order[np.minimum(place, len(others) - 1)]] == stamps
+    return same
+
+
+def _merged(parts: Sequence[Ranked]) -> Ranked:
+    return Ranked(
+        facts=pa.concat_tables([part.facts for part in parts]),
+        vectors_KD=torch.cat([part.vectors_KD for part in parts]),
+        scores_K=np.concatenate([part.scores_K for part in parts]),
+    )

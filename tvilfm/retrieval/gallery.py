@@ -1,0 +1,540 @@
+"""The gallery: people that visible cameras saw, as a Lance table that survives whatever is killed.
+
+A gallery is a folder (or a prefix of an object store) that holds one table for every model whose vectors it has, named
+by that model's space, and a small file `current` that names the one in use. Vectors of different models cannot be
+compared, so a new model means a new table; it is filled beside the old one and `publish` switches over in one rename.
+
+Every write is one Lance commit: a new version, seen whole or not at all. Lance leaves the disk to the kernel, so on a
+local disk a write is flushed here, data before the commit that names it, and only then returns. A table has one
+writer; on a local disk a lock says so, on an object store a second one cannot double a row.
+
+A row has two vectors because the evaluation compares in two spaces: infrared alone through the base stage's head,
+everything with a text through the current one. Raw features would take half the bytes, but Lance can index vectors
+only as they are compared, and a reader would need the model's weights to make sense of them.
+
+Shapes: N rows, D feature.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import operator
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import datetime
+from io import StringIO
+from pathlib import Path
+from typing import IO
+
+import lance
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from lance.dataset import MergeInsertBuilder
+from lance.file import LanceFileSession
+from lance.optimize import Compaction, CompactionOptions
+
+POINTER = "current"
+SPACE_KEY = b"space_id"
+MAX_ID = 512  # characters
+UNIT_TOLERANCE = 1e-3
+ALL_INDICES = 1 << 20  # more than an index ever has parts
+# A write a fragment: after so many, a look-up by id takes several times as long as in one piece.
+SMALL_FRAGMENTS, SMALL_ROWS = 128, 1024
+TIME = pa.timestamp("us", "UTC")
+METRIC = "cosine"  # of the index; the rows are unit, so it ranks as the similarity does
+OPTIONAL = ("pid", "time", "image", "thumbnail")
+
+
+def row_schema(dim: int) -> pa.Schema:
+    """Columns of `Gallery.upsert`; pid, time, image and thumbnail may be left out or null.
+
+    id: unique. vector, vector_base: unit, through the current and the base stage's head. time: when the picture was
+    taken. image: where it lies. thumbnail: a JPEG.
+    """
+    vector = pa.list_(pa.float32(), dim)
+    return pa.schema(
+        [
+            # Lance lets of two writers that insert the same key only one commit.
+            pa.field("id", pa.string(), nullable=False, metadata={"lance-schema:unenforced-primary-key": "true"}),
+            pa.field("vector", vector, nullable=False),
+            pa.field("vector_base", vector, nullable=False),
+            pa.field("pid", pa.int64()),
+            pa.field("camid", pa.int32(), nullable=False),
+            pa.field("time", TIME),
+            pa.field("image", pa.string()),
+            pa.field("thumbnail", pa.binary()),
+        ]
+    )
+
+
+def table_schema(dim: int, space_id: str) -> pa.Schema:
+    """Columns of the table itself: those of `row_schema` and `position`, the order of writing, which breaks ties."""
+    position = pa.field("position", pa.int64(), nullable=False)
+    return row_schema(dim).append(position).with_metadata({SPACE_KEY: space_id.encode()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    """Which rows take part in a search.
+
+    Attributes:
+        cameras: those that do; None = all.
+        exclude_cameras: those that do not: the query's own, or as SYSU-MM01 wants camera 2 for a query of camera 3.
+        since, until: aware times, both included; a row without a time is outside of every window. None = no bound.
+    """
+
+    cameras: frozenset[int] | None = None
+    exclude_cameras: frozenset[int] = frozenset()
+    since: datetime | None = None
+    until: datetime | None = None
+
+    def expression(self) -> pc.Expression | None:
+        """The same as a filter of a table; None where every row takes part."""
+        camid, time = pc.field("camid"), pc.field("time")
+        terms = []
+        if self.cameras is not None:
+            terms.append(camid.isin(pa.array(sorted(self.cameras), pa.int32())))
+        if self.exclude_cameras:
+            terms.append(~camid.isin(pa.array(sorted(self.exclude_cameras), pa.int32())))
+        if self.since is not None:
+            terms.append(time >= pa.scalar(self.since, TIME))
+        if self.until is not None:
+            terms.append(time <= pa.scalar(self.until, TIME))
+        return functools.reduce(operator.and_, terms) if terms else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GalleryVersion:
+    """One write: its number, and when it was."""
+
+    number: int
+    time: datetime
+
+
+class Gallery:
+    """One table of a gallery, at one of its versions; see `open` and `prepare`."""
+
+    def __init__(self, uri: str, dataset: lance.LanceDataset, *, writes: bool, follows: bool) -> None:
+        self.uri, self.dataset = uri, dataset
+        self._writes, self._follows = writes, follows
+        if writes:
+            self._lock = _lock(uri, self.space_id)
+            self._disk = _Disk(self.table_uri)
+            self.reload()  # another writer may have come between opening and locking
+
+    @classmethod
+    def open(cls, uri: str, *, write: bool = False) -> Gallery:
+        """The table in use.
+
+        Args:
+            uri: folder or object store prefix; endpoint and credentials of a store come from the environment.
+            write: be its one writer. A reader follows what is written by `refresh`, also to another table.
+
+        Raises:
+            ValueError: there is no gallery, or `write` and somebody else writes to it.
+        """
+        uri = _absolute(uri)
+        space_id = _current(uri)
+        if space_id is None:
+            raise ValueError(f"gallery.uri: expected a gallery, got {uri}, which has none. Make it with tvilfm index.")
+        return cls(uri, lance.dataset(_table_uri(uri, space_id)), writes=write, follows=not write)
+
+    @classmethod
+    def prepare(cls, uri: str, *, space_id: str, dim: int) -> Gallery:
+        """The table of one space for writing, made empty where it is not there yet; `publish` puts it in use.
+
+        Args:
+            uri: as of `open`.
+            space_id: of the model whose vectors it will hold; see `retrieval.spaces`.
+            dim: D.
+
+        Raises:
+            ValueError: somebody else writes to that table, or its vectors have another dimension.
+        """
+        uri = _absolute(uri)
+        table = _table_uri(uri, space_id)
+        if not any(LanceFileSession(table).list()):
+            schema = table_schema(dim, space_id)
+            # Row ids that outlive updates and compaction tell a reader which rows are new to it.
+            lance.write_dataset(schema.empty_table(), table, schema=schema, enable_stable_row_ids=True)
+        gallery = cls(uri, lance.dataset(table), writes=True, follows=False)
+        if gallery.dim != dim:
+            raise ValueError(f"gallery.uri: expected vectors of dimension {dim} in {table}, got {gallery.dim}.")
+        return gallery
+
+    @property
+    def space_id(self) -> str:
+        space: bytes = self.dataset.schema.metadata[SPACE_KEY]
+        return space.decode()
+
+    @property
+    def dim(self) -> int:
+        dim: int = self.dataset.schema.field("vector").type.list_size
+        return dim
+
+    @property
+    def version(self) -> int:
+        return self.dataset.version
+
+    @property
+    def table_uri(self) -> str:
+        return _table_uri(self.uri, self.space_id)
+
+    def __len__(self) -> int:
+        return int(self.dataset.count_rows())
+
+    def check_space(self, space_id: str) -> None:
+        """Refuse vectors of another model.
+
+        Raises:
+            ValueError: another space than this table's.
+        """
+        if space_id != self.space_id:
+            raise ValueError(
+                f"space_id: expected vectors of {self.space_id}, got {space_id}. "
+                "Index the gallery again under the new model, or use the model that it was made with."
+            )
+
+    def upsert(self, rows: pa.Table, *, space_id: str) -> int:
+        """Write rows, replacing those whose id is there; all or none of them.
+
+        Args:
+            rows: columns of `row_schema`, each id once.
+            space_id: of the model that made the vectors.
+
+        Returns:
+            The version that holds them, on disk.
+
+        Raises:
+            ValueError: vectors of another space, a column that is missing or of another type, an id that is empty, too
+                long or given twice, a vector that is not unit, or no right to write.
+            OSError: on an object store, another writer committed the same row at that moment; nothing was written.
+        """
+        self._check_writer()
+        self.check_space(space_id)
+        rows = self._checked(rows)
+        if rows.num_rows:
+            position = self._next_position + np.arange(rows.num_rows)
+            table = rows.append_column(self.dataset.schema.field("position"), pa.array(position))
+            self._apply(lambda merge: merge.when_matched_update_all().when_not_matched_insert_all(), table)
+            self._next_position += rows.num_rows
+        return self.version
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """Delete rows by id, all in one version; earlier versions keep them until `compact`.
+
+        Returns:
+            How many there were.
+        """
+        self._check_writer()
+        keys = pa.table({"id": pa.array(list(dict.fromkeys(ids)), pa.string())})
+        return self._apply(lambda merge: merge.when_matched_delete(), keys)["num_deleted_rows"]
+
+    def delete_person(self, pid: int) -> int:
+        """Delete every row of an identity; returns how many there were. Gone from disk after `compact`."""
+        found = self.dataset.scanner(columns=["id"], filter=pc.field("pid") == pid).to_table()
+        return self.delete(found["id"].to_pylist())
+
+    def versions(self) -> list[GalleryVersion]:
+        """Versions that can be gone back to, oldest first."""
+        return [
+            GalleryVersion(number=int(version["version"]), time=version["timestamp"].astimezone())  # type: ignore[union-attr]
+            for version in self.dataset.versions()
+        ]
+
+    def at(self, version: int) -> Gallery:
+        """The table as it was, for reading.
+
+        Raises:
+            ValueError: there is no such version (any more).
+        """
+        known = [one.number for one in self.versions()]
+        if version not in known:
+            raise ValueError(f"version: expected one of {known[0]} to {known[-1]} that was kept, got {version}.")
+        return Gallery(self.uri, self.dataset.checkout_version(version), writes=False, follows=False)
+
+    def restore(self, version: int) -> int:
+        """Go back: a new version that equals an old one, whoever was deleted since then included."""
+        self._check_writer()
+        self.at(version).dataset.restore()  # type: ignore[no-untyped-call]
+        self.reload()
+        return self.version
+
+    def refresh(self) -> bool:
+        """Follow the writer, to another table too where that is in use now; true if anything has changed."""
+        assert self._follows, "a writer, or a fixed version, has nobody to follow"
+        space_id = _current(self.uri)
+        assert space_id is not None, "a gallery was deleted under its reader"
+        before, version = self.space_id, self.version
+        if space_id == before:
+            self.dataset = _latest(self.dataset)
+        else:
+            self.dataset = lance.dataset(_table_uri(self.uri, space_id))
+        return (space_id, self.version) != (before, version)
+
+    def reload(self) -> None:
+        """Take up, and flush to disk, what a job of this writer committed beside it."""
+        self._check_writer()
+        self.dataset = _latest(self.dataset)
+        self._disk.flush()
+        self._next_position = self._first_free_position()
+
+    def publish(self) -> None:
+        """Put this table in use: from one moment to the next, readers that refresh find it."""
+        self._check_writer()
+        _point(self.uri, self.space_id)
+
+    def close(self) -> None:
+        """Write no more, and let another writer begin; a killed process has done so."""
+        self._check_writer()
+        self._lock.close()
+        self._writes = False
+
+    def compact(self) -> None:
+        """Merge what was written piece by piece, and remove everything that is deleted from every file.
+
+        No version before this one is left, nor a table of another model, nor what a killed write left behind: a person
+        who was deleted is on no disk of the gallery. Readers of older versions have to refresh.
+
+        Raises:
+            ValueError: somebody writes to the table of another model, which may show a person who is deleted here.
+        """
+        self._check_writer()
+        for space_id in sorted(self._spaces() - {self.space_id}):
+            with closing(_lock(self.uri, space_id)):
+                lance.LanceDataset.drop(_table_uri(self.uri, space_id))
+        self._merge({"materialize_deletions_threshold": 0.0})
+        if self.dataset.describe_indices():
+            # Codes of deleted vectors stay in an index until it is written anew.
+            self.dataset.optimize.optimize_indices(num_indices_to_merge=ALL_INDICES)
+            self.reload()
+        self.dataset.cleanup_old_versions(retain_versions=1, delete_unverified=True)
+
+    def picture(self, id: str) -> tuple[str | None, bytes | None] | None:
+        """Where the picture of a row lies and its thumbnail, each if it has one; None if there is no such row.
+
+        Always of the latest version: a picture that was deleted is not shown because a reader is behind.
+        """
+        table = _latest(self.dataset).scanner(columns=["image", "thumbnail"], filter=pc.field("id") == id).to_table()
+        for row in table.to_pylist():
+            return row["image"], row["thumbnail"]
+        return None
+
+    def snapshot(self) -> Gallery:
+        """The table at this version, whatever `refresh` does later."""
+        return Gallery(self.uri, self.dataset, writes=False, follows=False)
+
+    def nearest(
+        self, vector_D: npt.NDArray[np.float32], columns: Sequence[str], *, base: bool, k: int, where: Where, **how: int
+    ) -> pa.Table:
+        """About the k rows that are most similar, in no order, by the index where there is one.
+
+        Args:
+            vector_D: float32, not necessarily unit.
+            columns: of the answer; the vectors come with them.
+            base: which vectors are compared.
+            k: rows wanted; fewer if fewer take part.
+            where: which do.
+            how: `nprobes`, partitions of the index that are read; `refine_factor`, times as many candidates as k whose
+                own vectors are compared.
+        """
+        column = column_of(base)
+        nearest = {"column": column, "q": vector_D, "k": k, "metric": METRIC, **how}
+        scanner = self.dataset.scanner(
+            columns=[*columns, column, "_distance"], nearest=nearest, prefilter=True, filter=where.expression()
+        )
+        return scanner.to_table().drop_columns(["_distance"])
+
+    def stamps(self) -> npt.NDArray[np.void]:
+        """What tells rows apart, in table order: `row` is kept for life, `version` is that of its last write.
+
+        A pair names one content for ever, so that a reader need only load pairs that are new to it. It costs a scan of
+        two integers a row.
+        """
+        table = self.dataset.scanner(columns=["_rowid", "_row_last_updated_at_version"]).to_table()
+        stamps = np.empty(table.num_rows, dtype=[("row", np.uint64), ("version", np.uint64)])
+        stamps["row"], stamps["version"] = (column.to_numpy() for column in table.columns)
+        return stamps
+
+    def load(self, offsets: npt.NDArray[np.int64] | None, columns: Sequence[str]) -> pa.Table:
+        """Columns of all rows, or of those at some places of `stamps`, in that order."""
+        if offsets is None:
+            return self.dataset.scanner(columns=list(columns)).to_table()
+        return self.dataset.take(offsets.tolist(), columns=list(columns))
+
+    def _first_free_position(self) -> int:
+        last = pc.max(self.dataset.scanner(columns=["position"]).to_table()["position"]).as_py()
+        return 0 if last is None else last + 1
+
+    def _apply(self, told: Callable[[MergeInsertBuilder], MergeInsertBuilder], rows: pa.Table) -> dict[str, int]:
+        """Join rows with the table by id, and commit; returns how many were inserted, updated and deleted."""
+        if _is_remote(self.uri):
+            # The table as it is now, and no second try: of two writers that touch a row at once, one is refused.
+            dataset = lance.dataset(self.table_uri)
+            counts: dict[str, int] = told(dataset.merge_insert("id")).conflict_retries(0).execute(rows)
+            self.dataset = dataset
+        else:
+            transaction, counts = told(self.dataset.merge_insert("id")).execute_uncommitted(rows)
+            if any(counts.values()):
+                self._disk.flush()
+                self.dataset = lance.LanceDataset.commit(self.dataset, transaction)
+                self._disk.flush()
+        if len(self.dataset.get_fragments()) % SMALL_FRAGMENTS == 0:
+            self._merge({"target_rows_per_fragment": SMALL_ROWS, "materialize_deletions": False})
+        return counts
+
+    def _merge(self, options: CompactionOptions) -> None:
+        """Write small fragments as one; the rows stay what they are."""
+        plan = Compaction.plan(self.dataset, options)
+        results = [task.execute(self.dataset) for task in plan.tasks]
+        if results:
+            self._disk.flush()
+            Compaction.commit(self.dataset, results)
+            self._disk.flush()
+
+    def _spaces(self) -> set[str]:
+        """Those that the gallery has a table of."""
+        folders = [Path(prefix).name for prefix in LanceFileSession(self.uri).list_with_delimiter().common_prefixes]
+        return {name.removesuffix(".lance") for name in folders if name.endswith(".lance")}
+
+    def _check_writer(self) -> None:
+        if not self._writes:
+            raise ValueError("gallery: expected one opened for writing, got a reader. Open it with write=True.")
+
+    def _checked(self, rows: pa.Table) -> pa.Table:
+        schema = row_schema(self.dim)
+        for field in schema:
+            if field.name not in rows.column_names:
+                if field.name not in OPTIONAL:
+                    raise ValueError(f"rows: expected a column {field.name}, got {rows.column_names}.")
+                rows = rows.append_column(field, pa.nulls(rows.num_rows, field.type))
+        try:
+            rows = rows.select(schema.names).cast(schema)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
+            raise ValueError(f"rows: expected the columns of row_schema({self.dim}), got an error: {error}.") from None
+        ids = rows["id"].to_pylist()
+        for id in ids:
+            if not id or len(id) > MAX_ID or not id.isprintable():
+                raise ValueError(f"rows.id: expected 1 to {MAX_ID} printable characters, got {id[:MAX_ID]!r}.")
+        if len(set(ids)) < len(ids):
+            twice = next(id for id in ids if ids.count(id) > 1)
+            raise ValueError(f"rows.id: expected each id once, got {twice!r} twice. Send the last one alone.")
+        for name in ("vector", "vector_base"):
+            length_N = np.linalg.norm(vectors_of(rows[name]), axis=1)
+            wrong = np.flatnonzero(~(np.abs(length_N - 1) <= UNIT_TOLERANCE))  # NaN is wrong too
+            if len(wrong):
+                raise ValueError(
+                    f"rows.{name}: expected unit vectors, got one of length {length_N[wrong[0]]:g} for "
+                    f"{ids[wrong[0]]!r}. Divide it by its length."
+                )
+        return rows
+
+
+def column_of(base: bool) -> str:
+    """The column that holds the vectors of a space."""
+    return "vector_base" if base else "vector"
+
+
+def vectors_of(column: pa.ChunkedArray) -> npt.NDArray[np.float32]:
+    """A column of vectors as (N, D) float32."""
+    vectors = column.combine_chunks()
+    if isinstance(vectors, pa.ChunkedArray):  # pyarrow keeps an empty column chunked
+        return np.empty((0, column.type.list_size), dtype=np.float32)
+    return np.asarray(vectors.flatten().to_numpy(), dtype=np.float32).reshape(-1, column.type.list_size)
+
+
+def vector_column(vectors_ND: npt.NDArray[np.float32]) -> pa.FixedSizeListArray:
+    """(N, D) float32 as a column of `row_schema`."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.ravel()), vectors_ND.shape[1])
+
+
+class _Disk:
+    """Flushes the files that a local table gained; an object store is durable when it has answered."""
+
+    FOLDERS = ("data", "_deletions", "_indices", "_transactions", "_versions")
+
+    def __init__(self, table_uri: str) -> None:
+        self._flushed: dict[Path, set[str]] = {}
+        if not _is_remote(table_uri):
+            self._flushed = {Path(table_uri) / name: set() for name in self.FOLDERS}
+
+    def flush(self) -> None:
+        for folder, flushed in self._flushed.items():
+            new = set(os.listdir(folder)) - flushed if folder.is_dir() else ()
+            for name in new:
+                path = folder / name
+                if path.is_dir():  # an index
+                    for part in path.iterdir():
+                        _fsync(part)
+                _fsync(path)
+            if new:
+                _fsync(folder)
+            flushed.update(new)
+
+
+def _fsync(path: str | Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _latest(dataset: lance.LanceDataset) -> lance.LanceDataset:
+    return dataset.checkout_version(dataset.latest_version)
+
+
+def _is_remote(uri: str) -> bool:
+    return "://" in uri
+
+
+def _absolute(uri: str) -> str:
+    return uri.rstrip("/") if _is_remote(uri) else str(Path(uri).absolute())  # workers run in other folders
+
+
+def _table_uri(uri: str, space_id: str) -> str:
+    return f"{uri}/{space_id}.lance"
+
+
+def _lock(uri: str, space_id: str) -> IO[str]:
+    """Be the writer of a table until the lock is closed; a killed writer's lock is free."""
+    if _is_remote(uri):
+        return StringIO()  # commits are conditional there: of two writers one is refused
+    file = (Path(uri) / f".{space_id}.writer").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"gallery.uri: expected one writer of {uri}, got a second one. Stop the first.") from None
+    return file
+
+
+def _current(uri: str) -> str | None:
+    """The space whose table is in use."""
+    if not _is_remote(uri):
+        path = Path(uri) / POINTER
+        return path.read_text().strip() if path.is_file() else None
+    session = LanceFileSession(uri)
+    if not session.contains(POINTER):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        session.download_file(POINTER, f"{folder}/{POINTER}")
+        return (Path(folder) / POINTER).read_text().strip()
+
+
+def _point(uri: str, space_id: str) -> None:
+    with tempfile.TemporaryDirectory(dir=None if _is_remote(uri) else uri) as folder:
+        path = Path(folder) / POINTER
+        path.write_text(space_id)
+        if _is_remote(uri):
+            LanceFileSession(uri).upload_file(str(path), POINTER)
+        else:
+            _fsync(path)
+            os.replace(path, Path(uri) / POINTER)
+            _fsync(uri)

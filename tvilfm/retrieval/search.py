@@ -1,0 +1,189 @@
+"""Search: one look at the gallery for all modalities, and the answer that the evaluation would give.
+
+Small galleries are searched exactly, in memory; large ones by Lance's index, which reads a part of the table and looks
+at its best candidates again with the vectors themselves.
+
+Shapes: Q queries, K hits, M modalities, D feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+import torch
+from torch import Tensor
+
+from tvilfm.config import GallerySection
+from tvilfm.retrieval.ensemble import ensemble_query
+from tvilfm.retrieval.exact import FACTS, ExactIndex, Ranked, similarity
+from tvilfm.retrieval.gallery import Gallery, Where, column_of, vectors_of
+from tvilfm.retrieval.query import Query
+
+MORE = 4  # times as many rows are ranked when those found show too few people
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """How a query is to be answered.
+
+    Attributes:
+        weights: of the modalities in the ensemble; a question with one modality is answered by that one.
+        k: hits wanted, at least 1.
+        where: which rows take part.
+        by_identity: the best row of each identity alone; rows without one stand for themselves.
+    """
+
+    weights: Mapping[str, float]
+    k: int = 20
+    where: Where = field(default_factory=Where)
+    by_identity: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hit:
+    """One row of the gallery.
+
+    Attributes:
+        score: similarity; of an ensemble, the weighted sum of its modalities'.
+        shares: what each modality adds to the score, its weight included.
+    """
+
+    id: str
+    score: float
+    shares: dict[str, float]
+    pid: int | None
+    camid: int
+    time: datetime | None
+    image: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """Hits, best first, ties in the order of writing; `version` is that of the gallery that was searched."""
+
+    hits: list[Hit]
+    version: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    """A version, and its rows in memory if they are few enough."""
+
+    gallery: Gallery
+    exact: ExactIndex | None
+
+
+class Searcher:
+    """Answers queries from one gallery.
+
+    Args:
+        gallery: followed as it is written, by `refresh`.
+        section: up to which size the search is exact, and how an index is used.
+        device: of the first pass of an exact search; half precision on CUDA.
+    """
+
+    def __init__(self, gallery: Gallery, section: GallerySection, *, device: str = "cpu") -> None:
+        self._gallery, self._section, self._device = gallery, section, torch.device(device)
+        self._state = self._load(None)
+
+    @property
+    def gallery(self) -> Gallery:
+        """The version that is searched now."""
+        return self._state.gallery
+
+    def refresh(self) -> bool:
+        """Search the latest version from now on, loading the rows that it adds; true if there was a new one.
+
+        A search that is under way ends on the version it began with.
+        """
+        if not self._gallery.refresh():
+            return False
+        same_table = self._gallery.space_id == self._state.gallery.space_id
+        self._state = self._load(self._state.exact if same_table else None)
+        return True
+
+    def search(self, queries: Sequence[Query], requests: Sequence[Request]) -> list[Answer]:
+        """Answer queries together.
+
+        Args:
+            queries: of the gallery's space.
+            requests: one a query.
+
+        Returns:
+            One answer a query, with k hits or as many as take part.
+
+        Raises:
+            ValueError: a query of another space, or no weight above 0 for any of its modalities.
+
+        Source: METHOD 7, one search with the weighted sum; METHOD 8, ties. Differs: none known.
+        """
+        state = self._state
+        for query in queries:
+            state.gallery.check_space(query.space_id)
+        weights = [_weights(query, request) for query, request in zip(queries, requests, strict=True)]
+        vectors = [ensemble_query(query.parts, own) for query, own in zip(queries, weights, strict=True)]
+        ranked: dict[int, Ranked] = {}
+        for base in (False, True):
+            rows = [row for row, query in enumerate(queries) if query.base == base]
+            count = max((requests[row].k for row in rows), default=0)
+            while rows:
+                vectors_QD = torch.stack([vectors[row] for row in rows])
+                wheres = [requests[row].where for row in rows]
+                for row, best in zip(rows, self._rank(state, vectors_QD, wheres, count, base=base), strict=True):
+                    exhausted = len(best.scores_K) < count
+                    if requests[row].by_identity:
+                        best = best.first_of_each_identity()
+                    if exhausted or len(best.scores_K) >= requests[row].k:
+                        ranked[row] = best.head(requests[row].k)
+                rows = [row for row in rows if row not in ranked]
+                count *= MORE
+        return [
+            Answer(hits=_hits(ranked[row], query, weights[row]), version=state.gallery.version)
+            for row, query in enumerate(queries)
+        ]
+
+    def _load(self, before: ExactIndex | None) -> _State:
+        gallery = self._gallery.snapshot()
+        if len(gallery) > self._section.exact_limit:
+            return _State(gallery=gallery, exact=None)
+        half = self._device.type == "cuda"
+        return _State(gallery=gallery, exact=ExactIndex.load(gallery, device=self._device, half=half, before=before))
+
+    def _rank(
+        self, state: _State, vectors_QD: Tensor, wheres: Sequence[Where], count: int, *, base: bool
+    ) -> list[Ranked]:
+        if state.exact is not None:
+            return state.exact.rank(vectors_QD, wheres, count, base=base)
+        how = {"nprobes": self._section.probes, "refine_factor": self._section.refine}
+        found = []
+        for vector_D, where in zip(vectors_QD, wheres, strict=True):
+            table = state.gallery.nearest(vector_D.numpy(), FACTS, base=base, k=count, where=where, **how)
+            vectors_KD = torch.from_numpy(vectors_of(table[column_of(base)]).copy())
+            scores_K = similarity(vector_D[None], vectors_KD)[0]
+            found.append(Ranked(facts=table.select(FACTS), vectors_KD=vectors_KD, scores_K=scores_K).sorted())
+        return found
+
+
+def _weights(query: Query, request: Request) -> dict[str, float]:
+    """Weight of each modality that takes part."""
+    if len(query.parts) == 1:
+        return dict.fromkeys(query.parts, 1.0)
+    return {name: request.weights[name] for name in query.parts if request.weights.get(name, 0.0) > 0}
+
+
+def _hits(ranked: Ranked, query: Query, weights: Mapping[str, float]) -> list[Hit]:
+    shares = {name: weight * (ranked.vectors_KD @ query.parts[name]) for name, weight in weights.items()}
+    return [
+        Hit(
+            id=facts["id"],
+            score=float(ranked.scores_K[row]),
+            shares={name: float(share_K[row]) for name, share_K in shares.items()},
+            pid=facts["pid"],
+            camid=facts["camid"],
+            time=facts["time"],
+            image=facts["image"],
+        )
+        for row, facts in enumerate(ranked.facts.to_pylist())
+    ]

@@ -1,0 +1,433 @@
+"""Search spaces: what a sweep varies, how it searches, and what it compares. Pure data; who runs it is another matter.
+
+A space is a YAML file. It either lists named `rows` (an ablation: overrides of the run description, one row of a
+table) or crosses `parameters`. A parameter is a dotted key of the run description with a list of choices or a range,
+or a label of its own with named `settings`, each of which sets several keys at once:
+
+    optim.text_lr: {loguniform: [1.0e-4, 1.0e-2]}        # float
+    train.text.cache_views: {randint: [1, 4]}            # both ends included
+    loss.joint: [true, false]
+    views: {settings: {none: {train.text.cache_views: 0}, two: {train.text.cache_views: 2}}}
+
+Everything is checked against the run description before the first trial starts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from tvilfm.config import Config, Section, explain, known_keys, read_description, resolve
+
+Metric = Literal["val_rank1", "val_mAP", "rank1", "mAP", "mINP"]
+SweptQuery = Literal["text", "fusion", "ensemble"]
+Range = Literal["uniform", "loguniform", "randint"]
+Overrides = dict[str, Any]
+RANGES: tuple[Range, ...] = ("uniform", "loguniform", "randint")
+
+
+class Parameter(Section):
+    """What one parameter may be; exactly one of its fields is given.
+
+    Attributes:
+        choices: values of a config key.
+        uniform, loguniform: lowest and highest value of a float key.
+        randint: lowest and highest value of an integer key, both included.
+        settings: name -> overrides that are set together.
+    """
+
+    choices: tuple[Any, ...] | None = Field(None, min_length=1)
+    uniform: tuple[float, float] | None = None
+    loguniform: tuple[float, float] | None = None
+    randint: tuple[int, int] | None = None
+    settings: dict[str, Overrides] | None = Field(None, min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_list_is_choices(cls, value: object) -> object:
+        return {"choices": value} if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _one_kind_in_order(self) -> Parameter:
+        given = [name for name in (*RANGES, "choices", "settings") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"choices: expected a list, settings or one of {', '.join(RANGES)}, got {given}. Give one."
+            )
+        if self.range is not None:
+            kind, low, high = self.range
+            if not low < high or (kind == "loguniform" and low <= 0):
+                wanted = "0 < lowest < highest" if kind == "loguniform" else "lowest < highest"
+                raise ValueError(f"{kind}: expected {wanted}, got [{low}, {high}]. Mend the bounds.")
+        return self
+
+    @property
+    def range(self) -> tuple[Range, float, float] | None:
+        """Kind, lowest and highest value; None for choices and settings."""
+        for kind in RANGES:
+            bounds = getattr(self, kind)
+            if bounds is not None:
+                return kind, bounds[0], bounds[1]
+        return None
+
+    @property
+    def options(self) -> tuple[Any, ...]:
+        """The choices, or the names of the settings; empty for a range."""
+        return self.choices or tuple(self.settings or ())
+
+    @property
+    def tested(self) -> tuple[Any, ...]:
+        """What has to be valid for every value to be: all options, or both ends of the range."""
+        return self.options if self.range is None else self.range[1:]
+
+    def draw(self, rng: np.random.Generator) -> Any:
+        """One value at random."""
+        if self.range is None:
+            return self.options[int(rng.integers(len(self.options)))]
+        kind, low, high = self.range
+        if kind == "randint":
+            return int(rng.integers(int(low), int(high) + 1))
+        if kind == "loguniform":
+            return math.exp(rng.uniform(math.log(low), math.log(high)))
+        return float(rng.uniform(low, high))
+
+
+class Row(Section):
+    """A named row of an ablation table."""
+
+    overrides: Overrides = Field(default_factory=dict, description="of the run description")
+    query: SweptQuery = Field("fusion", description="which query of the results the row reads")
+    published: str | None = Field(None, description="`method` of the published row that it stands beside")
+
+
+class Scheduler(Section):
+    """Whether bad trials are stopped early."""
+
+    name: Literal["none", "asha"] = Field("none", description="none, or asha (asynchronous successive halving)")
+    stage: Literal["base", "text"] = Field("text", description="training stage whose epochs asha counts")
+    grace: float = Field(0.25, gt=0, lt=1, description="share of that stage's epochs that every trial is given")
+    reduction_factor: int = Field(3, ge=2, description="asha keeps the best 1 / this at each of its halvings")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_population_based_training(cls, values: object) -> object:
+        if isinstance(values, dict) and values.get("name") == "pbt":
+            raise ValueError(
+                "name: expected none or asha, got pbt. It copies checkpoints between trials, and a trial here keeps "
+                "them in training runs of its own, where pbt would silently copy nothing. Choose asha."
+            )
+        return values
+
+    def epochs(self, config: Config) -> int:
+        """Epochs of the stage that asha watches."""
+        return config.train.base.epochs if self.stage == "base" else config.train.text.epochs
+
+    def grace_epochs(self, config: Config) -> int:
+        """Epochs before the first stop."""
+        return max(1, math.ceil(self.grace * self.epochs(config)))
+
+
+class Budget(Section):
+    """How much a sweep may cost."""
+
+    num_samples: int | None = Field(None, ge=1, description="settings tried; null where rows or a grid give them")
+    max_concurrent: int | None = Field(None, ge=1, description="trials at once; null = what the cluster has room for")
+    time_limit_s: float | None = Field(None, gt=0, description="no new trial after so many seconds; null = no limit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One setting under one seed.
+
+    Attributes:
+        name: unique in the sweep, fit for a folder.
+        setting: row name or parameter values as words; the trials of one setting differ in their seed alone.
+        values: parameter -> value; empty for rows.
+        seed: of the run.
+        query: which query of the results is read.
+        overrides: of the run description, in order. Trials with the same overrides and seed are the same run.
+    """
+
+    name: str
+    setting: str
+    values: Mapping[str, Any]
+    seed: int
+    query: SweptQuery
+    overrides: tuple[str, ...]
+
+
+class Space(Section):
+    """A sweep, as its file says it."""
+
+    name: str = Field(pattern=r"^\w[\w-]*$", description="of the file")
+    description: str = Field(description="what the sweep is to find out")
+    metric: Metric = Field("val_mAP", description="what trials are compared by: val_* on validation identities")
+    mode: Literal["max"] = Field("max", description="every metric here is better when higher")
+    query: SweptQuery = Field("fusion", description="which query of the results the metric is of (rows: their own)")
+    searcher: Literal["grid", "random", "optuna"] = Field("grid", description="how settings are chosen")
+    scheduler: Scheduler = Scheduler()
+    budget: Budget = Budget()
+    seeds: tuple[int, ...] = Field((0,), min_length=1, description="every setting runs once under each")
+    free_steps: int | None = Field(
+        None, ge=1, description="steps a side of the grid of MER weights swept for free in every trial; null = none"
+    )
+    base: Overrides = Field(default_factory=dict, description="overrides of the run description for every trial")
+    rows: dict[str, Row] = Field(default_factory=dict, description="named rows of an ablation")
+    reference: str | None = Field(None, description="row that the others are compared with")
+    parameters: dict[str, Parameter] = Field(default_factory=dict, description="what is searched")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Space:
+        if bool(self.rows) == bool(self.parameters):
+            raise ValueError("parameters: expected either parameters or rows, got both or none. Give one of them.")
+        if self.rows and (self.searcher != "grid" or self.reference not in self.rows):
+            raise ValueError(
+                f"rows: expected searcher grid and a reference among {list(self.rows)}, got {self.searcher} and "
+                f"{self.reference}. Name the row to compare with."
+            )
+        if self.parameters and self.reference is not None:
+            raise ValueError(f"reference: expected null without rows, got {self.reference}. Leave it out.")
+        if (self.searcher == "grid") != (self.budget.num_samples is None):
+            raise ValueError(
+                f"budget.num_samples: expected {'null with' if self.searcher == 'grid' else 'a number with'} searcher "
+                f"{self.searcher}, got {self.budget.num_samples}. A grid runs all of itself; a search has to end."
+            )
+        ranges = [key for key, parameter in self.parameters.items() if parameter.range is not None]
+        if self.searcher == "grid" and ranges:
+            raise ValueError(
+                f"parameters.{ranges[0]}: expected a list or settings with searcher grid, got a range. "
+                "List the values, or search at random."
+            )
+        if self.searcher == "optuna" and len(self.seeds) > 1:
+            raise ValueError(
+                f"seeds: expected one with searcher optuna, got {len(self.seeds)}. It learns from one number a "
+                "setting; run the best settings again as a grid over several seeds."
+            )
+        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds: expected different numbers >= 0, got {list(self.seeds)}. Mend the list.")
+        if self.scheduler.name == "asha" and (not self.metric.startswith("val_") or self.query != "fusion"):
+            raise ValueError(
+                f"scheduler.name: expected none with metric {self.metric} of query {self.query}, got asha. Only "
+                "val_rank1 and val_mAP of the fusion query are known while a trial trains."
+            )
+        if self.free_steps is not None and self.query != "ensemble":
+            raise ValueError(f"free_steps: expected null with query {self.query}, got {self.free_steps}. Drop it.")
+        return self
+
+    def overrides_of(self, values: Mapping[str, Any]) -> Overrides:
+        """Config keys and values of parameter values: a setting's name stands for all it sets."""
+        found: Overrides = {}
+        for key, value in values.items():
+            settings = self.parameters[key].settings
+            found |= {key: value} if settings is None else settings[value]
+        return found
+
+    def settings(self) -> list[dict[str, Any]]:
+        """Parameter values of every setting of a grid or of a random search (the same on every call)."""
+        if self.searcher == "grid":
+            combined = itertools.product(*(parameter.options for parameter in self.parameters.values()))
+            return [dict(zip(self.parameters, values, strict=True)) for values in combined]
+        rng = np.random.default_rng(min(self.seeds))
+        return [
+            {key: parameter.draw(rng) for key, parameter in self.parameters.items()}
+            for _ in range(self.budget.num_samples or 0)
+        ]
+
+    def trial(self, number: int, values: Mapping[str, Any], seed: int, overrides: Sequence[str] = ()) -> Trial:
+        """The trial of parameter values that a search proposes; arguments as of `trials`."""
+        return self._trial(number, words(values), values, self.overrides_of(values), self.query, seed, overrides)
+
+    def trials(self, overrides: Sequence[str] = ()) -> list[Trial]:
+        """Every trial that is known beforehand, seed by seed; with optuna, none is.
+
+        Args:
+            overrides: of the user, `section.key=value`; they come after the space's base and before its parameters.
+        """
+        if self.searcher == "optuna":
+            return []
+        if self.rows:
+            cases: list[tuple[str, dict[str, Any], Overrides, SweptQuery]] = [
+                (name, {}, row.overrides, row.query) for name, row in self.rows.items()
+            ]
+        else:
+            cases = [(words(v), v, self.overrides_of(v), self.query) for v in self.settings()]
+        return [
+            self._trial(number, setting, values, keys, query, seed, overrides)
+            for seed in self.seeds
+            for number, (setting, values, keys, query) in enumerate(cases)
+        ]
+
+    def _trial(
+        self,
+        number: int,
+        setting: str,
+        values: Mapping[str, Any],
+        keys: Overrides,
+        query: SweptQuery,
+        seed: int,
+        overrides: Sequence[str],
+    ) -> Trial:
+        return Trial(
+            name=f"{number:04d}-seed{seed}",
+            setting=setting,
+            values=values,
+            seed=seed,
+            query=query,
+            overrides=(*written(self.base), *overrides, *written(keys), f"run.seed={seed}"),
+        )
+
+
+def words(values: Mapping[str, Any]) -> str:
+    """Parameter values as one line: the last part of each key, and its value."""
+    return ", ".join(f"{key.rpartition('.')[2]}={word(value)}" for key, value in values.items())
+
+
+def written(overrides: Mapping[str, Any]) -> list[str]:
+    """Overrides as `section.key=value` strings, the value in YAML, as `load_config` reads them."""
+    return [f"{key}={_yaml(value)}" for key, value in overrides.items()]
+
+
+def load_space(path: Path) -> Space:
+    """Read a space.
+
+    Args:
+        path: YAML file; its stem is the space's name.
+
+    Raises:
+        ValueError: no such file, not YAML, an unknown key or a value that does not fit.
+    """
+    if not path.is_file():
+        raise ValueError(f"space: expected a YAML file, got {path}. Name a space of tune_spaces or a file's path.")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: expected YAML, got {error}. Mend the file.") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a mapping, got {type(values).__name__}. Begin as tune_spaces/losses.yaml.")
+    try:
+        return Space.model_validate({"name": path.stem, **values})
+    except ValidationError as error:
+        fields = {"rows": Row.model_fields, "parameters": Parameter.model_fields}
+        named = [
+            f"{part}.{name}.{field}" for part in fields for name in values.get(part) or () for field in fields[part]
+        ]
+        raise ValueError(f"{path}: {explain(error, [*known_keys(Space), *named], see='tvilfm/tuning.py')}") from None
+
+
+def with_seeds(space: Space, seeds: str) -> Space:
+    """The space under other seeds.
+
+    Args:
+        space: of `load_space`.
+        seeds: numbers with commas between them.
+
+    Raises:
+        ValueError: no such numbers, or more than the searcher can use.
+    """
+    try:
+        return Space.model_validate({**space.model_dump(), "seeds": [int(seed) for seed in seeds.split(",")]})
+    except ValidationError as error:
+        raise ValueError(f"--seeds: {explain(error)}") from None
+    except ValueError:
+        raise ValueError(f"--seeds: expected numbers with commas between them, got {seeds}.") from None
+
+
+def check_space(
+    space: Space, path: Path | None = None, overrides: Sequence[str] = (), *, size: str | None = None
+) -> Config:
+    """Check a space against the run description, before anything starts.
+
+    Every row, every choice and both bounds of every range have to give a config: alone and, as cross-section rules
+    concern two keys at a time, together with every value of every other parameter.
+
+    Args:
+        space: of `load_space`.
+        path: run description, as `load_config` takes it.
+        overrides: of the user; they may not set what the space varies.
+        size: recipe, as `load_config` takes it.
+
+    Returns:
+        The config that every trial begins with.
+
+    Raises:
+        ValueError: an unknown key (its nearest neighbour is named), a value out of bounds, a contradiction between
+            two keys, a key that has no business in a space, or a scheduler that would never hear of a metric.
+    """
+
+    description = read_description(path)
+
+    def config_of(where: str, keys: Overrides) -> Config:
+        try:
+            return resolve(description, [*written(space.base), *overrides, *written(keys)], size=size)
+        except ValueError as error:
+            raise ValueError(f"{space.name}, {where}: {error}") from None
+
+    varied = {key for row in space.rows.values() for key in row.overrides}
+    for name, parameter in space.parameters.items():
+        settings = parameter.settings
+        varied |= {name} if settings is None else {key for keys in settings.values() for key in keys}
+    _refuse(space, varied, overrides)
+
+    config = config_of("base", {})
+    configs = [config, *(config_of(f"row {name}", row.overrides) for name, row in space.rows.items())]
+    values = {
+        name: [(f"{name}={word(value)}", space.overrides_of({name: value})) for value in parameter.tested]
+        for name, parameter in space.parameters.items()
+    }
+    configs += [config_of(where, keys) for of_parameter in values.values() for where, keys in of_parameter]
+    for one, other in itertools.combinations(values.values(), 2):
+        for (where, keys), (beside, more) in itertools.product(one, other):
+            configs.append(config_of(f"{where} with {beside}", keys | more))
+    if space.scheduler.name == "asha":
+        _check_asha(space, config, configs)
+    return config
+
+
+def _refuse(space: Space, varied: Iterable[str], overrides: Sequence[str]) -> None:
+    given = {override.partition("=")[0] for override in overrides}
+    for key in sorted(varied):
+        if key in space.base or key in given:
+            raise ValueError(
+                f"{key}: expected a key that {space.name} does not vary, got an override of it, which would be "
+                "lost. Drop the override, or change the space."
+            )
+    for key in sorted({*varied, *space.base}):
+        if key.startswith(("run.", "cluster.")) and key in known_keys():
+            raise ValueError(
+                f"{space.name}, {key}: expected a key that a result depends on, got where or with what it is "
+                "computed. Seeds stand under `seeds`; give the rest on the command line."
+            )
+
+
+def _check_asha(space: Space, config: Config, configs: Iterable[Config]) -> None:
+    stage = space.scheduler.stage
+    epochs = space.scheduler.epochs(config)
+    for other in configs:
+        schedule = other.train.base if stage == "base" else other.train.text
+        if schedule.select != "val":
+            raise ValueError(
+                f"train.{stage}.select: expected val with scheduler asha, got {schedule.select}. It stops trials by "
+                "their validation; set select=val or scheduler none."
+            )
+        if schedule.epochs != epochs:
+            raise ValueError(
+                f"train.{stage}.epochs: expected {epochs} in every trial with scheduler asha, got {schedule.epochs}. "
+                "Trials of different length cannot be halved together; use scheduler none."
+            )
+
+
+def word(value: Any) -> str:
+    """A parameter's value as a reader sees it: floats with three digits, everything else in YAML."""
+    return f"{value:.3g}" if isinstance(value, float) else _yaml(value)
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
