@@ -114,6 +114,78 @@ def _report(folder: Path) -> None:
     typer.echo(f"report: {folder / 'report' / 'index.html'}")
 
 
+@app.command("index")
+def index_command(
+    gallery: Annotated[
+        str | None, typer.Option(help="Folder or object store prefix; default gallery.uri.", show_default=False)
+    ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(help="Folder or URI of your own pictures; default the run's test images.", show_default=False),
+    ] = None,
+    camid: Annotated[int | None, typer.Option(help="Camera of --images.", show_default=False)] = None,
+    config: ConfigOption = None,
+    size: SizeOption = None,
+    overrides: Overrides = None,
+) -> None:
+    """Write people into a gallery with a finished run's model, and put it in use."""
+    from cluster.index import index
+
+    where = [] if gallery is None else [f"gallery.uri={json.dumps(gallery)}"]
+    made = index(_config(config, size, [*(overrides or []), *where]), images=images, camid=camid)
+    typer.echo(f"gallery: {made.uri} holds {len(made)} images in space {made.space_id}, version {made.version}")
+
+
+@app.command("caption-train")
+def caption_train_command(
+    modality: Annotated[
+        Literal["visible", "infrared", "both"], typer.Option(help="Whose captioner to fine-tune.")
+    ] = "both",
+    config: ConfigOption = None,
+    size: SizeOption = None,
+    overrides: Overrides = None,
+) -> None:
+    """Fine-tune captioners (caption.train) on the training images and their captions, and print their marks."""
+    from cluster.caption_train import train_captioners
+    from cluster.run import make_synthetic
+
+    resolved = _config(config, size, overrides)
+    make_synthetic(resolved, Console(stderr=True))
+    marks = train_captioners(resolved, ("visible", "infrared") if modality == "both" else (modality,))
+    for name, of_captioner in marks.items():
+        typer.echo(f"{name} captioner: {resolved.run.path / 'captioners' / name}")
+        for line in of_captioner.lines():
+            typer.echo(f"  {line}")
+
+
+@app.command("caption")
+def caption_command(
+    out: Annotated[str, typer.Option(help="Folder or URI for captions.parquet, and what the job goes on from.")],
+    images: Annotated[
+        str | None,
+        typer.Option(help="Folder or URI of picture files; default the run description's dataset.", show_default=False),
+    ] = None,
+    modality: Annotated[
+        Literal["visible", "infrared"] | None, typer.Option(help="Of --images.", show_default=False)
+    ] = None,
+    retry_bad: Annotated[bool, typer.Option("--retry-bad", help="Also try images in quarantine again.")] = False,
+    config: ConfigOption = None,
+    size: SizeOption = None,
+    overrides: Overrides = None,
+) -> None:
+    """Caption images into a table. What is there is not captioned again."""
+    from cluster.caption import caption
+    from cluster.run import make_synthetic
+
+    resolved = _config(config, size, overrides)
+    if images is None:
+        make_synthetic(resolved, Console(stderr=True))
+    summary = caption(resolved, out=out, images=images, modality=modality, retry_bad=retry_bad)
+    for line in summary.lines():
+        typer.echo(line)
+    summary.check(resolved.caption.max_bad_share)
+
+
 @config_app.command("show")
 def config_show(config: ConfigOption = None, size: SizeOption = None, overrides: Overrides = None) -> None:
     """Print the resolved run description."""

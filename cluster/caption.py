@@ -222,8 +222,8 @@ def caption_images(
         Counts; `Summary.check` says whether too many images are bad.
 
     Raises:
-        ValueError: rows, a URI or a captioner that are not what they should be; another job fills `out`; or `out`
-            holds captions of another captioner.
+        ValueError: rows, a URI or a captioner that are not what they should be; another job fills `out`; `out` holds
+            captions of another captioner; or not every worker shares it.
         ray.exceptions.RayError: the workers failed; what they wrote stays, and the next run goes on from there.
     """
     _check_rows(rows)
@@ -312,7 +312,7 @@ def _introduce(
     return [size for size, _ in introduced]
 
 
-@ray.remote
+@ray.remote(max_calls=1)  # the worker ends and frees the memory, where it would go on to decode
 def _load_captioners(jobs: Sequence[CaptionJob]) -> list[tuple[tuple[int, int] | None, dict[str, str]]]:
     found = []
     for job in jobs:
@@ -501,22 +501,27 @@ def _chunks(images: pa.ChunkedArray, wanted: npt.NDArray[np.bool_], batch: int) 
 def _publish(
     rows: pa.Table,
     out: str,
-    caption_parts: Parts,
-    quarantine_parts: Parts,
+    captions: Parts,
+    quarantine: Parts,
     before: npt.NDArray[np.bool_],
     unread: Counter[str],
     seconds: float,
 ) -> Summary:
     """Write the tables that users read."""
     filesystem, path = open_uri(out)
-    captions, quarantine = caption_parts.read(), quarantine_parts.read()
-    captions = captions if captions.num_columns else PART_SCHEMA.empty_table()
-    quarantine = quarantine if quarantine.num_columns else QUARANTINE_SCHEMA.empty_table()
-    quarantine = quarantine.filter(~_among(quarantine, captions["image"]))
-    for name, table in (("captions", captions), ("quarantine", quarantine)):
-        write_whole(filesystem, f"{path}/{name}.parquet", to_parquet(table))
-    there, bad = _among(rows, captions["image"]), _among(rows, quarantine["image"])
-    counts = pc.value_counts(quarantine["reason"].filter(_among(quarantine, rows["image"]))).to_pylist()
+    captions.publish(f"{path}/captions.parquet", PART_SCHEMA)
+    captioned, bad_rows = captions.keys(), quarantine.read()
+    bad_rows = bad_rows if bad_rows.num_columns else QUARANTINE_SCHEMA.empty_table()
+    bad_rows = bad_rows.filter(~_among(bad_rows, captioned))  # an earlier run's may have been mended
+    write_whole(filesystem, f"{path}/quarantine.parquet", to_parquet(bad_rows))
+    there, bad = _among(rows, captioned), _among(rows, bad_rows["image"])
+    lost = int((~there & ~bad).sum()) - unread.total()
+    if lost > 0:
+        raise ValueError(
+            f"{shown(out)}: expected a folder that every worker shares, got {lost} images fewer than were captioned. "
+            "Use storage that all machines mount, or a URI."
+        )
+    counts = pc.value_counts(bad_rows["reason"].filter(_among(bad_rows, rows["image"]))).to_pylist()
     reasons = Counter({count["values"]: count["counts"] for count in counts}) + unread
     return Summary(
         table=f"{shown(out)}/captions.parquet",

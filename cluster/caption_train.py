@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +54,12 @@ def fit_captioner(folder: Path, config: Config, modality: Modality, inputs: Mapp
     """
     captioner: CaptionerSection = getattr(config.caption, modality)
     model = captioner.model
+    # Pictures to mark it on are missed now, not after training.
+    pairs, _ = (_pairs(config, modality, inputs, split) for split in ("train", "val"))
     if model == NAME:
-        pairs = _pairs(config, modality, inputs, "train")
         model = str(folder / "start")
         build_conv_captioner(
-            Path(model), pairs.texts, height=config.data.height, width=config.data.width, seed=config.run.seed
+            Path(model), pairs.texts, height=config.data.height, width=config.data.width, seed=config.caption.seed
         )
     elif Path(model).is_dir():
         model = str(Path(model).absolute())  # workers run in other folders
@@ -121,7 +122,7 @@ def _worker(job: dict[str, Any]) -> None:
             captioner,
             _pairs(config, modality, inputs, "train"),
             section,
-            seed=config.run.seed,
+            seed=config.caption.seed,
             listener=Reporter(folder, section.epochs, epochs_done),
             autocast=AUTOCAST_DTYPES.get(config.caption.dtype) if device.type == "cuda" else None,
             rank=context.get_world_rank(),
@@ -138,7 +139,7 @@ def _mark(captioner: Captioner, config: Config, modality: Modality, inputs: Mapp
     sentences: list[str] = []
     for start in range(0, len(pairs), batch):
         chosen = range(start, min(start + batch, len(pairs)))
-        sentences += captioner.caption(pairs.images(chosen), seed=config.run.seed + start)
+        sentences += captioner.caption(pairs.images(chosen), seed=config.caption.seed + start)
     attributes = {}
     if "truth" in inputs:
         truth = json.loads((Path(inputs["truth"]) / "attributes.json").read_text())
@@ -167,39 +168,35 @@ def train_captioners(config: Config, modalities: Sequence[Modality]) -> dict[Mod
         ValueError: as `fit_captioner`, or a dataset or caption file that is not what it should be.
     """
     manifest = read_dataset(config.data.name, config.data_root, **config.data.reader_options)
+    gray = config.caption.train.infrared_pairs == "gray"
+    learned = select(manifest, split=("train", "val"), modality="visible" if gray else None)
+    captions = read_captions(learned, config.data_root, config.data.captions)
+    # The stages of a run that writes its captions with these captioners: it finds them there.
+    caption = config.caption.model_copy(update={"source": "finetuned"})
+    stages = stage_fingerprints(
+        config.model_copy(update={"caption": caption}),
+        {"dataset": fingerprint(manifest, root=config.data_root), "captions": fingerprint(captions)},
+    )
+    store = StageStore(config.stages_path, stages)
+
+    def pixels(folder: Path) -> None:
+        with watch(folder / "progress.json", "pixels", "images"):
+            decode_dataset(folder, config.data_root, manifest, config.data)
+
+    def captioner(folder: Path, modality: Modality) -> None:
+        pq.write_table(captions, folder / "captions.parquet")
+        inputs = {"pixels": str(store.path("pixels")), "captions": str(folder / "captions.parquet")}
+        if config.data.name == "synthetic":
+            inputs["truth"] = str(config.data_root.absolute())
+        with watch(folder / "progress.json", modality, "steps"):
+            fit_captioner(folder, config, modality, inputs)
+
     marks: dict[Modality, Marks] = {}
     with session(config.cluster):
+        store.ensure("pixels", pixels)
         for modality in modalities:
-            gray = modality == "infrared" and config.caption.train.infrared_pairs == "gray"
-            shown = select(manifest, split=("train", "val"), modality="visible" if gray else modality)
-            captions = read_captions(shown, config.data_root, config.data.captions)
-            found = {"dataset": fingerprint(manifest, root=config.data_root), "captions": fingerprint(captions)}
-            stages = stage_fingerprints(config, found)
-            settings = {
-                "captioner": getattr(config.caption, modality).model_dump(mode="json"),
-                "train": config.caption.train.model_dump(mode="json"),
-                "dtype": config.caption.dtype,
-                "seed": config.run.seed,
-                "needs": [stages["pixels"], found["captions"]],
-            }
-            name = f"captioner-{modality}"
-            mark = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-            store = StageStore(config.stages_path, stages | {name: mark})
-
-            def pixels(folder: Path) -> None:
-                with watch(folder / "progress.json", "pixels", "images"):
-                    decode_dataset(folder, config.data_root, manifest, config.data)
-
-            def fit(folder: Path, modality: Modality = modality, captions: Any = captions, store: Any = store) -> None:
-                pq.write_table(captions, folder / "captions.parquet")
-                inputs = {"pixels": str(store.path("pixels")), "captions": str(folder / "captions.parquet")}
-                if config.data.name == "synthetic":
-                    inputs["truth"] = str(config.data_root.absolute())
-                with watch(folder / "progress.json", modality, "steps"):
-                    fit_captioner(folder, config, modality, inputs)
-
-            store.ensure("pixels", pixels)
-            store.ensure(name, fit)
+            name = f"captioner_{modality}"
+            store.ensure(name, partial(captioner, modality=modality))
             target = config.run.path / "captioners" / modality
             shutil.rmtree(target, ignore_errors=True)
             shutil.copytree(store.path(name) / "captioner", target)

@@ -24,7 +24,7 @@ from pyarrow import fs
 
 KEY = "image"
 MERGED = "merged-"
-PARTS_A_MERGE = 1000
+PARTS_A_MERGE = 100
 DELETERS = 16
 
 
@@ -69,8 +69,21 @@ class Parts:
         table = self._load()
         return _once(table).sort_by(KEY) if table.num_columns else table
 
+    def publish(self, path: str, schema: pa.Schema) -> None:
+        """Write every row, each image once, as one Parquet file, without ever holding more than a part.
+
+        Args:
+            path: of the file, in this folder's filesystem.
+            schema: of the parts; there may be none yet.
+        """
+        content = None
+        while content is None:
+            with suppress(FileNotFoundError):  # merged by another process since they were listed
+                content = self._as_one_file(schema)
+        write_whole(self.filesystem, path, content)
+
     def compact(self) -> None:
-        """Merge small parts, a thousand into one, as a million images leave 30,000 that take minutes to open.
+        """Merge small parts, a hundred into one, as a million images leave 30,000 that take minutes to open.
 
         A merged part is complete before the parts it replaces go, so a kill leaves rows that lie there twice, never
         rows that are gone; `read` gives them once.
@@ -87,6 +100,16 @@ class Parts:
             self.write(MERGED + part_name(group), _once(table))
             with ThreadPoolExecutor(DELETERS) as pool:
                 list(pool.map(self._delete, group))
+
+    def _as_one_file(self, schema: pa.Schema) -> pa.Buffer:
+        sink, seen = pa.BufferOutputStream(), set[str]()
+        with pq.ParquetWriter(sink, schema) as writer:
+            for path in self._paths():
+                table = pq.read_table(path, filesystem=self.filesystem)
+                images = table[KEY].to_pylist()
+                writer.write_table(table.filter([image not in seen for image in images]))
+                seen.update(images)
+        return sink.getvalue()
 
     def _load(self, columns: Sequence[str] | None = None) -> pa.Table:
         while paths := self._paths():

@@ -28,6 +28,7 @@ from cluster.stages import STAGES, StageStore, stage_fingerprints, stages_of
 from cluster.trackers import check_trackers, log_record, log_results, trackers
 from cluster.train import fit_stage
 from tvilfm.captioning.finetune import Modality
+from tvilfm.captioning.scores import Marks
 from tvilfm.config import Config, to_yaml
 from tvilfm.datasets import read_dataset
 from tvilfm.datasets.captions import read_captions
@@ -305,12 +306,18 @@ class _Job:
             manifest=self.manifest,
             captions=self.captions,
             pixels=open_pixels(self.store.path("pixels") / "pixels.npy"),
+            marks=self._marks(),
             facts=facts,
         )
         write_report(report, folder / "index.html")
 
     def _results(self, split: Split = "test") -> Results:
         return Results.read(self.store.path("results") / RESULTS_FILES[split])
+
+    def _marks(self) -> dict[str, Marks]:
+        if self.config.caption.source != "finetuned":
+            return {}
+        return {name: Marks.read(self.store.path(f"captioner_{name}") / "marks.json") for name in MODALITIES}
 
     def evaluator(self, split: Split = "test") -> Evaluator:
         features = self.store.path("features")

@@ -58,23 +58,21 @@ class Sweep:
 
     Attributes:
         folder: of the sweep, on storage that every node sees.
+        stages: folder of the stages that trials share.
         space: what varies.
         overrides: of the user.
         size: recipe of the run description.
     """
 
     folder: Path
+    stages: Path
     space: Space
     overrides: tuple[str, ...]
     size: str | None
 
     def config(self, trial: Trial) -> Config:
         """A trial's run: in the sweep's folder, and with its stages beside those of the other trials."""
-        own = [
-            f"run.dir={self.folder / 'trials'}",
-            f"run.name={trial.name}",
-            f"run.stages_dir={self.folder / 'stages'}",
-        ]
+        own = [f"run.dir={self.folder / 'trials'}", f"run.name={trial.name}", f"run.stages_dir={self.stages}"]
         return load_config(self.folder / "ray_config.yaml", [*trial.overrides, *own], size=self.size)
 
 
@@ -112,7 +110,11 @@ def sweep_space(
     write_text_atomic(folder / BASE_FILE, to_yaml(base))
     # A dataset that stands beside the runs is not beside the trials.
     sweep = Sweep(
-        folder=folder, space=space, overrides=(*overrides, f"data.root={base.data_root.absolute()}"), size=size
+        folder=folder,
+        stages=(base.run.stages_dir or folder / "stages").absolute(),
+        space=space,
+        overrides=(*overrides, f"data.root={base.data_root.absolute()}"),
+        size=size,
     )
     make_synthetic(base, Console(stderr=True))
     # Tune's own loggers would write every number a second time, into its own folder.
@@ -181,7 +183,8 @@ def _tuner(sweep: Sweep, base: Config, *, resume: bool) -> Tuner:
         param_space = {key: _domain(parameter) for key, parameter in space.parameters.items()}
         total = space.budget.num_samples or 0
     else:
-        runs = list(_runs(sweep))
+        # Seeds of one setting first: trials that run at once then train base models of their own, and none waits.
+        runs = sorted(_runs(sweep))
         param_space, total = {"trial": tune.grid_search(runs)}, len(runs)
     if resume:
         return Tuner.restore(path, trainable, param_space=param_space, restart_errored=True)

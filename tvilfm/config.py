@@ -108,8 +108,8 @@ class CaptionerSection(Section):
 
     model: str = Field(
         "Salesforce/blip-image-captioning-large",
-        description="transformers image-to-text model: name or local folder; conv = what caption-train makes: a small new "
-        "one for pictures of data.height x data.width and the words of the training sentences",
+        description="transformers image-to-text model: name or local folder; conv = what caption-train makes: a small "
+        "new one for pictures of data.height x data.width and the words of the training sentences",
     )
     revision: str | None = Field(None, description="revision of a named model; null = its default branch")
     prompt: str = Field("", description="words the captioner starts from, or the question a chat model is asked")

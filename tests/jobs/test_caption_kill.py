@@ -136,7 +136,7 @@ class Lab:
             time.sleep(0.05)
 
     def check_table(self) -> None:
-        rows = pq.read_table(self.out / "captions.parquet").to_pylist()
+        rows = pq.read_table(self.out / "captions.parquet").sort_by("image").to_pylist()
         found = [(row["image"], row["caption"]) for row in rows]
         assert found == [(f"{number:03d}.png", f"number {number}") for number in range(IMAGES)]
 

@@ -1,4 +1,4 @@
-"""Fine-tuning captioners on Ray Train: the plain loop's weights, whatever is killed, and a folder that loads anywhere."""
+"""Fine-tuning captioners on Ray Train: the plain loop's weights, whatever is killed, in a folder that loads."""
 
 from __future__ import annotations
 
@@ -82,37 +82,6 @@ def plain(lab: tuple[Path, dict[str, str]], tmp_path_factory: pytest.TempPathFac
     return captioner
 
 
-def _assert_is(found: Path, plain: Captioner) -> None:
-    state = Captioner.load(CaptionerSection(model=str(found))).model.state_dict()
-    assert all(torch.equal(value, state[name]) for name, value in plain.model.state_dict().items())
-
-
-@pytest.mark.slow
-def test_one_worker_leaves_the_weights_of_the_plain_loop_and_its_marks(
-    lab: tuple[Path, dict[str, str]], plain: Captioner, tmp_path: Path
-) -> None:
-    folder, inputs = lab
-    fit_captioner(tmp_path, _config(folder), "visible", inputs)
-    _assert_is(tmp_path / "captioner", plain)
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [record["epoch"] for record in records] == list(range(EPOCHS))
-    assert records[-1]["loss"] < records[0]["loss"]
-    marks = Marks.read(tmp_path / "marks.json")
-    assert marks.pictures == 2 * 4 and 0 < marks.loss < records[0]["loss"]
-    assert {"top_colour", "garments"} <= marks.attributes.keys()
-
-
-@pytest.mark.slow
-def test_two_workers_average_their_gradients(lab: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
-    folder, inputs = lab
-    fit_captioner(tmp_path, _config(folder, "cluster.train_workers=2"), "infrared", inputs)
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [record["epoch"] for record in records] == list(range(EPOCHS))
-    assert records[-1]["loss"] < records[0]["loss"]
-    marks = Marks.read(tmp_path / "marks.json")
-    assert marks.colour_words == 0 and "top_colour" not in marks.attributes
-
-
 # A training whose driver can be killed, in a process of its own on a Ray of its own.
 DRIVER = """
 import json, sys
@@ -127,7 +96,7 @@ with session(config.cluster):
 
 
 @pytest.mark.slow
-def test_killed_after_an_epoch_it_goes_on_and_ends_with_the_same_weights(
+def test_killed_after_two_epochs_it_goes_on_and_ends_with_the_weights_of_the_plain_loop(
     lab: tuple[Path, dict[str, str]], plain: Captioner, tmp_path: Path
 ) -> None:
     folder, inputs = lab
@@ -136,7 +105,7 @@ def test_killed_after_an_epoch_it_goes_on_and_ends_with_the_same_weights(
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     driver = subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
     metrics = tmp_path / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not metrics.exists() or metrics.read_text().count("\n") < 2:
         assert driver.poll() is None, driver.stderr.read()[-2000:] if driver.stderr else ""
         assert time.monotonic() < deadline, "two epochs were never done"
@@ -150,32 +119,44 @@ def test_killed_after_an_epoch_it_goes_on_and_ends_with_the_same_weights(
     before = metrics.read_text().splitlines()
     assert len(before) < EPOCHS and not (tmp_path / "captioner").exists()
     fit_captioner(tmp_path, config, "visible", inputs)
-    _assert_is(tmp_path / "captioner", plain)
+    state = Captioner.load(CaptionerSection(model=str(tmp_path / "captioner"))).model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in plain.model.state_dict().items())
     after = metrics.read_text().splitlines()
     # Epochs that the kill left a checkpoint of were not done again: their seconds are those of the first attempt.
     assert after[0] == before[0]
-    assert [json.loads(line)["epoch"] for line in after] == list(range(EPOCHS))
+    records = [json.loads(line) for line in after]
+    assert [record["epoch"] for record in records] == list(range(EPOCHS))
+    marks = Marks.read(tmp_path / "marks.json")
+    assert marks.pictures == 2 * 4 and 0 < marks.loss < records[0]["loss"]
+    assert {"top_colour", "garments"} <= marks.attributes.keys()
 
 
 @pytest.mark.slow
-def test_the_command_trains_once_and_prints_the_marks(
+def test_the_command_trains_once_on_two_workers_and_prints_the_marks(
     lab: tuple[Path, dict[str, str]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder, _ = lab
-    overrides = [*OVERRIDES, f"run.dir={tmp_path}", f"data.root={folder / 'data'}", "caption.train.infrared_pairs=gray"]
+    overrides = [
+        *OVERRIDES,
+        f"run.dir={tmp_path}",
+        f"data.root={folder / 'data'}",
+        "caption.train.infrared_pairs=gray",
+        "cluster.train_workers=2",
+    ]
     command = ["tvilfm", "caption-train", "--modality", "infrared", "--size", "tiny", *overrides]
     printed = []
     for _ in range(2):
         monkeypatch.setattr(sys, "argv", command)
         with pytest.raises(SystemExit) as end:
             main()
-        assert not end.value.code
         printed.append(capsys.readouterr())
+        assert not end.value.code, printed[-1].err
     assert "infrared: done in" in printed[0].err and "done in" not in printed[1].err
     assert printed[0].out == printed[1].out and "BLEU-4" in printed[0].out
+    assert "0.0% of sentences with a colour word" in printed[0].out and "top colour" not in printed[0].out
     found = tmp_path / "tiny" / "captioners" / "infrared"
     assert str(found) in printed[0].out
     (sentence,) = Captioner.load(CaptionerSection(model=str(found))).caption([np.zeros((48, 24, 3), dtype=np.uint8)])

@@ -17,12 +17,9 @@ from cluster.parts import Parts, alone, part_name
 
 
 def rows(first: int, count: int) -> pa.Table:
-    return pa.table(
-        {
-            "image": [f"cam1/{place:05d}.jpg" for place in range(first, first + count)],
-            "caption": [f"sentence {place}" for place in range(first, first + count)],
-        }
-    )
+    places = range(first, first + count)
+    columns = {"image": [f"cam1/{i:05d}.jpg" for i in places], "caption": [f"sentence {i}" for i in places]}
+    return pa.table(columns, schema=pa.schema({"image": pa.string(), "caption": pa.string()}))
 
 
 def write(parts: Parts, first: int, count: int) -> str:
@@ -36,6 +33,8 @@ def test_an_empty_folder_has_no_image_and_no_column(tmp_path: Path) -> None:
     assert parts.done() == set()
     assert parts.read().num_columns == 0
     parts.compact()
+    parts.publish(str(tmp_path / "table.parquet"), rows(0, 1).schema)
+    assert pq.read_table(tmp_path / "table.parquet").equals(rows(0, 1).slice(0, 0))
 
 
 def test_a_part_is_found_by_its_name_and_written_over_itself(tmp_path: Path) -> None:
@@ -74,6 +73,8 @@ def test_merging_keeps_every_row_once_and_leaves_few_files(
     write(parts, 29, 2)
     parts.compact()
     assert parts.read().equals(rows(0, 31))
+    parts.publish(str(tmp_path / "all" / "table.parquet"), rows(0, 0).schema)
+    assert pq.read_table(tmp_path / "all" / "table.parquet").sort_by("image").equals(rows(0, 31))
 
 
 @pytest.mark.parametrize("deletions", [0, 1, 3])
@@ -101,8 +102,9 @@ def test_a_merge_that_dies_at_any_moment_loses_and_doubles_nothing(
     assert parts.read().equals(rows(0, 16))
 
 
+@pytest.mark.parametrize("published", [False, True])
 def test_a_reader_survives_a_merge_between_its_listing_and_its_reading(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, published: bool
 ) -> None:
     parts, other = Parts(str(tmp_path)), Parts(str(tmp_path))
     for first in range(0, 16, 4):
@@ -118,7 +120,11 @@ def test_a_reader_survives_a_merge_between_its_listing_and_its_reading(
         return paths
 
     monkeypatch.setattr(Parts, "_paths", then_merge)
-    assert parts.read().equals(rows(0, 16))
+    if published:
+        parts.publish(str(tmp_path / "out" / "table.parquet"), rows(0, 1).schema)
+        assert pq.read_table(tmp_path / "out" / "table.parquet").sort_by("image").equals(rows(0, 16))
+    else:
+        assert parts.read().equals(rows(0, 16))
     assert merged
 
 

@@ -23,7 +23,8 @@ from tvilfm.evaluation.protocols import get_protocol
 from tvilfm.models import TVILFM, ModelSpec
 from tvilfm.retrieval.exact import ExactIndex, similarity
 from tvilfm.retrieval.gallery import Gallery, Where, vector_column
-from tvilfm.retrieval.query import Pixels, Query, QueryEncoder, Question
+from tvilfm.retrieval.pictures import Pixels
+from tvilfm.retrieval.query import Query, QueryEncoder, Question
 from tvilfm.retrieval.search import Answer, Request, Searcher
 from tvilfm.retrieval.spaces import gallery_vectors, space_id
 

@@ -27,6 +27,7 @@ from transformers import (
     ViTImageProcessor,
 )
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import logging
 
 NAME = "conv"  # what `caption.<modality>.model` calls a new one
 WIDTHS = (32, 64, 96, 128)  # channels; every stage halves height and width
@@ -113,6 +114,7 @@ def build_conv_captioner(folder: Path, texts: Sequence[str], *, height: int, wid
     if not texts:
         raise ValueError("texts: expected sentences to take the vocabulary from, got none. Caption training images.")
     register()
+    logging.disable_progress_bar()
     tokenizer = word_tokenizer(texts)
     ids = {
         "pad_token_id": tokenizer.pad_token_id,

@@ -111,8 +111,8 @@ def caption_pairs(
     shown = select(manifest, split=split, modality="visible" if gray else modality)
     if not shown.num_rows:
         raise ValueError(
-            f"caption.train: expected {modality} pictures with captions in the {split} split, got none. "
-            "Set caption.train.infrared_pairs=gray to learn infrared captions from visible pictures."
+            f"caption.train: expected {modality} pictures with captions in the {split} split, got none. Caption some, "
+            "or set caption.train.infrared_pairs=gray to learn infrared captions from visible pictures."
         )
     texts, _ = texts_of(captions, shown["image"].to_pylist())
     if modality == "infrared":

@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from tvilfm.captioning.scores import Marks
 from tvilfm.config import Config, to_yaml
 from tvilfm.datasets.captions import texts_of
 from tvilfm.datasets.manifest import column, rows_of, select
@@ -69,6 +70,7 @@ def build_report(
     manifest: pa.Table,
     captions: pa.Table,
     pixels: npt.NDArray[np.uint8],
+    marks: Mapping[str, Marks],
     facts: RunFacts,
 ) -> ReportData:
     """Gather everything on the page for the default protocol and text source, gallery draw 0.
@@ -79,6 +81,7 @@ def build_report(
         config: the run.
         manifest, captions: the dataset's tables.
         pixels: uint8 (N, H, W, 3), in manifest order.
+        marks: modality -> marks of the captioner that the run trained.
         facts: of the run.
     """
     protocol = get_protocol(config.evaluate.protocols[0])
@@ -111,6 +114,7 @@ def build_report(
         features=_features(evaluator, query, gallery, vectors, kept, alone),
         learning=list(facts.learning),
         captions=_caption_samples(manifest, captions, pixels),
+        marks=marks,
         facts=_facts(config, facts, manifest, query, gallery),
         config_yaml=to_yaml(config),
         notes=_notes(config),
@@ -232,6 +236,13 @@ def _notes(config: Config) -> list[str]:
             "Synthetic benchmark: rendered people, and captions written from what was drawn, with deliberate faults. "
             "It shows that the method and this program work; its numbers say nothing about real cameras."
         )
+    if config.caption.source == "finetuned":
+        notes.append(
+            "Captions were written by captioners that learned from the training identities' captions; test images "
+            "were described by what was seen in them."
+        )
+    if config.caption.rephrase.engine == "rules" and config.caption.source != "files":
+        notes.append("Rephrases come from a rule-based paraphraser, not from a language model.")
     if config.model.weights == "attributes":
         notes.append(
             "The backbone was pre-trained on attributes of a disjoint synthetic split, the offline stand-in for "

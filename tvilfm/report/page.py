@@ -21,6 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 from PIL import Image
 
+from tvilfm.captioning.scores import Marks
 from tvilfm.report import figures, tables
 from tvilfm.report.figures import FloatArray, RetrievalFeatures
 from tvilfm.report.tables import METRIC_LABELS, METRICS, QUERIES, QUERY_LABELS, Results
@@ -103,7 +104,8 @@ class ReportData:
         examples: ranked lists of a few queries.
         features: query -> unit vectors and identities of both sides.
         learning: metric records, see `figures.learning_chart`.
-        captions: samples of generated captions.
+        captions: samples of the captions.
+        marks: modality -> marks of its captioner, where the run trained one.
         facts: facts of the run in the order to show, e.g. dataset, seed, versions, time by stage.
         config_yaml: the resolved config.
         notes: warnings shown under the verdict, e.g. "selected on the test set".
@@ -117,6 +119,7 @@ class ReportData:
     features: Mapping[str, RetrievalFeatures] = field(default_factory=dict)
     learning: Sequence[Mapping[str, Any]] = ()
     captions: Sequence[CaptionSample] = ()
+    marks: Mapping[str, Marks] = field(default_factory=dict)
     facts: Mapping[str, str] = field(default_factory=dict)
     config_yaml: str = ""
     notes: Sequence[str] = ()
@@ -181,11 +184,22 @@ def render_report(data: ReportData) -> str:
             {"image": _jpeg(image), "modality": modality, "caption": caption, "rephrased": rephrased}
             for image, modality, caption, rephrased in data.captions
         ],
+        marks=[_marks(modality, marks) for modality, marks in data.marks.items()],
         learning=markup(figures.learning_chart(data.learning)),
         facts=data.facts,
         config_yaml=data.config_yaml,
         results_json=_script_json(results),
     )
+
+
+def _marks(modality: str, marks: Marks) -> dict[str, Any]:
+    cells = {"BLEU-4": f"{marks.bleu4:.3f}", "CIDEr": f"{marks.cider:.2f}"}
+    cells["with a colour word"] = f"{tables.percent(marks.colour_words)}%"
+    rows = [
+        (name.replace("_", " "), tables.percent(score.accuracy), tables.percent(score.named))
+        for name, score in marks.attributes.items()
+    ]
+    return {"modality": modality, "pictures": marks.pictures, "cells": cells, "rows": rows}
 
 
 def page_template(name: str) -> Template:

@@ -159,11 +159,13 @@ class Gallery:
         """
         uri = _absolute(uri)
         table = _table_uri(uri, space_id)
-        if not any(LanceFileSession(table).list()):
+        try:
+            dataset = lance.dataset(table)
+        except ValueError:  # there is none
             schema = table_schema(dim, space_id)
             # Row ids that outlive updates and compaction tell a reader which rows are new to it.
-            lance.write_dataset(schema.empty_table(), table, schema=schema, enable_stable_row_ids=True)
-        gallery = cls(uri, lance.dataset(table), writes=True, follows=False)
+            dataset = lance.write_dataset(schema.empty_table(), table, schema=schema, enable_stable_row_ids=True)
+        gallery = cls(uri, dataset, writes=True, follows=False)
         if gallery.dim != dim:
             raise ValueError(f"gallery.uri: expected vectors of dimension {dim} in {table}, got {gallery.dim}.")
         return gallery
@@ -290,6 +292,13 @@ class Gallery:
         self._check_writer()
         _point(self.uri, self.space_id)
 
+    def update_index(self) -> None:
+        """Have the index, if there is one, take up new rows, searched one by one till then, and drop deleted ones."""
+        self._check_writer()
+        if self.dataset.describe_indices():
+            self.dataset.optimize.optimize_indices(num_indices_to_merge=ALL_INDICES)
+            self.reload()
+
     def close(self) -> None:
         """Write no more, and let another writer begin; a killed process has done so."""
         self._check_writer()
@@ -310,10 +319,7 @@ class Gallery:
             with closing(_lock(self.uri, space_id)):
                 lance.LanceDataset.drop(_table_uri(self.uri, space_id))
         self._merge({"materialize_deletions_threshold": 0.0})
-        if self.dataset.describe_indices():
-            # Codes of deleted vectors stay in an index until it is written anew.
-            self.dataset.optimize.optimize_indices(num_indices_to_merge=ALL_INDICES)
-            self.reload()
+        self.update_index()
         self.dataset.cleanup_old_versions(retain_versions=1, delete_unverified=True)
 
     def picture(self, id: str) -> tuple[str | None, bytes | None] | None:

@@ -16,15 +16,14 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 
 from tvilfm.evaluation.extract import encode_pixels, encode_texts
 from tvilfm.models import TVILFM
 from tvilfm.models.fusion import semantic_filtered_fusion
+from tvilfm.retrieval.pictures import Pixels, resized
 from tvilfm.retrieval.spaces import space_id
 
-Pixels = npt.NDArray[np.uint8]
 FilterTextSource = Literal["given", "captioner", "none"]
 
 
@@ -84,7 +83,8 @@ class QueryEncoder:
         filter_text: bool = True,
         captioner: Callable[[Sequence[Pixels]], Sequence[str]] | None = None,
     ) -> None:
-        self._model, self._size, self._filter_text, self._captioner = model, (width, height), filter_text, captioner
+        self._model, self._filter_text, self._captioner = model, filter_text, captioner
+        self._size = {"height": height, "width": width}
         self.space_id = space_id(model, height=height, width=width)
 
     def encode(self, questions: Sequence[Question]) -> list[Query]:
@@ -119,12 +119,8 @@ class QueryEncoder:
         return dict(zip(("infrared", "text", "fusion"), unit, strict=True))
 
     def _images(self, images: Sequence[Pixels | None]) -> list[Tensor | None]:
-        resized = [
-            np.asarray(Image.fromarray(image).resize(self._size, Image.Resampling.LANCZOS))
-            for image in images
-            if image is not None
-        ]
-        raw = iter(self._raw(encode_pixels(self._model, np.stack(resized), "infrared")) if resized else ())
+        inputs = [resized(image, **self._size) for image in images if image is not None]
+        raw = iter(self._raw(encode_pixels(self._model, np.stack(inputs), "infrared")) if inputs else ())
         return [None if image is None else next(raw) for image in images]
 
     def _texts(self, sentences: set[str]) -> dict[str, Tensor]:

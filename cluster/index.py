@@ -1,0 +1,235 @@
+"""`tvilfm index`: fill a gallery, from what a finished run was tested on or from anybody's own pictures.
+
+CPU tasks read and decode, actors bring the vectors, and lance-ray has every task write its own rows into a table that
+is new. A table that has rows already is upserted by its single writer instead, so that indexing a second time changes
+nothing. The gallery in use is switched over when all is there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from cluster.caption import list_images
+from cluster.pictures import read_pictures, reference
+from cluster.session import session
+from tvilfm.config import Config, load_config
+from tvilfm.datasets.manifest import select
+from tvilfm.datasets.splits import TEST_SPLITS
+from tvilfm.evaluation.extract import encode_pixels
+from tvilfm.evaluation.features import FeatureTable
+from tvilfm.evaluation.protocols import get_protocol
+from tvilfm.models import TVILFM
+from tvilfm.retrieval.gallery import METRIC, Gallery, column_of, table_schema, vector_column
+from tvilfm.retrieval.spaces import gallery_vectors, space_id
+
+FEWEST_INDEXED = 512  # rows; a codebook of 256 entries is learnt from two each
+SAMPLES = 256  # rows a list and a codebook entry that an index is learnt from, if there are as many
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedRun:
+    """What a service needs of a run whose stages are made.
+
+    Attributes:
+        config: the run's own, as it was.
+        model: folder of `save_pretrained`.
+        features: raw features of its test images, Parquet.
+        manifest: of its dataset, Parquet.
+    """
+
+    config: Config
+    model: Path
+    features: Path
+    manifest: Path
+
+
+def finished_run(path: Path) -> FinishedRun:
+    """Find a run's results.
+
+    Args:
+        path: the run folder.
+
+    Raises:
+        ValueError: it is not finished.
+    """
+    if not (path / "run.json").is_file():
+        raise ValueError(f"run.name: expected a finished run in {path}, got none. Make it with tvilfm run.")
+    stages = json.loads((path / "run.json").read_text())["stages"]
+    found = FinishedRun(
+        config=load_config(path / "config.yaml"),
+        model=path / stages["text"] / "model",
+        features=path / stages["features"] / "images.parquet",
+        manifest=path / stages["pixels"] / "manifest.parquet",
+    )
+    for part in (found.model, found.features, found.manifest):
+        if not part.exists():
+            raise ValueError(f"run.name: expected a finished run in {path}, got no {part}. End it with tvilfm run.")
+    return found
+
+
+def index(config: Config, *, images: str | None = None, camid: int | None = None) -> Gallery:
+    """Write people into the gallery and put it in use.
+
+    Args:
+        config: which run (`run`), which gallery and how (`gallery`), and the workers (`cluster`).
+        images: folder or URI of somebody's own pictures; None = the visible test images of the run.
+        camid: the camera of those pictures.
+
+    Returns:
+        The gallery, for reading.
+
+    Raises:
+        ValueError: the run is not finished, a picture cannot be read, or somebody else writes to the gallery.
+    """
+    run = finished_run(config.run.path)
+    model = TVILFM.from_pretrained(run.model).eval()
+    data = run.config.data
+    space = space_id(model, height=data.height, width=data.width)
+    if images is None:
+        rows, root = _tested(run), str(run.config.data_root.absolute())
+    else:
+        if camid is None:
+            raise ValueError("--camid: expected the camera of --images, got none. Give its number.")
+        rows, root = _pictures(images, camid), images
+    prepared = Gallery.prepare(config.gallery_uri, space_id=space, dim=model.spec.dim)
+    with closing(prepared) as gallery, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "lance is not fork-safe")  # Ray forks to start other programs alone
+        with session(config.cluster):
+            people = _with_vectors(rows, root, run, config)
+            if len(gallery):
+                # Ties rank in the order of writing, so the order has to survive the workers.
+                people.context.execution_options.preserve_order = True
+                for batch in people.iter_batches(batch_size=None, batch_format="pyarrow"):
+                    gallery.upsert(batch, space_id=space)
+            else:
+                _fill(gallery, people, rows_a_task=math.ceil(rows.num_rows / config.cluster.extract_workers))
+            if len(gallery) > config.gallery.exact_limit:
+                build_index(gallery, config)
+        gallery.publish()
+    return Gallery.open(config.gallery_uri)
+
+
+def _tested(run: FinishedRun) -> pa.Table:
+    """Visible test images with their features, in the order in which the evaluation ranks ties."""
+    table = select(pq.read_table(run.manifest), split=TEST_SPLITS, modality="visible")
+    if get_protocol(run.config.evaluate.protocols[0]).images_per_camera is not None:
+        table = table.sort_by([("pid", "ascending"), ("camid", "ascending"), ("image", "ascending")])
+    names = table["image"].to_pylist()
+    raw = vector_column(FeatureTable.read(run.features).select(names))
+    return pa.table({"name": names, "id": names, "pid": table["pid"], "camid": table["camid"], "raw": raw})
+
+
+def _pictures(uri: str, camid: int) -> pa.Table:
+    """Every picture below a folder; who it shows is not known."""
+    names = list_images(uri, "visible")["image"].to_pylist()
+    nobody = pa.nulls(len(names), pa.int64())
+    ids = [reference(uri, name) for name in names]
+    return pa.table({"name": names, "id": ids, "pid": nobody, "camid": pa.repeat(camid, len(names))})
+
+
+def _with_vectors(rows: pa.Table, root: str, run: FinishedRun, config: Config) -> ray.data.Dataset:
+    """Rows of the gallery's table, from names of pictures."""
+    data, batch = run.config.data, config.evaluate.batch
+    rows = rows.append_column("position", pa.array(np.arange(rows.num_rows)))
+    read = partial(
+        read_pictures,
+        root=root,
+        size=None if "raw" in rows.column_names else (data.height, data.width),
+        thumbnail_height=config.gallery.thumbnail_height,
+    )
+    blocks = [rows.slice(start, batch) for start in range(0, rows.num_rows, batch)]
+    return (
+        ray.data.from_arrow(blocks)
+        .map_batches(read, batch_size=None, num_cpus=1)
+        .map_batches(
+            GalleryEncoder,
+            fn_constructor_kwargs={"model": run.model.absolute(), "cuda": config.cluster.gpus_per_worker > 0},
+            batch_size=None,
+            num_cpus=1,
+            num_gpus=config.cluster.gpus_per_worker or None,
+            compute=ray.data.ActorPoolStrategy(size=min(config.cluster.extract_workers, len(blocks))),
+        )
+    )
+
+
+class GalleryEncoder:
+    """Actor: brings the vectors of both spaces to rows with pixels, or with the features that a run has of them."""
+
+    def __init__(self, model: Path, cuda: bool) -> None:
+        self._model = TVILFM.from_pretrained(model).to("cuda" if cuda else "cpu").eval()
+
+    def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> pa.Table:
+        known = "raw" in batch
+        raw = np.stack(list(batch["raw"])) if known else encode_pixels(self._model, batch["pixels"], "visible")
+        vectors = gallery_vectors(self._model, raw)
+        schema = table_schema(self._model.spec.dim, "")
+        columns = {name: pa.array(batch[name]) for name in ("id", "pid", "camid", "image", "thumbnail", "position")}
+        columns |= {name: vector_column(part) for name, part in vectors.items()}
+        columns["time"] = pa.nulls(len(batch["id"]), schema.field("time").type)
+        columns["pid"] = pa.array(batch["pid"], from_pandas=True)  # NaN stands for nobody
+        return pa.table({name: columns[name] for name in schema.names}).cast(schema.remove_metadata())
+
+
+def _fill(gallery: Gallery, people: ray.data.Dataset, *, rows_a_task: int) -> None:
+    """Write a table that is empty, every task its own rows, in one commit."""
+    import lance_ray
+
+    lance_ray.write_lance(
+        people,
+        gallery.table_uri,
+        mode="append",
+        schema=gallery.dataset.schema,
+        min_rows_per_file=rows_a_task,
+        enable_stable_row_ids=True,
+    )
+    gallery.reload()
+
+
+def build_index(gallery: Gallery, config: Config) -> None:
+    """Build what large galleries are searched by, or have it take up what is new; of both vectors of a row.
+
+    Args:
+        gallery: opened for writing.
+        config: `gallery`, and the workers (`cluster`).
+
+    Raises:
+        ValueError: `gallery.sub_vectors` does not divide the dimension.
+    """
+    import lance_ray
+
+    section, rows = config.gallery, len(gallery)
+    if gallery.dim % section.sub_vectors:
+        raise ValueError(
+            f"gallery.sub_vectors: expected a divisor of the dimension {gallery.dim}, got {section.sub_vectors}."
+        )
+    if gallery.dataset.describe_indices():
+        gallery.update_index()
+        return
+    if rows < FEWEST_INDEXED:
+        return  # looking at all of them is quicker
+    partitions = section.partitions or math.isqrt(rows)
+    for base in (False, True):
+        lance_ray.create_index(
+            gallery.table_uri,
+            column_of(base),
+            "IVF_PQ",
+            metric=METRIC,
+            num_partitions=partitions,
+            num_sub_vectors=section.sub_vectors,
+            sample_rate=min(SAMPLES, rows // max(SAMPLES, partitions)),
+            num_workers=config.cluster.extract_workers,
+        )
+    gallery.reload()

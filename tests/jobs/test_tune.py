@@ -1,0 +1,153 @@
+"""Sweeps end to end: every space, a scheduler that stops, a trial that fails, and a driver that is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.tune import SPACES, report_sweep, sweep_space
+from tvilfm.report.sweep import TrialRecord, read_trials
+from tvilfm.report.tables import Results
+from tvilfm.tuning import Space, load_space
+
+CONFIG = Path("ray_config.yaml")
+SHORT = (
+    "cluster.cpus_per_train_worker=1",
+    "train.base.epochs=1",
+    "train.base.milestones=[]",
+    "train.text.epochs=2",
+    "train.text.milestones=[]",
+    "caption.train.epochs=1",
+)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Overrides that let the sweeps of this file share a dataset and all stages that they have in common."""
+    folder = tmp_path_factory.mktemp("sweeps")
+    return (*SHORT, f"run.dir={folder}", f"run.stages_dir={folder / 'stages'}")
+
+
+def _sweep(space: Space, name: str, overrides: tuple[str, ...]) -> tuple[Path, list[TrialRecord]]:
+    folder = sweep_space(space, name=name, config_path=CONFIG, overrides=overrides, size="tiny")
+    return folder, read_trials(folder / "trials.jsonl")
+
+
+def _one_trial(space: Space) -> Space:
+    """The space cut down to a single trial: its reference row, or the first value of every parameter."""
+    values: dict[str, Any] = space.model_dump(exclude_none=True)
+    values["seeds"] = [space.seeds[0]]
+    if space.rows:
+        values["rows"] = {space.reference: values["rows"][space.reference]}
+    if space.searcher != "grid":
+        values["budget"] = {"num_samples": 1}
+    for parameter in values.get("parameters", {}).values():
+        if "choices" in parameter:
+            parameter["choices"] = parameter["choices"][:1]
+        if "settings" in parameter:
+            parameter["settings"] = dict(list(parameter["settings"].items())[:1])
+    return Space.model_validate(values)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SPACES.glob("*.yaml")))
+def test_every_space_runs_and_reports(name: str, shared: tuple[str, ...], ray_session: None) -> None:
+    space = _one_trial(load_space(SPACES / f"{name}.yaml"))
+    folder, records = _sweep(space, name, shared)
+    (record,) = records
+    assert record.status == "done", record.reason
+    results = Results.read(folder / "trials" / record.name / "results.json")
+    (row,) = (row for row in results.default_rows if row.query == record.query)
+    assert record.metrics["mAP"] == row.mAP
+    assert {step["stage"] for step in record.learning} == {"base", "text"}
+    if space.free_steps:
+        config = yaml.safe_load((folder / "trials" / record.name / "config.yaml").read_text())
+        assert {part: config["evaluate"]["ensemble"][part] for part in record.chosen} == record.chosen
+    report_sweep(folder)
+    assert record.setting in (folder / "report" / "table.csv").read_text()
+
+
+def test_asha_stops_bad_trials_and_their_epochs_show_it(shared: tuple[str, ...], ray_session: None) -> None:
+    space = Space.model_validate(
+        {
+            "name": "rates",
+            "description": "a rate that learns and rates that cannot",
+            "searcher": "optuna",
+            "scheduler": {"name": "asha", "stage": "text", "grace": 0.1, "reduction_factor": 2},
+            "budget": {"num_samples": 3, "max_concurrent": 1},
+            "parameters": {"optim.text_lr": {"loguniform": [1e-9, 1e-2]}},
+        }
+    )
+    _, records = _sweep(space, "rates", (*shared, "train.text.epochs=8"))
+    epochs = {record.name: len(record.learning) for record in records}
+    stopped = [record for record in records if record.status == "stopped"]
+    assert len(records) == 3 and stopped
+    # One epoch of base, then of eight of text as many as were trained before the stop arrived.
+    assert all(epochs[record.name] < 1 + 8 and not record.metrics for record in stopped)
+    assert all(epochs[record.name] == 1 + 8 for record in records if record.status == "done")
+
+
+def test_a_killed_sweep_goes_on_and_ends_with_the_table_of_the_unbroken_one(
+    shared: tuple[str, ...], ray_session: None, tmp_path: Path
+) -> None:
+    rows = {
+        "joint": {"overrides": {"loss.joint": True}},
+        "not joint": {"overrides": {"loss.joint": False}},
+        "joint, ensemble": {"overrides": {"loss.joint": True}, "query": "ensemble"},
+        "broken": {"overrides": {"model.text.weights": "/nowhere.pt"}},
+    }
+    values = {"name": "rows", "description": "three that run and one that cannot", "reference": "joint", "rows": rows}
+    _, unbroken = _sweep(Space.model_validate(values), "unbroken", shared)
+    by_setting = {record.setting: record for record in unbroken}
+    assert by_setting["broken"].status == "failed"
+    assert "model.text.weights: expected" in by_setting["broken"].reason
+    assert [by_setting[name].status for name in rows if name != "broken"] == ["done"] * 3
+
+    path = tmp_path / "rows.yaml"
+    path.write_text(yaml.safe_dump(values))
+    stages, data = tmp_path / "stages", next(Path(shared[-1].partition("=")[2]).parent.glob("data/*"))
+    command = [sys.executable, "-m", "cluster", "tune", str(path), "--size", "tiny", *SHORT]
+    command += [f"run.dir={tmp_path}", f"run.stages_dir={stages}", f"data.root={data}"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment)
+    deadline = time.monotonic() + 400
+    ended = tmp_path / "rows" / "ended.jsonl"
+    # One run has ended, and another is in its text stage.
+    while not (ended.exists() and any(stages.glob("text-*.partial/metrics.jsonl"))):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = ended.read_text()
+    finished = {end["name"] for end in map(json.loads, before.splitlines()) if end["status"] == "done"}
+    made = {folder.name for folder in stages.iterdir() if not folder.name.endswith(".partial")}
+    times = {name: (stages / name).stat().st_mtime_ns for name in made}
+
+    resumed = subprocess.run(
+        [*command, "--resume"], check=False, capture_output=True, text=True, timeout=400, env=environment
+    )
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert {name: (stages / name).stat().st_mtime_ns for name in made} == times
+    for line in ended.read_text().removeprefix(before).splitlines():
+        assert json.loads(line)["name"] not in finished
+    records = read_trials(tmp_path / "rows" / "trials.jsonl")
+    assert {record.setting: (record.status, record.metrics) for record in records} == {
+        record.setting: (record.status, record.metrics) for record in unbroken
+    }
+
+
+def test_a_sweep_that_is_there_is_not_started_again_and_one_that_is_not_cannot_go_on(tmp_path: Path) -> None:
+    space = load_space(SPACES / "ablations.yaml")
+    with pytest.raises(ValueError, match=r"--resume: expected a sweep in .*got none"):
+        sweep_space(space, name="none", config_path=CONFIG, overrides=[f"run.dir={tmp_path}"], size="tiny", resume=True)
+    with pytest.raises(ValueError, match=r"report: expected a sweep's folder, got .* without trials\.jsonl"):
+        report_sweep(tmp_path)
