@@ -146,16 +146,19 @@ def caption_train_command(
     overrides: Overrides = None,
 ) -> None:
     """Fine-tune captioners (caption.train) on the training images and their captions, and print their marks."""
-    from cluster.caption_train import train_captioners
-    from cluster.run import make_synthetic
+    from cluster.run import run
+    from tvilfm.captioning.scores import Marks
 
-    resolved = _config(config, size, overrides)
-    make_synthetic(resolved, Console(stderr=True))
-    marks = train_captioners(resolved, ("visible", "infrared") if modality == "both" else (modality,))
-    for name, of_captioner in marks.items():
-        typer.echo(f"{name} captioner: {resolved.run.path / 'captioners' / name}")
-        for line in of_captioner.lines():
-            typer.echo(f"  {line}")
+    outcome = run(
+        _config(config, size, [*(overrides or []), "caption.source=finetuned"]),
+        until="captioner_visible" if modality == "visible" else "captioner_infrared",
+        without="captioner_visible" if modality == "infrared" else None,
+    )
+    for name, folder in outcome.stages.items():
+        if name.startswith("captioner_"):
+            typer.echo(f"{name}: {folder / 'captioner'}")
+            for line in Marks.read(folder / "marks.json").lines():
+                typer.echo(f"  {line}")
 
 
 @app.command("caption")
@@ -184,6 +187,24 @@ def caption_command(
     for line in summary.lines():
         typer.echo(line)
     summary.check(resolved.caption.max_bad_share)
+
+
+@app.command("rephrase")
+def rephrase_command(
+    out: Annotated[str, typer.Option(help="Folder or URI for captions.parquet and what the job keeps to go on from.")],
+    captions: Annotated[
+        str | None,
+        typer.Option(help="Parquet caption table, path or URI; default the dataset's captions.", show_default=False),
+    ] = None,
+    config: ConfigOption = None,
+    size: SizeOption = None,
+    overrides: Overrides = None,
+) -> None:
+    """Say every caption in other words (caption.rephrase). What is there is not asked for again."""
+    from cluster.rephrase import rephrase
+
+    for line in rephrase(_config(config, size, overrides), out=out, captions=captions).lines():
+        typer.echo(line)
 
 
 @config_app.command("show")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,13 @@ import torch
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from cluster.pixels import decode_dataset
-from cluster.progress import watch
-from cluster.session import session
-from cluster.stages import StageStore, stage_fingerprints
-from cluster.train import _Reporter as Reporter
+from cluster.train import Reporter
 from tvilfm.captioning.captioner import Captioner
 from tvilfm.captioning.conv_captioner import NAME, build_conv_captioner
 from tvilfm.captioning.finetune import Modality, Pairs, caption_pairs, finetune, mean_loss
 from tvilfm.captioning.scores import Marks, attribute_scores, colour_share, language_scores
 from tvilfm.config import CaptionerSection, Config
-from tvilfm.datasets import read_dataset
-from tvilfm.datasets.captions import read_captions
-from tvilfm.datasets.manifest import column, fingerprint, select
+from tvilfm.datasets.manifest import column
 from tvilfm.datasets.pixels import open_pixels
 from tvilfm.training.loop import AUTOCAST_DTYPES
 
@@ -152,53 +145,3 @@ def _mark(captioner: Captioner, config: Config, modality: Modality, inputs: Mapp
         attributes=attributes,
         **language_scores(sentences, pairs.texts),
     )
-
-
-def train_captioners(config: Config, modalities: Sequence[Modality]) -> dict[Modality, Marks]:
-    """Fine-tune captioners on a dataset's training pictures and captions; what is there is not trained again.
-
-    Args:
-        config: the run; the dataset is there.
-        modalities: whose captioners.
-
-    Returns:
-        Modality -> marks; the captioners are in the run folder under `captioners/<modality>`.
-
-    Raises:
-        ValueError: as `fit_captioner`, or a dataset or caption file that is not what it should be.
-    """
-    manifest = read_dataset(config.data.name, config.data_root, **config.data.reader_options)
-    gray = config.caption.train.infrared_pairs == "gray"
-    learned = select(manifest, split=("train", "val"), modality="visible" if gray else None)
-    captions = read_captions(learned, config.data_root, config.data.captions)
-    # The stages of a run that writes its captions with these captioners: it finds them there.
-    caption = config.caption.model_copy(update={"source": "finetuned"})
-    stages = stage_fingerprints(
-        config.model_copy(update={"caption": caption}),
-        {"dataset": fingerprint(manifest, root=config.data_root), "captions": fingerprint(captions)},
-    )
-    store = StageStore(config.stages_path, stages)
-
-    def pixels(folder: Path) -> None:
-        with watch(folder / "progress.json", "pixels", "images"):
-            decode_dataset(folder, config.data_root, manifest, config.data)
-
-    def captioner(folder: Path, modality: Modality) -> None:
-        pq.write_table(captions, folder / "captions.parquet")
-        inputs = {"pixels": str(store.path("pixels")), "captions": str(folder / "captions.parquet")}
-        if config.data.name == "synthetic":
-            inputs["truth"] = str(config.data_root.absolute())
-        with watch(folder / "progress.json", modality, "steps"):
-            fit_captioner(folder, config, modality, inputs)
-
-    marks: dict[Modality, Marks] = {}
-    with session(config.cluster):
-        store.ensure("pixels", pixels)
-        for modality in modalities:
-            name = f"captioner_{modality}"
-            store.ensure(name, partial(captioner, modality=modality))
-            target = config.run.path / "captioners" / modality
-            shutil.rmtree(target, ignore_errors=True)
-            shutil.copytree(store.path(name) / "captioner", target)
-            marks[modality] = Marks.read(store.path(name) / "marks.json")
-    return marks

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -67,11 +67,13 @@ class Outcome:
     Attributes:
         path: the run folder.
         made: stages made now, in order; the rest was there.
+        stages: folders of the wanted stages.
         results: the table; None when the run ended before it.
     """
 
     path: Path
     made: tuple[str, ...]
+    stages: Mapping[str, Path]
     results: Results | None
 
 
@@ -79,6 +81,7 @@ def run(
     config: Config,
     *,
     until: str = "report",
+    without: str | None = None,
     console: Console | None = None,
     listener: Callable[[Record], None] | None = None,
     group: str | None = None,
@@ -88,6 +91,7 @@ def run(
     Args:
         config: the run.
         until: the last stage wanted, a key of `STAGES`.
+        without: a stage before it that it does not need.
         console: told which stages are made and which were there; None = standard error.
         listener: told of every epoch of both training stages, also of those that were there.
         group: the sweep that the run is a trial of.
@@ -100,7 +104,7 @@ def run(
         ray.train.TrainingFailedError: a training worker failed more often than `cluster.max_failures`.
     """
     check_trackers(config.run.trackers)
-    return _Job(config, console or Console(stderr=True), listener, group).run(until)
+    return _Job(config, console or Console(stderr=True), listener, group).run(until, without)
 
 
 def evaluator_of(config: Config, split: Split = "test") -> Evaluator:
@@ -138,7 +142,10 @@ class _Job:
         source = self.config.caption.source
         if source == "captioner":
             return None
-        images = self.manifest if source == "files" else select(self.manifest, split=("train", "val"))
+        images = self.manifest
+        if source == "finetuned":
+            gray = self.config.caption.train.infrared_pairs == "gray"
+            images = select(images, split=("train", "val"), modality="visible" if gray else None)
         return read_captions(images, self.config.data_root, self.config.data.captions)
 
     @cached_property
@@ -151,8 +158,8 @@ class _Job:
             folder = folder / "rephrased"
         return read_captions(self.manifest, self.config.data_root, folder / "captions.parquet")
 
-    def run(self, until: str) -> Outcome:
-        wanted = self._wanted(until)
+    def run(self, until: str, without: str | None) -> Outcome:
+        wanted = [name for name in self._wanted(until) if name != without]
         self._write_run_folder()
         made: list[str] = []
         learning = Learning(self.store, self.config)
@@ -181,7 +188,9 @@ class _Job:
             (path / "report" / "index.html").write_bytes(page)
         records = "".join(json.dumps(record) + "\n" for record in learning.records())
         (path / "metrics.jsonl").write_text(records)
-        return Outcome(path=path, made=tuple(made), results=results)
+        return Outcome(
+            path=path, made=tuple(made), stages={name: self.store.path(name) for name in wanted}, results=results
+        )
 
     def _wanted(self, until: str) -> list[str]:
         """Stages up to `until`."""

@@ -74,7 +74,7 @@ def fit_stage(name: str, folder: Path, config: Config, inputs: dict[str, str]) -
     (folder / "selection.json").write_text(json.dumps(progress))
 
 
-class _Reporter:
+class Reporter:
     """A worker's listener: tells Ray Train of epochs, and rank 0 writes metrics and progress beside the run."""
 
     def __init__(self, folder: Path, epochs: int, epochs_done: int) -> None:
@@ -125,7 +125,7 @@ def _worker(job: dict[str, Any]) -> None:
         if checkpoint is not None:
             resume = Path(checkpoint.to_directory(resume_folder))
             epochs_done = json.loads((resume / "progress.json").read_text())["epochs_done"]
-        reporter = _Reporter(folder, schedule.epochs, epochs_done)
+        reporter = Reporter(folder, schedule.epochs, epochs_done)
         if job["stage"] == "base":
             backbone = None
             if "pretrain" in inputs:

@@ -18,7 +18,7 @@ import torch
 from cluster.__main__ import main
 from cluster.caption_train import fit_captioner
 from cluster.pixels import decode_dataset
-from tests.jobs.test_run import _alive, _descendants
+from tests.processes import alive, descendants
 from tvilfm.captioning.captioner import Captioner
 from tvilfm.captioning.colors import find_colors
 from tvilfm.captioning.conv_captioner import build_conv_captioner
@@ -110,10 +110,10 @@ def test_killed_after_two_epochs_it_goes_on_and_ends_with_the_weights_of_the_pla
         assert driver.poll() is None, driver.stderr.read()[-2000:] if driver.stderr else ""
         assert time.monotonic() < deadline, "two epochs were never done"
         time.sleep(0.01)
-    workers = _descendants(driver.pid)
+    workers = descendants(driver.pid)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    while any(_alive(pid) for pid in workers):
+    while any(alive(pid) for pid in workers):
         assert time.monotonic() < deadline, "processes of the killed training live on"
         time.sleep(0.05)
     before = metrics.read_text().splitlines()
@@ -154,10 +154,10 @@ def test_the_command_trains_once_on_two_workers_and_prints_the_marks(
             main()
         printed.append(capsys.readouterr())
         assert not end.value.code, printed[-1].err
-    assert "infrared: done in" in printed[0].err and "done in" not in printed[1].err
+    assert "captioner_infrared: done in" in printed[0].err and "done in" not in printed[1].err
     assert printed[0].out == printed[1].out and "BLEU-4" in printed[0].out
     assert "0.0% of sentences with a colour word" in printed[0].out and "top colour" not in printed[0].out
-    found = tmp_path / "tiny" / "captioners" / "infrared"
+    (found,) = (tmp_path / "tiny" / "stages").glob("captioner_infrared-*/captioner")
     assert str(found) in printed[0].out
     (sentence,) = Captioner.load(CaptionerSection(model=str(found))).caption([np.zeros((48, 24, 3), dtype=np.uint8)])
     assert sentence and not find_colors(sentence)

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from cluster.run import run
-from cluster.stages import STAGES
+from cluster.stages import stages_of
+from tests.processes import alive, descendants
 from tvilfm.config import Config, load_config
 from tvilfm.models import TVILFM
 from tvilfm.models.tvilfm import parameter_digest
@@ -35,7 +36,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Pat
     """A folder of runs that holds one undisturbed run, `tiny`."""
     folder = tmp_path_factory.mktemp("runs")
     outcome = run(_config(folder))
-    assert outcome.made == tuple(STAGES)
+    assert outcome.made == tuple(stages_of(_config(folder)))
     return folder
 
 
@@ -105,6 +106,7 @@ def test_published_fidelity_trains_on_pixels_and_says_that_it_chose_on_the_test_
     config = _config(
         tmp_path,
         "fidelity=published",
+        "caption.source=files",
         "train.text.cache_views=0",
         f"data.root={finished / 'data' / 'synthetic-tiny-0'}",
         "train.base.epochs=1",
@@ -131,7 +133,8 @@ def test_killed_at_any_stage_it_goes_on_and_ends_with_the_same_numbers(finished:
                f"run.dir={tmp_path}", f"data.root={data}", "cluster.extract_workers=1"]  # fmt: skip
     stages = tmp_path / "tiny" / "stages"
     stages.mkdir(parents=True)
-    for folder in (finished / "tiny" / "stages").glob("p*"):  # pixels and pretrain are there; the rest is made here
+    # Pixels, captions and pre-training are there; the rest is made here.
+    for folder in (finished / "tiny" / "stages").glob("[pc]*"):
         shutil.copytree(folder, stages / folder.name)
 
     def epochs_of(stage: str) -> Callable[[], bool]:
@@ -158,36 +161,10 @@ def _kill_when(command: list[str], moment: Callable[[], bool]) -> None:
         assert process.poll() is None, process.stderr.read()[-2000:] if process.stderr else ""
         assert time.monotonic() < deadline, "the moment to kill at never came"
         time.sleep(0.02)
-    children = _descendants(process.pid)
+    children = descendants(process.pid)
     process.send_signal(signal.SIGKILL)
     process.wait()
     # Ray's workers die with the driver; the next attempt must not meet one that still writes.
-    while any(_alive(pid) for pid in children):
+    while any(alive(pid) for pid in children):
         assert time.monotonic() < deadline, "processes of the killed run live on"
         time.sleep(0.05)
-
-
-def _descendants(pid: int) -> list[int]:
-    parents: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            parents.setdefault(int(fields[1]), []).append(int(entry.name))
-    found, queue = [], [pid]
-    while queue:
-        children = parents.get(queue.pop(), [])
-        found += children
-        queue += children
-    return found
-
-
-def _alive(pid: int) -> bool:
-    """Running, and not one of the node's two agents, which write nothing of the run and take a minute to leave."""
-    try:
-        zombie = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-        return not zombie and b"Agent" not in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False

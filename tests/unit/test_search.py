@@ -21,6 +21,7 @@ from tvilfm.evaluation.extract import encode_pixels, encode_texts
 from tvilfm.evaluation.features import FeatureTable
 from tvilfm.evaluation.protocols import get_protocol
 from tvilfm.models import TVILFM, ModelSpec
+from tvilfm.retrieval import exact
 from tvilfm.retrieval.exact import ExactIndex, similarity
 from tvilfm.retrieval.gallery import Gallery, Where, vector_column
 from tvilfm.retrieval.pictures import Pixels
@@ -121,6 +122,15 @@ def test_hits_are_those_of_a_plain_loop(gallery: Gallery, name: str, by_identity
         for answer, one, vector in zip(searching.search(queries, requests), queries, vectors, strict=True):
             column = "vector_base" if one.base else "vector"
             assert ids(answer) == ranked_by_hand(table, vector, column, keep, by_identity)[:k]
+
+
+def test_chunks_do_not_change_an_answer(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
+    queries = [query(vector, base=row == 0) for row, vector in enumerate(unit(np.random.default_rng(8), 3))]
+    requests = [Request(weights={}, k=k) for k in (20, 70, NUM_ROWS)]
+    whole = searcher(gallery).search(queries, requests)
+    monkeypatch.setattr(exact, "CHUNK_ROWS", 64)
+    for mine, theirs in zip(searcher(gallery).search(queries, requests), whole, strict=True):
+        assert mine == theirs
 
 
 def test_queries_of_one_batch_do_not_touch_each_other(gallery: Gallery) -> None:
@@ -232,14 +242,14 @@ def test_a_large_gallery_is_searched_by_the_index_with_the_same_answer(gallery: 
             gallery.dataset.create_index(column, "IVF_PQ", metric="cosine", num_partitions=2, num_sub_vectors=8)
         gallery.reload()
         gallery.upsert(gallery_rows([3, 777], seed=9), space_id=SPACE)  # rows that the index has not seen
-    exact, approximate = searcher(gallery), searcher(gallery, exact_limit=10, probes=2, refine=50)
+    precise, approximate = searcher(gallery), searcher(gallery, exact_limit=10, probes=2, refine=50)
     rng = np.random.default_rng(5)
     for where, _ in WHERES.values():
         for by_identity in (False, True):
             queries = [query(vector, base=row == 1) for row, vector in enumerate(unit(rng, 3))]
             requests = [Request(weights={}, k=6, where=where, by_identity=by_identity)] * 3
             for mine, theirs in zip(
-                exact.search(queries, requests), approximate.search(queries, requests), strict=True
+                precise.search(queries, requests), approximate.search(queries, requests), strict=True
             ):
                 assert [(hit.id, hit.score) for hit in theirs.hits] == [(hit.id, hit.score) for hit in mine.hits]
 

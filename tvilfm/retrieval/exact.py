@@ -13,6 +13,7 @@ Shapes: Q queries, N rows of a chunk, R of them that are looked at twice, K rank
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -59,9 +60,6 @@ class Ranked:
     def head(self, count: int) -> Ranked:
         return self.take(np.arange(min(count, len(self.scores_K))))
 
-    def sorted(self) -> Ranked:
-        return self.take(np.lexsort((self.facts["position"].to_numpy(), -self.scores_K)))
-
     def first_of_each_identity(self) -> Ranked:
         """The best row of each identity; rows without one stand for themselves."""
         seen: set[int] = set()
@@ -72,6 +70,18 @@ class Ranked:
                 if pid is not None:
                     seen.add(pid)
         return self.take(np.array(first, dtype=np.int64))
+
+
+def tensor_of(column: pa.ChunkedArray) -> Tensor:
+    """A column of vectors as (N, D) float32 without a copy, for reading."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(vectors_of(column))
+
+
+def best_first(scores: npt.NDArray[np.float32], position: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The order of rows by score, and by position where that is equal."""
+    return np.lexsort((position, -scores))
 
 
 def similarity(query_QD: Tensor, gallery_RD: Tensor) -> npt.NDArray[np.float32]:
@@ -142,7 +152,7 @@ class ExactIndex:
         table = gallery.load(None if not known.any() else np.flatnonzero(~known), columns)
         for start in range(0, max(1, table.num_rows), CHUNK_ROWS):  # an empty gallery is an empty chunk
             part = table.slice(start, CHUNK_ROWS)
-            vectors = {base: torch.from_numpy(vectors_of(part[column_of(base)]).copy()) for base in (False, True)}
+            vectors = {base: tensor_of(part[column_of(base)]) for base in (False, True)}
             facts = part.select(FACTS).combine_chunks()
             chunks.append(index._chunk(stamps[~known][start : start + CHUNK_ROWS], facts, vectors))
         index._chunks = tuple(index._settled(chunks))
@@ -161,24 +171,36 @@ class ExactIndex:
             count: rows wanted, at least 1.
             base: which vectors are compared.
         """
-        found: list[list[Ranked]] = [[] for _ in wheres]
+        keep, facts, vectors, scores = [], [], [], []
         for chunk in self._chunks:
             keep_QN = self._first_pass(chunk, vectors_QD, wheres, count, base=base)
-            rows_R = np.flatnonzero(keep_QN.any(axis=0))
+            rows_R = torch.nonzero(keep_QN.any(dim=0)).flatten()
             vectors_RD = chunk.vectors[base]
             if len(rows_R) < len(chunk):
-                vectors_RD = vectors_RD[torch.from_numpy(rows_R)]
-            similarity_QR = similarity(vectors_QD, vectors_RD)
-            candidates = chunk.facts.take(rows_R)
-            for query, keep_N in enumerate(keep_QN):
-                ranked = Ranked(facts=candidates, vectors_KD=vectors_RD, scores_K=similarity_QR[query])
-                found[query].append(ranked.take(np.flatnonzero(keep_N[rows_R])))
-        return [_merged(parts).sorted().head(count) for parts in found]
+                vectors_RD = vectors_RD[rows_R]
+            keep.append(keep_QN[:, rows_R].numpy())
+            facts.append(chunk.facts.take(rows_R.numpy()))
+            vectors.append(vectors_RD)
+            scores.append(similarity(vectors_QD, vectors_RD))
+        candidates, candidates_RD = pa.concat_tables(facts), torch.cat(vectors)
+        position_R = candidates["position"].to_numpy()
+        found = []
+        for keep_R, scores_R in zip(np.concatenate(keep, axis=1), np.concatenate(scores, axis=1), strict=True):
+            own_K = np.flatnonzero(keep_R)
+            best_K = own_K[best_first(scores_R[own_K], position_R[own_K])[:count]]
+            found.append(
+                Ranked(
+                    facts=candidates.take(best_K),
+                    vectors_KD=candidates_RD[torch.from_numpy(best_K)],
+                    scores_K=scores_R[best_K],
+                )
+            )
+        return found
 
     def _first_pass(
         self, chunk: _Chunk, vectors_QD: Tensor, wheres: Sequence[Where], count: int, *, base: bool
-    ) -> Mask:
-        """(Q, N) rows that may be among the best: no row that ranks in float32 is missing."""
+    ) -> Tensor:
+        """(Q, N) bool, rows that may be among the best: no row that ranks in float32 is missing."""
         coarse = chunk.coarse[base]
         coarse_QN = (vectors_QD.to(coarse) @ coarse.T).float()
         allowed = {where: torch.from_numpy(chunk.allowed(where)) for where in set(wheres)}
@@ -192,8 +214,7 @@ class ExactIndex:
             error = 2 * FLOAT_ERROR * vectors_QD.shape[1] + (HALF_ERROR if self._half else 0.0)
             slack_Q = (2 * error * vectors_QD.norm(dim=1)).to(coarse.device)
             least_Q = (coarse_QN.topk(count, dim=1).values[:, -1] - slack_Q).clamp(min=lowest)
-        keep_QN: Mask = (coarse_QN >= least_Q[:, None]).cpu().numpy()
-        return keep_QN
+        return (coarse_QN >= least_Q[:, None]).cpu()
 
     def _chunk(self, stamps: npt.NDArray[np.void], facts: pa.Table, vectors: dict[bool, Tensor]) -> _Chunk:
         coarse = vectors
@@ -239,11 +260,3 @@ def _among(stamps: npt.NDArray[np.void], others: npt.NDArray[np.void]) -> Mask:
     place = np.searchsorted(others["row"], stamps["row"], sorter=order)
     same: Mask = others[order[np.minimum(place, len(others) - 1)]] == stamps
     return same
-
-
-def _merged(parts: Sequence[Ranked]) -> Ranked:
-    return Ranked(
-        facts=pa.concat_tables([part.facts for part in parts]),
-        vectors_KD=torch.cat([part.vectors_KD for part in parts]),
-        scores_K=np.concatenate([part.scores_K for part in parts]),
-    )

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from tvilfm.config import GallerySection
 from tvilfm.retrieval.ensemble import ensemble_query
-from tvilfm.retrieval.exact import FACTS, ExactIndex, Ranked, similarity
-from tvilfm.retrieval.gallery import Gallery, Where, column_of, vectors_of
+from tvilfm.retrieval.exact import FACTS, ExactIndex, Ranked, best_first, similarity, tensor_of
+from tvilfm.retrieval.gallery import Gallery, Where, column_of
 from tvilfm.retrieval.query import Query
 
 MORE = 4  # times as many rows are ranked when those found show too few people
@@ -160,9 +160,10 @@ class Searcher:
         found = []
         for vector_D, where in zip(vectors_QD, wheres, strict=True):
             table = state.gallery.nearest(vector_D.numpy(), FACTS, base=base, k=count, where=where, **how)
-            vectors_KD = torch.from_numpy(vectors_of(table[column_of(base)]).copy())
+            vectors_KD = tensor_of(table[column_of(base)])
             scores_K = similarity(vector_D[None], vectors_KD)[0]
-            found.append(Ranked(facts=table.select(FACTS), vectors_KD=vectors_KD, scores_K=scores_K).sorted())
+            ranked = Ranked(facts=table.select(FACTS), vectors_KD=vectors_KD, scores_K=scores_K)
+            found.append(ranked.take(best_first(scores_K, table["position"].to_numpy())))
         return found
 
 
@@ -174,12 +175,12 @@ def _weights(query: Query, request: Request) -> dict[str, float]:
 
 
 def _hits(ranked: Ranked, query: Query, weights: Mapping[str, float]) -> list[Hit]:
-    shares = {name: weight * (ranked.vectors_KD @ query.parts[name]) for name, weight in weights.items()}
+    shares = {name: (weight * (ranked.vectors_KD @ query.parts[name])).tolist() for name, weight in weights.items()}
     return [
         Hit(
             id=facts["id"],
             score=float(ranked.scores_K[row]),
-            shares={name: float(share_K[row]) for name, share_K in shares.items()},
+            shares={name: of_name[row] for name, of_name in shares.items()},
             pid=facts["pid"],
             camid=facts["camid"],
             time=facts["time"],

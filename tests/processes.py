@@ -1,0 +1,32 @@
+"""Which processes belong to one that a test kills."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def descendants(pid: int) -> list[int]:
+    """Children of a process, their children, and so on."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            parents.setdefault(int(fields[1]), []).append(int(entry.name))
+    found, queue = [], [pid]
+    while queue:
+        children = parents.get(queue.pop(), [])
+        found += children
+        queue += children
+    return found
+
+
+def alive(pid: int) -> bool:
+    """Running, and not one of the node's two agents, which write nothing of the run and take a minute to leave."""
+    try:
+        zombie = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return not zombie and b"Agent" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
