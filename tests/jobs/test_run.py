@@ -13,13 +13,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from cluster.run import run
 from cluster.stages import stages_of
 from tests.processes import alive, descendants
+from tvilfm.captioning.colors import find_colors
 from tvilfm.config import Config, load_config
+from tvilfm.datasets.manifest import select
 from tvilfm.models import TVILFM
 from tvilfm.models.tvilfm import parameter_digest
 
@@ -73,6 +76,13 @@ def test_a_run_leaves_everything_that_a_reader_needs(finished: Path) -> None:
     ]
     page = (path / "report" / "index.html").read_text()
     assert "witness" in page and "</html>" in page
+    assert "The infrared captioner, on" in page
+
+    captions = pq.read_table(path / info["stages"]["captions"] / "rephrased" / "captions.parquet").to_pylist()
+    manifest = pq.read_table(path / info["stages"]["pixels"] / "manifest.parquet")
+    assert {row["image"] for row in captions} == set(manifest["image"].to_pylist())
+    infrared = set(select(manifest, modality="infrared")["image"].to_pylist())
+    assert not any(find_colors(row["caption"]) for row in captions if row["image"] in infrared)
 
 
 @pytest.mark.slow
