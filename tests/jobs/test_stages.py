@@ -20,6 +20,10 @@ FREE = (
 )
 
 
+def _load(*overrides: str) -> Config:
+    return load_config(Path("ray_config.yaml"), ["caption.source=files", *overrides], size="tiny")
+
+
 def _changed(before: Config, after: Config, dataset: dict[str, str] = DATASET) -> set[str]:
     old, new = stage_fingerprints(before, DATASET), stage_fingerprints(after, dataset)
     return {name for name in STAGES if old.get(name) != new.get(name)}
@@ -47,30 +51,27 @@ CASES = {
 
 @pytest.mark.parametrize("override", CASES)
 def test_a_changed_key_changes_exactly_the_stages_that_depend_on_it(override: str) -> None:
-    config = Path("ray_config.yaml")
-    before, after = load_config(config, size="tiny"), load_config(config, [override], size="tiny")
-    assert _changed(before, after) == CASES[override]
+    assert _changed(_load(), _load(override)) == CASES[override]
 
 
 def test_new_captions_redo_the_text_stage_and_leave_the_base_model() -> None:
-    config = load_config(Path("ray_config.yaml"), size="tiny")
+    config = _load()
     assert _changed(config, config, {**DATASET, "captions": "c1"}) == AFTER_TEXT
     assert _changed(config, config, {**DATASET, "dataset": "d1"}) == set(stages_of(config)) - {"pretrain"}
 
 
 def test_captions_that_the_run_writes_decide_what_builds_on_them_and_those_of_files_nothing_else() -> None:
-    path = Path("ray_config.yaml")
-    finetuned = load_config(path, ["caption.source=finetuned"], size="tiny")
+    finetuned = _load("caption.source=finetuned")
 
     def changed(override: str) -> set[str]:
-        return _changed(finetuned, load_config(path, ["caption.source=finetuned", override], size="tiny"))
+        return _changed(finetuned, _load("caption.source=finetuned", override))
 
     assert changed("caption.infrared.beams=2") == {"captioner_infrared", "captions"} | AFTER_TEXT
     assert changed("caption.train.epochs=9") == {"captioner_visible", "captioner_infrared", "captions"} | AFTER_TEXT
     assert changed("caption.rephrase.max_words=9") == {"captions"} | AFTER_TEXT
     assert changed("run.seed=1").isdisjoint({"captioner_visible", "captioner_infrared", "captions"})
     assert _changed(finetuned, finetuned, {**DATASET, "captions": "c1"}) == changed("caption.train.epochs=9")
-    written = load_config(path, ["caption.source=captioner"], size="tiny")
+    written = _load("caption.source=captioner")
     assert stages_of(written)[:3] == ["pixels", "captions", "pretrain"]
     assert stage_fingerprints(written, {"dataset": "d0"}).keys() == set(stages_of(written))
 
