@@ -26,6 +26,7 @@ import torch
 from benchmarks.claim import Claim
 from benchmarks.gpu_caption import build_blip, crops
 from cluster.caption import caption_images
+from cluster.session import session
 from tvilfm.captioning.captioner import Captioner
 from tvilfm.config import CaptionerSection, CaptionSection, ClusterSection
 from tvilfm.datasets.pixels import decode_files
@@ -90,11 +91,12 @@ def _job(folder: Path, names: Sequence[str], core: int) -> float:
     captioner = CaptionerSection(model=str(folder / "captioner"), max_new_tokens=TOKENS)
     section = CaptionSection(visible=captioner, batch=BATCH)
     rows = pa.table({"image": names, "modality": ["visible"] * len(names)})
-    hook = {"worker_process_setup_hook": pin}
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", runtime_env=hook)
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    ray.init(address="local", runtime_env={"worker_process_setup_hook": pin}, **options)
     try:
-        caption_images(rows, str(folder / "images"), str(folder / "out"), section, ClusterSection(), seed=0)
+        with session(ClusterSection()):
+            caption_images(rows, str(folder / "images"), str(folder / "out"), section, ClusterSection(), seed=0)
     finally:
         ray.shutdown()
     times = np.unique(pq.read_table(folder / "out" / "captions.parquet")["time"].to_numpy())

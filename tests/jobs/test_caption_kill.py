@@ -73,7 +73,7 @@ if __name__ == "__main__":
             print(json.dumps({"node": node.node_id, "raylet": node.all_processes["raylet"][0].process.pid}), flush=True)
         ray.init(address=nodes.address, **options)
     else:
-        ray.init(num_cpus=2, include_dashboard=False, **options)
+        ray.init(address="local", num_cpus=2, include_dashboard=False, **options)
     section = CaptionSection(batch=job["batch"], workers=job["workers"])
     rows = list_images(job["images"], "visible")
     summary = caption_images(rows, job["images"], job["out"], section, ClusterSection(), seed=0)

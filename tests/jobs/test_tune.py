@@ -26,8 +26,8 @@ SHORT = (
     "train.base.milestones=[]",
     "train.text.epochs=2",
     "train.text.milestones=[]",
-    "caption.train.epochs=1",
 )
+CAPTIONS = "caption.source=files"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
@@ -62,7 +62,8 @@ def _one_trial(space: Space) -> Space:
 @pytest.mark.parametrize("name", sorted(path.stem for path in SPACES.glob("*.yaml")))
 def test_every_space_runs_and_reports(name: str, shared: tuple[str, ...], ray_session: None) -> None:
     space = _one_trial(load_space(SPACES / f"{name}.yaml"))
-    folder, records = _sweep(space, name, shared)
+    varied = "caption.source" in space.parameters
+    folder, records = _sweep(space, name, shared if varied else (*shared, CAPTIONS))
     (record,) = records
     assert record.status == "done", record.reason
     results = Results.read(folder / "trials" / record.name / "results.json")
@@ -87,7 +88,7 @@ def test_asha_stops_bad_trials_and_their_epochs_show_it(shared: tuple[str, ...],
             "parameters": {"optim.text_lr": {"loguniform": [1e-9, 1e-2]}},
         }
     )
-    _, records = _sweep(space, "rates", (*shared, "train.text.epochs=8"))
+    _, records = _sweep(space, "rates", (*shared, CAPTIONS, "train.text.epochs=8"))
     epochs = {record.name: len(record.learning) for record in records}
     stopped = [record for record in records if record.status == "stopped"]
     assert len(records) == 3 and stopped
@@ -106,7 +107,7 @@ def test_a_killed_sweep_goes_on_and_ends_with_the_table_of_the_unbroken_one(
         "broken": {"overrides": {"model.text.weights": "/nowhere.pt"}},
     }
     values = {"name": "rows", "description": "three that run and one that cannot", "reference": "joint", "rows": rows}
-    _, unbroken = _sweep(Space.model_validate(values), "unbroken", shared)
+    _, unbroken = _sweep(Space.model_validate(values), "unbroken", (*shared, CAPTIONS))
     by_setting = {record.setting: record for record in unbroken}
     assert by_setting["broken"].status == "failed"
     assert "model.text.weights: expected" in by_setting["broken"].reason
@@ -115,7 +116,7 @@ def test_a_killed_sweep_goes_on_and_ends_with_the_table_of_the_unbroken_one(
     path = tmp_path / "rows.yaml"
     path.write_text(yaml.safe_dump(values))
     stages, data = tmp_path / "stages", next(Path(shared[-1].partition("=")[2]).parent.glob("data/*"))
-    command = [sys.executable, "-m", "cluster", "tune", str(path), "--size", "tiny", *SHORT]
+    command = [sys.executable, "-m", "cluster", "tune", str(path), "--size", "tiny", *SHORT, CAPTIONS]
     command += [f"run.dir={tmp_path}", f"run.stages_dir={stages}", f"data.root={data}"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment)
