@@ -4,10 +4,13 @@ STAMP := $(VENV)/.installed
 CLAIM ?=
 SIZE ?= small
 
-.PHONY: demo test lint bench clean
+.PHONY: demo demo-full test lint bench clean
 
 demo: $(STAMP)
 	$(BIN)/tvilfm run --size $(SIZE)
+
+demo-full: $(STAMP)
+	$(BIN)/tvilfm run --size small run.name=demo-full caption.source=finetuned
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,8 @@ def _plain(captioner: Captioner, root: Path, names: Sequence[str], size: tuple[i
 def _job(folder: Path, names: Sequence[str], core: int) -> float:
     def pin() -> None:
         for thread in os.listdir("/proc/self/task"):
-            os.sched_setaffinity(int(thread), {core})
+            with suppress(ProcessLookupError):  # it ended meanwhile
+                os.sched_setaffinity(int(thread), {core})
 
     captioner = CaptionerSection(model=str(folder / "captioner"), max_new_tokens=TOKENS)
     section = CaptionSection(visible=captioner, batch=BATCH)

@@ -30,6 +30,7 @@ import pyarrow.compute as pc
 import ray
 from pyarrow import fs
 from ray.data import ExecutionResources
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.parts import Parts, alone, open_uri, part_name, shown, to_parquet, write_whole
 from cluster.progress import ProgressFile, watch
@@ -49,6 +50,8 @@ MAX_BYTES = 256 << 20  # of a file; a mistaken video would fill a worker's memor
 READERS = 8  # files that a decoding task reads at once: an object store takes 30 ms to answer
 CHUNKS_A_TASK = 16  # at most; a million images are 2,000 decoding tasks
 TASKS = 64  # that a smaller job is cut into at least, so that every worker gets some
+# Not in the placement group of a Tune trial that the job may be a part of: that holds the trial's driver alone.
+ANYWHERE = PlacementGroupSchedulingStrategy(placement_group=None)
 STORE_BYTES = 1 << 30  # of decoded pictures ahead of each actor, at most: seconds of work for the fastest GPU
 # A CPU that holds an actor has room for a decoder: actors that move to the last nodes of a cluster that lost others
 # would else leave none to decode on, and the job would hang.
@@ -288,7 +291,7 @@ def _introduce(
     A worker loads the models for that: the driver may run where there is neither GPU nor model.
     """
     try:
-        introduced = ray.get(_load_captioners.options(**resources).remote(jobs))
+        introduced = ray.get(_load_captioners.options(scheduling_strategy=ANYWHERE, **resources).remote(jobs))
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ValueError):
             raise ValueError(str(error.cause)) from None

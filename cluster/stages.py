@@ -48,7 +48,7 @@ STAGES: dict[str, Stage] = {
         needs=("dataset", "captioner_visible", "captioner_infrared"),
     ),
     "pretrain": Stage(
-        keys=("model.backbone", "data.height", "data.width", "data.pad", "train.pretrain"),
+        keys=("model.backbone", "data.height", "data.width", "data.pad", "run.seed", "train.pretrain"),
     ),
     "base": Stage(
         keys=(*_BATCHES, *_LOSSES, *_VISUAL_OPTIM, "model.backbone", "model.weights", "train.base"),

@@ -142,7 +142,7 @@ def _worker(job: dict[str, Any]) -> None:
 def _pretrain(
     config: Config, folder: Path, inputs: dict[str, Path], manifest: Any, pixels: Any, device: torch.device
 ) -> None:
-    torch.manual_seed(config.train.pretrain.seed)
+    torch.manual_seed(config.run.seed)
     backbone = DualStemResNet(config.model.backbone)
     progress = ProgressFile(folder / "progress.json")
 
@@ -156,7 +156,7 @@ def _pretrain(
         attribute_labels(inputs["truth"], manifest),
         config.train.pretrain,
         pad=config.data.pad,
-        seed=config.train.pretrain.seed,
+        seed=config.run.seed,
         device=device,
         on_step=on_step,
     )

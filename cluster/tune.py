@@ -48,6 +48,7 @@ ALL_METRICS = [name for names in METRICS.values() for name in names]
 Status = Literal["done", "stopped", "failed"]
 SPACE_FILE = "space.json"
 BASE_FILE = "config.yaml"  # what every trial begins with
+ERROR_FILE = "error.txt"
 EXPERIMENT = "tune"
 SPACES = Path(str(files("tune_spaces")))
 
@@ -272,10 +273,15 @@ def _trial(params: dict[str, Any], *, sweep: Sweep) -> None:
                 {space.metric: record[space.metric], "stage": record["stage"], "step": record["step"], **watched}
             )
 
-    if space.free_steps is not None:
-        run(config, until="features")
-        config = _with_best_weights(config, sweep, trial)
-    run(config, until="results", listener=told, group=sweep.folder.name)
+    try:
+        if space.free_steps is not None:
+            run(config, until="features")
+            config = _with_best_weights(config, sweep, trial)
+        run(config, until="results", listener=told, group=sweep.folder.name)
+    except Exception as error:
+        # Tune tells nobody of it before the trial has ended.
+        write_text_atomic(config.run.path / ERROR_FILE, str(error))
+        raise
     tune.report({**_metrics(config, trial.query), DONE: True})
 
 
@@ -340,14 +346,15 @@ class _Ends(Callback):
         _say(trial, f"{where}: {', '.join(numbers)}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._end(trials, trial, "done" if trial.last_result.get(DONE) else "stopped", "")
+        self._end(trial, "done" if trial.last_result.get(DONE) else "stopped", "")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        # The last line of the error is what was raised; the others are the way there.
-        reason = [line for line in str(trial.get_error()).splitlines() if line.strip()][-1].strip()
-        self._end(trials, trial, "failed", reason)
+        path = self._folder / "trials" / _name(trial) / ERROR_FILE
+        # The last line of an error is what was raised; the others are the way there.
+        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
+        self._end(trial, "failed", lines[-1] if lines else "its process died")
 
-    def _end(self, trials: list[Any], trial: Any, status: Status, reason: str) -> None:
+    def _end(self, trial: Any, status: Status, reason: str) -> None:
         end = {"name": _name(trial), "params": trial.config, "status": status, "reason": reason}
         with (self._folder / ENDED_FILE).open("a") as file:
             file.write(json.dumps(end) + "\n")

@@ -30,7 +30,7 @@ from tvilfm.datasets.captions import read_published
 from tvilfm.datasets.pixels import open_pixels
 from tvilfm.datasets.synthetic import Size, write_sysu_layout
 
-EPOCHS = 6
+EPOCHS = 12  # enough that a busy machine still meets the training before its end
 OVERRIDES = (
     "caption.visible={model: conv, max_new_tokens: 12}",
     "caption.infrared={model: conv, max_new_tokens: 12}",
