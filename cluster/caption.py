@@ -209,7 +209,7 @@ def caption_images(
     """Bring a caption table up to a list of images, captioning what is missing and nothing else.
 
     `out/captions.parquet` is the table (columns of `CAPTION_SCHEMA`, then modality, prompt_hash, settings, time),
-    `out/quarantine.parquet` names the images that are none, `out/parts` holds what is written while the job runs.
+    `out/quarantine.parquet` names the images that are none, `out/parts` holds what the next run goes on from.
 
     Args:
         rows: `image` (path below the root) and `modality`, each image once.
