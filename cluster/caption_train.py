@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,8 @@ import pyarrow.parquet as pq
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 
-from cluster.train import Reporter
+from cluster.train import Reporter, last_checkpoint, trainer_of
 from tvilfm.captioning.captioner import Captioner
 from tvilfm.captioning.conv_captioner import NAME, build_conv_captioner
 from tvilfm.captioning.finetune import Modality, Pairs, caption_pairs, finetune, mean_loss
@@ -56,30 +53,14 @@ def fit_captioner(folder: Path, config: Config, modality: Modality, inputs: Mapp
         )
     elif Path(model).is_dir():
         model = str(Path(model).absolute())  # workers run in other folders
-    section = config.cluster
-    resources: dict[str, float] = {"CPU": section.cpus_per_train_worker}
-    if section.gpus_per_worker:
-        resources["GPU"] = section.gpus_per_worker
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config={
-            "folder": str(folder),
-            "config": config.model_dump(mode="json"),
-            "captioner": captioner.model_copy(update={"model": model}).model_dump(mode="json"),
-            "modality": modality,
-            "inputs": dict(inputs),
-        },
-        scaling_config=ScalingConfig(
-            num_workers=section.train_workers, use_gpu=section.gpus_per_worker > 0, resources_per_worker=resources
-        ),
-        run_config=RunConfig(
-            name="train",
-            storage_path=str(folder),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
-            failure_config=FailureConfig(max_failures=section.max_failures),
-        ),
-    )
-    result = trainer.fit()
+    job = {
+        "folder": str(folder),
+        "config": config.model_dump(mode="json"),
+        "captioner": captioner.model_copy(update={"model": model}).model_dump(mode="json"),
+        "modality": modality,
+        "inputs": dict(inputs),
+    }
+    result = trainer_of(_worker, job, folder, config.cluster, workers=config.cluster.train_workers).fit()
     assert result.checkpoint is not None
     with result.checkpoint.as_directory() as checkpoint:
         shutil.copytree(Path(checkpoint) / "model", folder / "captioner", dirs_exist_ok=True)
@@ -105,12 +86,7 @@ def _worker(job: dict[str, Any]) -> None:
     context = ray.train.get_context()
     captioner = Captioner.load(CaptionerSection.model_validate(job["captioner"]), device=str(device))
     section = config.caption.train
-    checkpoint = ray.train.get_checkpoint()
-    with tempfile.TemporaryDirectory(prefix="tvilfm-resume-") as resume_folder:
-        resume, epochs_done = None, 0
-        if checkpoint is not None:
-            resume = Path(checkpoint.to_directory(resume_folder))
-            epochs_done = json.loads((resume / "progress.json").read_text())["epochs_done"]
+    with last_checkpoint() as (resume, epochs_done):
         finetune(
             captioner,
             _pairs(config, modality, inputs, "train"),

@@ -67,11 +67,11 @@ def follow(learning: Learning, listener: Callable[[Record], None]) -> Iterator[N
 
     def poll() -> None:
         try:
-            while not stop.wait(INTERVAL_S):
+            ended = False
+            while not ended:
+                ended = stop.wait(INTERVAL_S)
                 for record in learning.new():
                     listener(record)
-            for record in learning.new():
-                listener(record)
         except Exception as error:
             failures.append(error)
 

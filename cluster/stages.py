@@ -113,7 +113,7 @@ class StageStore:
 
     def partial(self, name: str) -> Path:
         """Where the stage works until it is done."""
-        return self.root / f"{name}-{self._fingerprints[name]}.partial"
+        return self.path(name).with_name(f"{self.path(name).name}.partial")
 
     def has(self, name: str) -> bool:
         return self.path(name).is_dir()

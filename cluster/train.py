@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from ray.train.torch import TorchTrainer
 from safetensors.torch import load_file, save_file
 
 from cluster.progress import ProgressFile
-from tvilfm.config import Config
+from tvilfm.config import ClusterSection, Config
 from tvilfm.datasets.pixels import open_pixels
 from tvilfm.datasets.tri_modal import RECIPES
 from tvilfm.models import TVILFM
@@ -40,19 +42,47 @@ def fit_stage(name: str, folder: Path, config: Config, inputs: dict[str, str]) -
     Raises:
         ray.train.TrainingFailedError: a worker failed more often than `cluster.max_failures`.
     """
-    section = config.cluster
-    workers = 1 if name == "pretrain" else section.train_workers
+    job = {
+        "stage": name,
+        "folder": str(folder),
+        "config": config.model_dump(mode="json"),
+        "inputs": inputs,
+    }
+    workers = 1 if name == "pretrain" else config.cluster.train_workers
+    result = trainer_of(_worker, job, folder, config.cluster, workers=workers).fit()
+    if name == "pretrain":
+        return
+    assert result.checkpoint is not None
+    with result.checkpoint.as_directory() as checkpoint:
+        model = TVILFM.from_pretrained(Path(checkpoint) / "best")
+        progress = json.loads((Path(checkpoint) / "progress.json").read_text())
+    model.save_pretrained(folder / "model")
+    (folder / "selection.json").write_text(json.dumps(progress))
+
+
+def trainer_of(
+    worker: Callable[[dict[str, Any]], None],
+    job: dict[str, Any],
+    folder: Path,
+    section: ClusterSection,
+    *,
+    workers: int,
+) -> TorchTrainer:
+    """A trainer whose run lives in `folder/train`, keeps its last checkpoint and restarts from it.
+
+    Args:
+        worker: what every worker runs.
+        job: what it is told.
+        folder: on storage that every node sees.
+        section: CPUs and GPUs of a worker, and how often it may fail.
+        workers: how many.
+    """
     resources: dict[str, float] = {"CPU": section.cpus_per_train_worker}
     if section.gpus_per_worker:
         resources["GPU"] = section.gpus_per_worker
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config={
-            "stage": name,
-            "folder": str(folder),
-            "config": config.model_dump(mode="json"),
-            "inputs": inputs,
-        },
+    return TorchTrainer(
+        worker,
+        train_loop_config=job,
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=section.gpus_per_worker > 0, resources_per_worker=resources
         ),
@@ -63,15 +93,18 @@ def fit_stage(name: str, folder: Path, config: Config, inputs: dict[str, str]) -
             failure_config=FailureConfig(max_failures=section.max_failures),
         ),
     )
-    result = trainer.fit()
-    if name == "pretrain":
+
+
+@contextmanager
+def last_checkpoint() -> Iterator[tuple[Path | None, int]]:
+    """A worker's checkpoint to go on from, None at the start, and how many epochs it holds."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        yield None, 0
         return
-    assert result.checkpoint is not None
-    with result.checkpoint.as_directory() as checkpoint:
-        model = TVILFM.from_pretrained(Path(checkpoint) / "best")
-        progress = json.loads((Path(checkpoint) / "progress.json").read_text())
-    model.save_pretrained(folder / "model")
-    (folder / "selection.json").write_text(json.dumps(progress))
+    with tempfile.TemporaryDirectory(prefix="tvilfm-resume-") as folder:
+        resume = Path(checkpoint.to_directory(folder))
+        yield resume, json.loads((resume / "progress.json").read_text())["epochs_done"]
 
 
 class Reporter:
@@ -119,12 +152,7 @@ def _worker(job: dict[str, Any]) -> None:
         return
     data = stages.StageData(manifest=manifest, pixels=pixels, captions=pq.read_table(inputs["captions"]))
     schedule = config.train.base if job["stage"] == "base" else config.train.text
-    checkpoint = ray.train.get_checkpoint()
-    with tempfile.TemporaryDirectory(prefix="tvilfm-resume-") as resume_folder:
-        resume, epochs_done = None, 0
-        if checkpoint is not None:
-            resume = Path(checkpoint.to_directory(resume_folder))
-            epochs_done = json.loads((resume / "progress.json").read_text())["epochs_done"]
+    with last_checkpoint() as (resume, epochs_done):
         reporter = Reporter(folder, schedule.epochs, epochs_done)
         if job["stage"] == "base":
             backbone = None

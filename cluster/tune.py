@@ -225,7 +225,7 @@ def _tuner(sweep: Sweep, base: Config, *, resume: bool) -> Tuner:
 
 def _runs(sweep: Sweep) -> dict[str, list[Trial]]:
     """Name of the first -> all trials that are the same run: rows that differ in the query they read alone."""
-    runs: dict[tuple[str, ...], list[Trial]] = {}
+    runs: dict[str, list[Trial]] = {}
     for trial in sweep.space.trials(sweep.overrides):
         config = sweep.config(replace(trial, name="same"))
         runs.setdefault(config.model_dump_json(), []).append(trial)
@@ -311,7 +311,7 @@ def _records(sweep: Sweep, *, name: str, params: dict[str, Any], status: Status,
     folder = sweep.folder / "trials" / name
     # What the trial ran, with the weights that it chose itself.
     config = load_config(folder / "config.yaml") if (folder / "config.yaml").exists() else sweep.config(trials[0])
-    ensemble = config.evaluate.ensemble.model_dump()
+    ensemble, learning = config.evaluate.ensemble.model_dump(), learning_of(config)
     return [
         TrialRecord(
             name=trial.name,
@@ -323,7 +323,7 @@ def _records(sweep: Sweep, *, name: str, params: dict[str, Any], status: Status,
             reason=reason,
             metrics=_metrics(config, trial.query) if status == "done" else {},
             chosen={part: ensemble[part] for part in MODALITIES} if sweep.space.free_steps else {},
-            learning=learning_of(config),
+            learning=learning,
         )
         for trial in trials
     ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 
@@ -30,3 +33,13 @@ def alive(pid: int) -> bool:
         return not zombie and b"Agent" not in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
+
+
+def kill(process: subprocess.Popen[str], *, deadline: float) -> None:
+    """Kill a driver, and wait for its workers to be gone: the next attempt must not meet one that still writes."""
+    children = descendants(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    while any(alive(pid) for pid in children):
+        assert time.monotonic() < deadline, "processes of the killed run live on"
+        time.sleep(0.05)

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ import torch
 
 from cluster.run import run
 from cluster.stages import stages_of
-from tests.processes import alive, descendants
+from tests.processes import kill
 from tvilfm.captioning.colors import find_colors
 from tvilfm.config import Config, load_config
 from tvilfm.datasets.manifest import select
@@ -171,10 +170,4 @@ def _kill_when(command: list[str], moment: Callable[[], bool]) -> None:
         assert process.poll() is None, process.stderr.read()[-2000:] if process.stderr else ""
         assert time.monotonic() < deadline, "the moment to kill at never came"
         time.sleep(0.02)
-    children = descendants(process.pid)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    # Ray's workers die with the driver; the next attempt must not meet one that still writes.
-    while any(alive(pid) for pid in children):
-        assert time.monotonic() < deadline, "processes of the killed run live on"
-        time.sleep(0.05)
+    kill(process, deadline=deadline)
