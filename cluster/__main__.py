@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,11 +14,18 @@ from rich.console import Console
 from cluster.data import DEFAULT_CONFIG
 from cluster.data import app as data_app
 from tvilfm.config import Config, known_keys, load_config, to_yaml, value_at
+from tvilfm.service.keys import KeyFile, Scope, add_key, remove_key
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="TVI-LFM on Ray.")
 config_app = typer.Typer(no_args_is_help=True, help="Look at the run description.")
+keys_app = typer.Typer(no_args_is_help=True, help="API keys of the retrieval service.")
 app.add_typer(config_app, name="config")
+app.add_typer(keys_app, name="keys")
 app.add_typer(data_app, name="data")
+jobs_app = typer.Typer(no_args_is_help=True, help="Submitted jobs.")
+app.add_typer(jobs_app, name="jobs")
+cluster_app = typer.Typer(no_args_is_help=True, help="Clusters made from the run description.")
+app.add_typer(cluster_app, name="cluster")
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", help="Run description; default ./ray_config.yaml.", show_default=False)
@@ -25,6 +33,7 @@ ConfigOption = Annotated[
 SizeOption = Annotated[
     str | None, typer.Option("--size", help="Recipe of the file's `sizes`: tiny, small, large.", show_default=False)
 ]
+KeysOption = Annotated[Path, typer.Option("--file", help="File of the keys' hashes; serve.keys names it.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Overrides, values as YAML.")
 ]
@@ -59,8 +68,11 @@ def evaluate_command(config: ConfigOption = None, size: SizeOption = None, overr
 
 def _run(config: Config, *, until: str) -> None:
     from cluster.run import run
+    from cluster.storage import check_storage
     from tvilfm.report.tables import terminal_table
 
+    if config.cluster.storage is not None:
+        check_storage(config.cluster.storage)
     outcome = run(config, until=until)
     console = Console()
     if outcome.results is not None:
@@ -136,6 +148,42 @@ def index_command(
     typer.echo(f"gallery: {made.uri} holds {len(made)} images in space {made.space_id}, version {made.version}")
 
 
+@app.command("serve")
+def serve_command(
+    show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    config: ConfigOption = None,
+    size: SizeOption = None,
+    overrides: Overrides = None,
+) -> None:
+    """Serve a finished run over HTTP; where no gallery is named or made, its test images are indexed first."""
+    from cluster.serve import serve_forever
+
+    serve_forever(_config(config, size, overrides), show=show)
+
+
+@keys_app.command("add")
+def keys_add(
+    name: Annotated[str, typer.Argument(help="Whose key it is; it stands in the audit trail.")],
+    file: KeysOption,
+    scope: Annotated[list[Scope], typer.Option(help="read, write, admin; give several times.")],
+) -> None:
+    """Make a key and print it, once; the file keeps its hash alone."""
+    typer.echo(add_key(file, name, scope))
+
+
+@keys_app.command("list")
+def keys_list(file: KeysOption) -> None:
+    """Print names, scopes and ages of the keys."""
+    for key in KeyFile(file).read():
+        typer.echo(f"{key.name}  {','.join(key.scopes)}  made {key.created:%Y-%m-%d}")
+
+
+@keys_app.command("remove")
+def keys_remove(name: Annotated[str, typer.Argument(help="Of the key.")], file: KeysOption) -> None:
+    """Remove a key, of a running service too."""
+    remove_key(file, name)
+
+
 @app.command("caption-train")
 def caption_train_command(
     modality: Annotated[
@@ -179,8 +227,10 @@ def caption_command(
     """Caption images into a table. What is there is not captioned again."""
     from cluster.caption import caption
     from cluster.run import make_synthetic
+    from cluster.storage import check_storage
 
     resolved = _config(config, size, overrides)
+    check_storage(out)
     if images is None:
         make_synthetic(resolved, Console(stderr=True))
     summary = caption(resolved, out=out, images=images, modality=modality, retry_bad=retry_bad)
@@ -202,9 +252,131 @@ def rephrase_command(
 ) -> None:
     """Say every caption in other words (caption.rephrase). What is there is not asked for again."""
     from cluster.rephrase import rephrase
+    from cluster.storage import check_storage
 
+    check_storage(out)
     for line in rephrase(_config(config, size, overrides), out=out, captions=captions).lines():
         typer.echo(line)
+
+
+@app.command("submit")
+def submit_command(
+    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="Any tvilfm command, after --.")],
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Print the job's log and end with its exit status; Ctrl-C detaches.")
+    ] = False,
+) -> None:
+    """Run a command as a job on a Ray cluster (cluster.job_address), with this folder's program."""
+    from cluster import submit
+
+    parsed = submit.parse(app, command, DEFAULT_CONFIG)
+    folder = Path.cwd()
+    package = submit.package_of(folder, parsed.config)
+    package.check()
+    client = submit.connect(parsed.config.cluster)
+    same_machine = submit.on_this_machine(client.get_address())
+    overrides = submit.job_paths(parsed, folder, same_machine=same_machine)
+    typer.echo(f"sending {folder}: {package}", err=True)
+    for name in parsed.config.cluster.env:
+        if name not in os.environ:
+            typer.echo(f"cluster.env: {name} is not set here and stays behind", err=True)
+    for override in overrides:
+        typer.echo(f"on the cluster: {override}", err=True)
+    job = submit.submit(client, parsed, package, overrides)
+    typer.echo(job)
+    if follow:
+        raise typer.Exit(submit.follow(client, job))
+    typer.echo(submit.how_to(job), err=True)
+
+
+@jobs_app.command("list")
+def jobs_list(config: ConfigOption = None, overrides: Overrides = None) -> None:
+    """List the jobs of the cluster, the last first."""
+    from cluster.submit import connect, jobs_table
+
+    Console().print(jobs_table(connect(_config(config, None, overrides).cluster)))
+
+
+JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job, as `tvilfm jobs list` has it.")]
+
+
+@jobs_app.command("logs")
+def jobs_logs(
+    job: JobArgument,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Go on until the job ends, and end with its exit status.")
+    ] = False,
+    config: ConfigOption = None,
+    overrides: Overrides = None,
+) -> None:
+    """Print a job's log."""
+    from cluster import submit
+
+    client = submit.connect(_config(config, None, overrides).cluster)
+    if follow:
+        raise typer.Exit(submit.follow(client, job))
+    submit.job(client, job)
+    typer.echo(client.get_job_logs(job), nl=False)
+
+
+@jobs_app.command("status")
+def jobs_status(job: JobArgument, config: ConfigOption = None, overrides: Overrides = None) -> None:
+    """Say how a job stands; one that has ended gives its exit status, a failed one also the end of its log."""
+    from cluster import submit
+
+    client = submit.connect(_config(config, None, overrides).cluster)
+    details = submit.job(client, job)
+    if details.status.is_terminal():
+        raise typer.Exit(submit.report_end(client, job, shown=False))
+    typer.echo(f"{job}: {details.status.value.lower()}")
+
+
+@jobs_app.command("stop")
+def jobs_stop(job: JobArgument, config: ConfigOption = None, overrides: Overrides = None) -> None:
+    """Stop a job; what its stages have finished stays."""
+    from cluster import submit
+
+    client = submit.connect(_config(config, None, overrides).cluster)
+    submit.job(client, job)
+    typer.echo(f"{job}: {'stopping' if client.stop_job(job) else 'has ended before'}")
+
+
+@cluster_app.command("render")
+def cluster_render(
+    target: Annotated[
+        str,
+        typer.Option(
+            help="ray-up-aws, ray-up-gcp, ray-up-onprem, kuberay-cluster, kuberay-job, kuberay-service, serve-config "
+            "or slurm."
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; default standard output.", show_default=False)
+    ] = None,
+    command: Annotated[str, typer.Option(help="What kuberay-job and slurm run, such as 'tune ablations'.")] = "run",
+    config: ConfigOption = None,
+    size: SizeOption = None,
+    overrides: Overrides = None,
+) -> None:
+    """Write the file that makes the cluster of the description's cluster section, or runs something on one."""
+    from cluster.deploy.render import render
+
+    text = render(target, _config(config, size, overrides), command=command)
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        out.write_text(text)
+
+
+@app.command("doctor")
+def doctor_command(config: ConfigOption = None, size: SizeOption = None, overrides: Overrides = None) -> None:
+    """Look at every machine of the cluster as a job would meet it, and say how to mend what is wrong."""
+    from cluster.doctor import examine, table_of
+
+    findings = examine(_config(config, size, overrides))
+    Console().print(table_of(findings))
+    if any(finding.state == "fault" for finding in findings):
+        raise typer.Exit(1)
 
 
 @config_app.command("show")

@@ -48,12 +48,14 @@ class FinishedRun:
         model: folder of `save_pretrained`.
         features: raw features of its test images, Parquet.
         manifest: of its dataset, Parquet.
+        captioner: its fine-tuned infrared captioner, a transformers folder; None = it has none.
     """
 
     config: Config
     model: Path
     features: Path
     manifest: Path
+    captioner: Path | None
 
 
 def finished_run(path: Path) -> FinishedRun:
@@ -68,11 +70,13 @@ def finished_run(path: Path) -> FinishedRun:
     if not (path / "run.json").is_file():
         raise ValueError(f"run.name: expected a finished run in {path}, got none. Make it with tvilfm run.")
     stages = json.loads((path / "run.json").read_text())["stages"]
+    captioner = stages.get("captioner_infrared")
     found = FinishedRun(
         config=load_config(path / "config.yaml"),
         model=path / stages["text"] / "model",
         features=path / stages["features"] / "images.parquet",
         manifest=path / stages["pixels"] / "manifest.parquet",
+        captioner=None if captioner is None else path / captioner / "captioner",
     )
     for part in (found.model, found.features, found.manifest):
         if not part.exists():

@@ -57,7 +57,7 @@ UNITS = {
     "features": "rows",
 }
 RESULTS_FILES: dict[Split, str] = {"test": "results.json", "val": "validation.json"}
-PACKAGES = ("ray", "torch", "torchvision", "open_clip_torch", "pyarrow", "numpy", "scikit-learn")
+PACKAGES = ("ray", "torch", "torchvision", "open_clip_torch", "transformers", "pyarrow", "numpy", "scikit-learn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,9 +258,10 @@ class _Job:
     def _make_pretrain(self, folder: Path) -> None:
         section = self.config.train.pretrain
         truth = self.store.root / f"pretrain-people-{section.identities}-{section.seed}"
-        if not truth.exists():
-            size = Size(train=section.identities, val=1, test=1, images_per_camera=1)
-            write_sysu_layout(truth, size, seed=section.seed, archetypes=False)
+        with self.store.lock(truth.name):
+            if not truth.exists():
+                size = Size(train=section.identities, val=1, test=1, images_per_camera=1)
+                write_sysu_layout(truth, size, seed=section.seed, archetypes=False)
         manifest = select(read_dataset("synthetic", truth), split="train")
         decode_dataset(folder, truth, manifest, self.config.data)
         inputs = {"pixels": folder, "truth": truth.absolute()}

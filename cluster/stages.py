@@ -131,7 +131,7 @@ class StageStore:
         target = self.path(name)
         if target.is_dir():
             return False
-        with self._lock(target.name):
+        with self.lock(target.name):
             if target.is_dir():  # made by another run while this one waited
                 return False
             partial = self.partial(name)
@@ -141,7 +141,8 @@ class StageStore:
         return True
 
     @contextmanager
-    def _lock(self, name: str) -> Iterator[None]:
+    def lock(self, name: str) -> Iterator[None]:
+        """Have the folder of that name under the store to oneself, among all runs that share the store."""
         path = self.root / ".locks" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w") as file:

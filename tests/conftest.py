@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.untrained_run import UntrainedRun, write_untrained_run
 from tvilfm.datasets.synthetic import Size, write_sysu_layout
 
 TINY = Size(train=6, val=2, test=4, images_per_camera=1)
@@ -33,6 +34,12 @@ def tiny_benchmark(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("benchmark") / "tiny"
     write_sysu_layout(root, TINY, seed=0)
     return root
+
+
+@pytest.fixture(scope="session")
+def untrained_run(tiny_benchmark: Path, tmp_path_factory: pytest.TempPathFactory) -> UntrainedRun:
+    """A finished run of a network that nobody trained."""
+    return write_untrained_run(tmp_path_factory.mktemp("runs"), tiny_benchmark)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ LEVELS = (
     ("config",),
     ("captioning", "datasets", "models", "losses", "tuning"),
     ("training", "evaluation", "retrieval"),
-    ("report",),
+    ("report", "service", "client"),
 )
 LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 

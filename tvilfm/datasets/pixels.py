@@ -14,7 +14,14 @@ MAX_PIXELS = 64_000_000
 
 
 def decode(
-    content: bytes, *, height: int | None, width: int | None, name: str, min_side: int = 1
+    content: bytes,
+    *,
+    height: int | None,
+    width: int | None,
+    name: str,
+    min_side: int = 1,
+    max_pixels: int = MAX_PIXELS,
+    formats: tuple[str, ...] | None = None,
 ) -> npt.NDArray[np.uint8]:
     """Decode one picture and resize it with Lanczos.
 
@@ -24,21 +31,23 @@ def decode(
         width: columns after resizing; None likewise.
         name: what to call the picture in an error.
         min_side: pixels that the shorter side has to have in the file.
+        max_pixels: a larger picture is refused before it is decoded.
+        formats: Pillow's names of those that are read; None = all that it knows.
 
     Returns:
         (H, W, 3) uint8; a one-channel picture is repeated.
 
     Raises:
-        ValueError: when the bytes are no picture, truncated, larger than 64 megapixels, or shorter than `min_side`.
+        ValueError: when the bytes are no picture, truncated, larger than `max_pixels`, or shorter than `min_side`.
 
     Source: METHOD 4. Differs: none known.
     """
     if not content:
         raise ValueError(f"{name}: expected a picture, got zero bytes. Restore the file or drop it from the dataset.")
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{name}: expected at most {MAX_PIXELS} pixels, got {image.width} x {image.height}.")
+        with Image.open(io.BytesIO(content), formats=formats) as image:
+            if image.width * image.height > max_pixels:
+                raise ValueError(f"{name}: expected at most {max_pixels} pixels, got {image.width} x {image.height}.")
             if min(image.size) < min_side:
                 raise ValueError(f"{name}: expected {min_side} pixels a side, got {image.width} x {image.height}.")
             rgb = image.convert("RGB")

@@ -120,30 +120,41 @@ class GalleryVersion:
 class Gallery:
     """One table of a gallery, at one of its versions; see `open` and `prepare`."""
 
-    def __init__(self, uri: str, dataset: lance.LanceDataset, *, writes: bool, follows: bool) -> None:
+    def __init__(
+        self, uri: str, dataset: lance.LanceDataset, *, writes: bool, follows: bool, pinned: bool = False
+    ) -> None:
         self.uri, self.dataset = uri, dataset
-        self._writes, self._follows = writes, follows
+        self._writes, self._follows, self._pinned = writes, follows, pinned
         if writes:
             self._lock = _lock(uri, self.space_id)
             self._disk = _Disk(self.table_uri)
             self.reload()  # another writer may have come between opening and locking
 
     @classmethod
-    def open(cls, uri: str, *, write: bool = False) -> Gallery:
-        """The table in use.
+    def open(cls, uri: str, *, write: bool = False, space_id: str | None = None) -> Gallery:
+        """The table in use, or that of one model.
 
         Args:
             uri: folder or object store prefix; endpoint and credentials of a store come from the environment.
-            write: be its one writer. A reader follows what is written by `refresh`, also to another table.
+            write: be its one writer. A reader follows what is written by `refresh`.
+            space_id: of the model whose table is wanted, in use or not; None = the table in use, and a reader follows
+                to another one when that is put in use.
 
         Raises:
-            ValueError: there is no gallery, or `write` and somebody else writes to it.
+            ValueError: there is no gallery or no table of that space, or `write` and somebody else writes to it.
         """
         uri = _absolute(uri)
-        space_id = _current(uri)
-        if space_id is None:
+        current = _current(uri)
+        if current is None:
             raise ValueError(f"gallery.uri: expected a gallery, got {uri}, which has none. Make it with tvilfm index.")
-        return cls(uri, lance.dataset(_table_uri(uri, space_id)), writes=write, follows=not write)
+        try:
+            dataset = lance.dataset(_table_uri(uri, space_id or current))
+        except ValueError:
+            raise ValueError(
+                f"gallery.uri: expected vectors of {space_id} in {uri}, got those of {current}. "
+                "Index the pictures again under this model with tvilfm index, or serve the run that it was made with."
+            ) from None
+        return cls(uri, dataset, writes=write, follows=not write, pinned=space_id is not None)
 
     @classmethod
     def prepare(cls, uri: str, *, space_id: str, dim: int) -> Gallery:
@@ -187,6 +198,11 @@ class Gallery:
     @property
     def table_uri(self) -> str:
         return _table_uri(self.uri, self.space_id)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether this is the table that `open` finds."""
+        return _current(self.uri) == self.space_id
 
     def __len__(self) -> int:
         return int(self.dataset.count_rows())
@@ -240,8 +256,14 @@ class Gallery:
 
     def delete_person(self, pid: int) -> int:
         """Delete every row of an identity; returns how many there were. Gone from disk after `compact`."""
-        found = self.dataset.scanner(columns=["id"], filter=pc.field("pid") == pid).to_table()
-        return self.delete(found["id"].to_pylist())
+        return self._delete_where(pc.field("pid") == pid)
+
+    def delete_before(self, time: datetime) -> int:
+        """Delete every row whose picture was taken before that (aware) time; rows without a time stay."""
+        return self._delete_where(pc.field("time") < pa.scalar(time, TIME))
+
+    def _delete_where(self, rows: pc.Expression) -> int:
+        return self.delete(self.dataset.scanner(columns=["id"], filter=rows).to_table()["id"].to_pylist())
 
     def versions(self) -> list[GalleryVersion]:
         """Versions that can be gone back to, oldest first."""
@@ -269,9 +291,9 @@ class Gallery:
         return self.version
 
     def refresh(self) -> bool:
-        """Follow the writer, to another table too where that is in use now; true if anything has changed."""
+        """Follow the writer; true if anything has changed."""
         assert self._follows, "a writer, or a fixed version, has nobody to follow"
-        space_id = _current(self.uri)
+        space_id = self.space_id if self._pinned else _current(self.uri)
         assert space_id is not None, "a gallery was deleted under its reader"
         before, version = self.space_id, self.version
         if space_id == before:

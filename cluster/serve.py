@@ -1,0 +1,424 @@
+"""`tvilfm serve`: the retrieval service on Ray Serve.
+
+    ingress (HTTP, keys, limits)  ->  encoder (model, dynamic batches, scales with load)
+                                  ->  searchers (each the whole gallery, follow its versions)
+                                  ->  writer (one; a write is on disk before it is acknowledged)
+
+A part that is killed is replaced by Serve; what was under way there is tried once more here before a client hears of
+it, as every call may be repeated without harm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import threading
+import time
+import webbrowser
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.config import HTTPOptions
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
+from ray.util.metrics import Counter, Histogram
+from rich.console import Console
+
+from cluster.index import FinishedRun, finished_run, index
+from cluster.session import session
+from tvilfm.captioning.captioner import Captioner
+from tvilfm.captioning.colors import remove_colors
+from tvilfm.config import Config, ServeSection
+from tvilfm.evaluation.extract import encode_pixels
+from tvilfm.models import TVILFM
+from tvilfm.retrieval.gallery import Gallery
+from tvilfm.retrieval.pictures import Pixels, resized
+from tvilfm.retrieval.query import Query, QueryEncoder, Question
+from tvilfm.retrieval.search import Answer, Request, Searcher
+from tvilfm.retrieval.spaces import gallery_vectors, space_id
+from tvilfm.service.app import create_app
+from tvilfm.service.audit import Audit
+from tvilfm.service.backend import Busy, Change, Unavailable
+from tvilfm.service.messages import ModelFacts, Status, Weights
+
+APPLICATION = "tvilfm"
+QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")  # the audit trail says who asked
+# CPUs that each part reserves; together they fit on two, and a part that computes has its threads beside them.
+INGRESS_CPUS, ENCODER_CPUS, SEARCHER_CPUS, WRITER_CPUS = 0.1, 1.0, 0.2, 0.2
+UNDER_WAY = 1000  # requests of an ingress at once; the parts behind it say when it is too much
+HEALTH_S = 1.0  # a replica that died is noticed within this time
+PATIENCE_S = 40.0  # that a part may take to answer, its replacement included
+LOCK_S = 60.0  # that a new writer waits for the one before it to end
+RETENTION_S = 3600.0  # between two looks for people who have to leave the gallery
+BOUNDARIES_S = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
+
+
+class Encoder:
+    """Replica: pictures and sentences to vectors, those of several requests together."""
+
+    def __init__(self, config: Config, run: FinishedRun) -> None:
+        self._device = "cuda" if config.cluster.gpus_per_worker > 0 else "cpu"
+        self._model = TVILFM.from_pretrained(run.model).to(self._device).eval()
+        data = run.config.data
+        self._size = {"height": data.height, "width": data.width}
+        self._encoder = QueryEncoder(
+            self._model,
+            **self._size,
+            filter_text=run.config.loss.filter_text,
+            captioner=_captioner(config, run, self._device),
+        )
+        self.encode.set_max_batch_size(config.serve.batch)
+        self.encode.set_batch_wait_timeout_s(config.serve.batch_wait_ms / 1000)
+
+    @serve.batch
+    async def encode(self, groups: list[Sequence[Question]]) -> list[list[Query]]:
+        """The questions of several requests."""
+        found = iter(await asyncio.to_thread(self._encoder.encode, [one for group in groups for one in group]))
+        return [[next(found) for _ in group] for group in groups]
+
+    async def encode_visible(self, pictures: Sequence[Pixels]) -> list[dict[str, Any]]:
+        """Vectors of visible pictures."""
+        return await asyncio.to_thread(self._encode_visible, pictures)
+
+    def _encode_visible(self, pictures: Sequence[Pixels]) -> list[dict[str, Any]]:
+        pixels = np.stack([resized(picture, **self._size) for picture in pictures])
+        vectors = gallery_vectors(self._model, encode_pixels(self._model, pixels, "visible"))
+        return [{name: part[row] for name, part in vectors.items()} for row in range(len(pictures))]
+
+
+class SearcherReplica:
+    """Replica: the gallery in memory, following its writer."""
+
+    def __init__(self, config: Config, space: str) -> None:
+        gallery = Gallery.open(config.gallery_uri, space_id=space)
+        device = "cuda" if config.cluster.gpus_per_worker > 0 else "cpu"
+        self._gallery, self._section = gallery, config.gallery
+        self._searcher = Searcher(gallery, config.gallery, device=device)
+        self._lock = threading.Lock()  # one refresh at a time; searches go on meanwhile
+        self.search.set_max_batch_size(config.serve.batch)
+        self.search.set_batch_wait_timeout_s(config.serve.batch_wait_ms / 1000)
+        threading.Thread(target=self._follow, args=(config.serve.follow_s,), daemon=True).start()
+
+    @serve.batch
+    async def search(self, groups: list[tuple[Sequence[Query], Sequence[Request], int]]) -> list[list[Answer]]:
+        """The queries of several requests, on a version that is no older than any of them wants."""
+        queries = [query for group in groups for query in group[0]]
+        requests = [request for group in groups for request in group[1]]
+        found = iter(await asyncio.to_thread(self._search, queries, requests, max(group[2] for group in groups)))
+        return [[next(found) for _ in group[0]] for group in groups]
+
+    async def picture(self, id: str) -> bytes | None:
+        """The thumbnail of a row."""
+        found = await asyncio.to_thread(self._gallery.picture, id)
+        return None if found is None else found[1]
+
+    async def facts(self) -> dict[str, Any]:
+        """What `Status` says of the gallery."""
+        return await asyncio.to_thread(self._facts)
+
+    def _search(self, queries: Sequence[Query], requests: Sequence[Request], min_version: int) -> list[Answer]:
+        if self._searcher.gallery.version < min_version:
+            self._refresh()
+        return self._searcher.search(queries, requests)
+
+    def _facts(self) -> dict[str, Any]:
+        searched = self._searcher.gallery
+        cameras = pc.unique(searched.load(None, ["camid"])["camid"]).to_pylist()
+        return {
+            "images": len(searched),
+            "version": searched.version,
+            "search": "exact" if len(searched) <= self._section.exact_limit else "index",
+            "cameras": sorted(cameras),
+            "gallery_in_use": searched.in_use,
+        }
+
+    def _refresh(self) -> None:
+        with self._lock:
+            self._searcher.refresh()
+
+    def _follow(self, every_s: float) -> None:
+        while True:
+            time.sleep(every_s)
+            try:
+                self._refresh()
+            except Exception:  # a store that does not answer: what is known is searched till it does
+                logging.getLogger("ray.serve").exception("the gallery could not be read; trying again")
+
+
+class Writer:
+    """Replica, the only one of its kind: every change of the gallery goes through it."""
+
+    def __init__(self, config: Config, space: str) -> None:
+        self._gallery = _open_for_writing(config.gallery_uri, space)
+        self._days = config.serve.retention_days
+        self._lock = threading.Lock()
+        if self._days is not None:
+            threading.Thread(target=self._retain, daemon=True).start()
+
+    async def upsert(self, rows: pa.Table, space: str) -> Change:
+        """Write rows."""
+        if self._days is not None:  # who has no time could never leave
+            now = pa.scalar(datetime.now(UTC), rows["time"].type)
+            rows = rows.set_column(rows.column_names.index("time"), "time", pc.fill_null(rows["time"], now))
+        return await self._alone(lambda: self._gallery.upsert(rows, space_id=space) and rows.num_rows)
+
+    async def delete(self, ids: Sequence[str]) -> Change:
+        """Remove rows."""
+        return await self._alone(lambda: self._gallery.delete(ids))
+
+    async def delete_person(self, pid: int) -> Change:
+        """Remove the rows of a person."""
+        return await self._alone(lambda: self._gallery.delete_person(pid))
+
+    async def compact(self) -> Change:
+        """Remove from disk what was removed."""
+        return await self._alone(self._compact)
+
+    async def ready(self) -> None:
+        """Answers when there is a writer."""
+
+    def _compact(self) -> int:
+        self._gallery.compact()
+        return len(self._gallery)
+
+    async def _alone(self, change: Callable[[], int]) -> Change:
+        return await asyncio.to_thread(self._change, change)
+
+    def _change(self, change: Callable[[], int]) -> Change:
+        with self._lock:
+            count = change()
+            return Change(version=self._gallery.version, count=count)
+
+    def _forget_before(self, time: datetime) -> int:
+        count = self._gallery.delete_before(time)
+        if count:
+            self._gallery.compact()
+        return count
+
+    def _retain(self) -> None:
+        while True:
+            oldest = datetime.now(UTC) - timedelta(days=self._days)
+            self._change(partial(self._forget_before, oldest))
+            time.sleep(RETENTION_S)
+
+
+class Ingress:
+    """Replica: the HTTP service, and its `Backend`."""
+
+    def __init__(
+        self,
+        config: Config,
+        facts: ModelFacts,
+        encoder: DeploymentHandle,
+        searcher: DeploymentHandle,
+        writer: DeploymentHandle,
+    ) -> None:
+        self._config = config
+        self._encoder, self._searcher, self._writer = encoder, searcher, writer
+        self.facts = facts
+        self._seconds = Histogram(
+            "tvilfm_stage_seconds", "Seconds that a stage of a request took.", BOUNDARIES_S, tag_keys=("stage",)
+        )
+        self._refusals = Counter("tvilfm_refused", "Requests that a part could not take.", tag_keys=("why",))
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        config = self._config
+        return create_app(
+            self,
+            config.serve,
+            audit=Audit(config.audit_path, days=config.serve.audit_days),
+            thumbnail_height=config.gallery.thumbnail_height,
+            observe=lambda stage, seconds: self._seconds.observe(seconds, tags={"stage": stage}),
+        )
+
+    async def encode(self, questions: Sequence[Question]) -> list[Query]:
+        return await self._call(self._encoder.encode, questions)
+
+    async def encode_visible(self, pictures: Sequence[Pixels]) -> list[dict[str, Any]]:
+        return await self._call(self._encoder.encode_visible, pictures)
+
+    async def search(
+        self, queries: Sequence[Query], requests: Sequence[Request], *, min_version: int = 0
+    ) -> list[Answer]:
+        return await self._call(self._searcher.search, (queries, requests, min_version))
+
+    async def upsert(self, rows: pa.Table, *, space_id: str) -> Change:
+        return await self._call(self._writer.upsert, rows, space_id)
+
+    async def delete(self, ids: Sequence[str]) -> Change:
+        return await self._call(self._writer.delete, ids)
+
+    async def delete_person(self, pid: int) -> Change:
+        return await self._call(self._writer.delete_person, pid)
+
+    async def compact(self) -> Change:
+        return await self._call(self._writer.compact)
+
+    async def picture(self, id: str) -> bytes | None:
+        return await self._call(self._searcher.picture, id)
+
+    async def status(self) -> Status:
+        return Status(**dict(self.facts), **await self._call(self._searcher.facts))
+
+    async def _call(self, method: DeploymentHandle, *arguments: Any) -> Any:
+        """What a part answers; once more if it dies meanwhile."""
+        for last in (False, True):
+            try:
+                async with asyncio.timeout(PATIENCE_S):
+                    return await method.remote(*arguments)
+            except BackPressureError:
+                self._refusals.inc(tags={"why": "busy"})
+                raise Busy("service: expected room for one more request, got a full queue") from None
+            except (RayActorError, DeploymentUnavailableError, TimeoutError):
+                if last:
+                    self._refusals.inc(tags={"why": "unavailable"})
+                    raise Unavailable("service: expected an answer, got none while a part is replaced") from None
+            except RayTaskError as error:
+                if isinstance(error.cause, ValueError):
+                    raise error.cause from None
+                raise
+
+
+def _captioner(config: Config, run: FinishedRun, device: str) -> Callable[[Sequence[Pixels]], list[str]] | None:
+    """Who says what infrared pictures show, without colours; None = nobody."""
+    name = config.serve.captioner
+    if name is None:
+        return None
+    section = config.caption.infrared.model_copy(update={"model": name})
+    if name == "run":
+        if run.captioner is None:
+            raise ValueError(
+                "serve.captioner: expected a run that fine-tuned captioners, got one with the captions of files. "
+                "Name a model, or set serve.captioner=null."
+            )
+        section = run.config.caption.infrared.model_copy(update={"model": str(run.captioner), "revision": None})
+    captioner = Captioner.load(section, device=device)
+    return lambda images: [remove_colors(text) for text in captioner.caption(images)]
+
+
+def _open_for_writing(uri: str, space: str) -> Gallery:
+    """The gallery, once the writer before is gone: it may take a moment to die."""
+    deadline = time.monotonic() + LOCK_S
+    while True:
+        try:
+            return Gallery.open(uri, write=True, space_id=space)
+        except ValueError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
+def application(args: dict[str, Any]) -> serve.Application:
+    """The service, for `tvilfm serve` and for Serve's own config files.
+
+    Args:
+        args: `config`, a resolved run description, as `tvilfm config show` prints.
+
+    Raises:
+        ValueError: the run is not finished, there is no gallery of its model, or the file of keys is none.
+    """
+    config = Config.model_validate(args["config"])
+    run = finished_run(config.run.path.absolute())
+    section, gpus = config.serve, config.cluster.gpus_per_worker
+    model = TVILFM.from_pretrained(run.model)
+    space = space_id(model, height=run.config.data.height, width=run.config.data.width)
+    facts = ModelFacts(
+        model=config.run.name,
+        space_id=space,
+        text=model.text is not None,
+        captioner=section.captioner is not None,
+        weights=Weights(**config.evaluate.ensemble.model_dump(include=set(Weights.model_fields))),
+    )
+
+    def part(of: type, cpus: float, *, gpus: float = 0, **scale: Any) -> serve.Deployment:
+        return serve.deployment(
+            of,
+            name=of.__name__,
+            ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
+            max_queued_requests=section.max_queued,
+            max_ongoing_requests=2 * section.batch,
+            health_check_period_s=HEALTH_S,
+            graceful_shutdown_timeout_s=5,
+            **scale,
+        )
+
+    load = {
+        "min_replicas": section.encoders,
+        "max_replicas": section.max_encoders,
+        "target_ongoing_requests": section.batch,
+    }
+    encoder = part(Encoder, ENCODER_CPUS, gpus=gpus, autoscaling_config=load).bind(config, run)
+    searcher = part(SearcherReplica, SEARCHER_CPUS, gpus=gpus, num_replicas=section.searchers).bind(config, space)
+    writer = part(Writer, WRITER_CPUS, num_replicas=1).bind(config, space)
+    ingress = serve.deployment(
+        serve.ingress()(Ingress),
+        name="Ingress",
+        ray_actor_options={"num_cpus": INGRESS_CPUS},
+        max_ongoing_requests=UNDER_WAY,
+        health_check_period_s=HEALTH_S,
+    )
+    return ingress.bind(config, facts, encoder, searcher, writer)
+
+
+@contextmanager
+def serving(config: Config) -> Iterator[str]:
+    """Have the service while the block runs.
+
+    Yields:
+        Its address.
+
+    Raises:
+        ValueError: the run is not finished, or what it needs to serve is not there.
+    """
+    if config.gallery.uri is None and not Path(config.gallery_uri).exists():
+        index(config)
+    section = config.serve
+    with session(config.cluster):
+        wanted = {"host": section.host, "port": section.port, "request_timeout_s": 2 * PATIENCE_S}
+        if section.tls_cert is not None:
+            wanted |= {"ssl_certfile": str(section.tls_cert), "ssl_keyfile": str(section.tls_key)}
+        serve.start(http_options=HTTPOptions(**wanted), logging_config=QUIET)
+        try:
+            app = application({"config": config.model_dump(mode="json")})
+            serve.run(app, name=APPLICATION, route_prefix="/", logging_config=QUIET)
+            yield _address(section)
+        finally:
+            serve.shutdown()
+
+
+def _address(section: ServeSection) -> str:
+    """Where a browser of this machine finds the service."""
+    host = "127.0.0.1" if section.host in ("0.0.0.0", "::") else section.host
+    scheme = "http" if section.tls_cert is None else "https"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{section.port}"
+
+
+def serve_forever(config: Config, *, show: bool) -> None:
+    """Serve until the process is told to end.
+
+    Args:
+        config: which run (`run`), which gallery (`gallery`), and the service (`serve`).
+        show: open the page in a browser.
+    """
+    end = threading.Event()
+    console = Console(stderr=True)
+    with serving(config) as address:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: end.set())
+        console.print(f"service: {address} (Ctrl-C ends it)", highlight=False)
+        if show:
+            webbrowser.open(address)
+        end.wait()
+        console.print("service: ending", highlight=False)

@@ -1,0 +1,109 @@
+"""Where jobs on a cluster keep what they make: a test of it before a long job, and what relative paths mean there."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from cluster.parts import open_uri, shown, write_whole
+from tvilfm.config import Config
+
+# Never part of a program: version control, environments, caches, builds, weights.
+EXCLUDED = (
+    *(".git", ".venv", "venv", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", "/build", "/dist"),
+    *("*.pt", "*.pth", "*.ckpt", "*.safetensors", "*.onnx", "*.gguf", "*.npy"),
+)
+# What a store's error says, and what to do about it; the first that fits.
+ADVICE = (
+    ("NO_SUCH_BUCKET", "Make the bucket, or mend its name."),
+    ("bucket does not exist", "Make the bucket, or mend its name."),
+    ("ACCESS_DENIED", "Give these credentials the right to read, write and delete there."),
+    ("Permission denied", "Give this user the right to write there."),
+    (
+        "INVALID_ACCESS_KEY",
+        "Set the store's credentials in the environment (AWS_ACCESS_KEY_ID, ...), on every machine.",
+    ),
+    ("SIGNATURE_DOES_NOT_MATCH", "Mend the secret key in the environment, on every machine."),
+    ("credentials", "Set the store's credentials in the environment, on every machine."),
+    ("NETWORK_CONNECTION", "Mend the endpoint in the URI (endpoint_override, scheme), or the network."),
+    ("resolve", "Mend the endpoint in the URI (endpoint_override, scheme), or the network."),
+    ("Not a directory", "A file stands in the way: name another folder."),
+    ("No space left", "Free some space, or name another place."),
+    ("Read-only", "Mount it writable, or name another place."),
+)
+
+
+def check_storage(uri: str) -> None:
+    """Write, read and delete one object in a folder or under a URI, as a long job will want to.
+
+    Raises:
+        ValueError: one of the three failed; it says which, why, and what to do.
+    """
+    filesystem, root = open_uri(uri)
+    path, content, step = f"{root}/.check-{uuid.uuid4().hex}", uuid.uuid4().bytes, "write"
+    try:
+        write_whole(filesystem, path, content)
+        step = "read"
+        with filesystem.open_input_stream(path) as stream:
+            found = stream.read()
+        step = "delete"
+        filesystem.delete_file(path)
+    except OSError as error:
+        advice = next((advice for sign, advice in ADVICE if sign.lower() in str(error).lower()), "Look at its error.")
+        raise ValueError(f"{shown(uri)}: expected a place to {step}, got {error}. {advice}") from None
+    if found != content:
+        raise ValueError(
+            f"{shown(uri)}: expected to read what was written, got {len(found)} other bytes. Use storage that shows a "
+            "write to the next reader."
+        )
+
+
+def storage_folder(config: Config) -> Path | None:
+    """`cluster.storage` where it is a folder: relative paths of jobs on the cluster lie in it."""
+    storage = config.cluster.storage
+    return None if storage is None or "://" in storage else Path(storage)
+
+
+def paths_of(config: Config) -> dict[str, str]:
+    """The paths in a description, dotted key -> path or URI; those of its cluster section are about this machine."""
+    found = {}
+    for name, section in config:
+        if isinstance(section, BaseModel) and name != "cluster":
+            found |= {f"{name}.{key}": str(value) for key, value in section if isinstance(value, Path)}
+    return found | ({"gallery.uri": config.gallery.uri} if config.gallery.uri else {})
+
+
+def is_relative(path: str) -> bool:
+    """Whether it means another place in another folder."""
+    return "://" not in path and not Path(path).is_absolute()
+
+
+def absolute_paths(config: Config, base: Path | None) -> list[str]:
+    """Overrides that make a description's relative paths mean the same on every machine.
+
+    Args:
+        config: the description.
+        base: the folder that they lie in; None = there is none that every machine sees.
+
+    Raises:
+        ValueError: there are relative paths and no such folder.
+    """
+    relative = {key: path for key, path in paths_of(config).items() if is_relative(path)}
+    if relative and base is None:
+        key, path = next(iter(relative.items()))
+        raise ValueError(
+            f"{key}: expected an absolute path for other machines, got {path}. Set cluster.storage to a folder that "
+            f"all of them see, or {key}=/path/on/them."
+        )
+    return [f"{key}={json.dumps(str(base / path))}" for key, path in relative.items() if base]
+
+
+def excluded(config: Config, folder: Path) -> list[str]:
+    """What of a folder does not travel to other machines, as gitignore patterns: `EXCLUDED`, data, runs, galleries."""
+    here = folder.resolve()
+    paths = [(folder / path).resolve() for path in paths_of(config).values() if "://" not in path]
+    inside = {f"/{path.relative_to(here)}" for path in paths if path != here and path.is_relative_to(here)}
+    return [*EXCLUDED, *sorted(inside)]

@@ -1,0 +1,169 @@
+"""The service as it runs: real replicas behind a real port, rankings as measured, parts that are killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import ray
+
+from cluster.index import index
+from cluster.serve import serving
+from tests.processes import descendants
+from tests.untrained_run import UntrainedRun, evaluated_rankings
+from tvilfm.client import Client, as_json
+from tvilfm.config import Config
+from tvilfm.datasets.manifest import select
+from tvilfm.retrieval.gallery import Gallery
+
+BATCH = 28
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def config(untrained_run: UntrainedRun, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    folder = tmp_path_factory.mktemp("served")
+    config = untrained_run.config
+    changes = {
+        "gallery": config.gallery.model_copy(update={"uri": str(folder / "gallery")}),
+        "serve": config.serve.model_copy(update={"port": free_port(), "audit": folder / "audit"}),
+    }
+    config = config.model_copy(update=changes)
+    index(config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def address(config: Config) -> Iterator[str]:
+    with serving(config) as address:
+        yield address
+
+
+@pytest.mark.slow
+def test_every_query_ranks_over_http_as_the_evaluation_ranks_it(address: str, untrained_run: UntrainedRun) -> None:
+    rankings = list(evaluated_rankings(untrained_run))
+    queries = [
+        as_json(
+            image=ranking.image,
+            sentence=ranking.sentence,
+            infrared_caption=ranking.infrared_caption if ranking.sentence else None,
+            exclude_cameras=sorted(ranking.exclude_cameras),
+            k=1000,
+        )
+        for ranking in rankings
+    ]
+    with Client(address) as client:
+        answers = [
+            answer
+            for start in range(0, len(queries), BATCH)
+            for answer in client.search_batch(queries[start : start + BATCH])
+        ]
+        (alone,) = (client.search(**{**queries[-1], "image": rankings[-1].image}),)
+    for ranking, answer in zip(rankings, answers, strict=True):
+        assert [hit.id for hit in answer.hits if hit.id in ranking.shown] == ranking.names
+    assert [hit.id for hit in alone.hits] == [hit.id for hit in answers[-1].hits]
+    assert len(rankings) == 16 * (3 + 4)
+
+
+@pytest.mark.slow
+def test_parts_are_killed_under_load_and_nobody_who_tries_twice_sees_it(
+    address: str, config: Config, untrained_run: UntrainedRun
+) -> None:
+    names = select(untrained_run.manifest, split="gallery", modality="visible")["image"].to_pylist()
+    picture = (untrained_run.root / names[0]).read_bytes()
+    stop, errors, acknowledged, searched = threading.Event(), [], [], []
+
+    def write(worker: int) -> None:
+        with Client(address, retries=1) as client:
+            number = 0
+            while not stop.is_set():
+                id = f"load-{worker}-{number}"
+                number += 1
+                try:
+                    client.put(id, image=picture, camid=1, pid=100 + worker)
+                    acknowledged.append(id)
+                except Exception as error:
+                    errors.append(error)
+
+    def search() -> None:
+        with Client(address, retries=1) as client:
+            while not stop.is_set():
+                try:
+                    searched.append(client.search(image=picture, sentence="a coat", k=3).version)
+                except Exception as error:
+                    errors.append(error)
+
+    workers = [threading.Thread(target=write, args=(n,)) for n in range(2)]
+    workers += [threading.Thread(target=search) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for part in ("SearcherReplica", "Encoder", "Writer"):
+        until(
+            lambda before=(len(acknowledged), len(searched)): (
+                len(acknowledged) > before[0] + 5 and len(searched) > before[1] + 5
+            )
+        )
+        pid = replicas(part)[0]
+        os.kill(pid, signal.SIGKILL)
+        until(lambda pid=pid, part=part: pid not in replicas(part) and replicas(part))
+    until(
+        lambda before=(len(acknowledged), len(searched)): (
+            len(acknowledged) > before[0] + 5 and len(searched) > before[1] + 5
+        )
+    )
+    stop.set()
+    for worker in workers:
+        worker.join(120)
+    assert errors == []
+    found = Gallery.open(str(config.gallery.uri)).load(None, ["id"])["id"].to_pylist()
+    assert len(found) == len(set(found)) and set(acknowledged) <= set(found)
+    assert len(acknowledged) == len(set(acknowledged)) > 20
+
+
+def replicas(part: str) -> list[int]:
+    """Processes of a part of the service."""
+    found = []
+    for pid in descendants(os.getpid()):
+        try:
+            if f"ServeReplica:tvilfm:{part}" in Path(f"/proc/{pid}/cmdline").read_text():
+                found.append(pid)
+        except OSError:
+            continue
+    return found
+
+
+def until(true: object, deadline_s: float = 120) -> None:
+    end = time.monotonic() + deadline_s
+    while not true():  # type: ignore[operator]
+        assert time.monotonic() < end, "what was waited for never came"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_prometheus_finds_the_seconds_of_every_stage(address: str) -> None:
+    with Client(address) as client:
+        client.search(sentence="a coat")
+    (node,) = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+
+    def stages() -> set[str]:
+        text = httpx.get(url, trust_env=False).text
+        return {
+            stage
+            for stage in ("decode", "encode", "search")
+            if "tvilfm_stage_seconds_bucket{" in text and f'stage="{stage}"' in text
+        }
+
+    until(lambda: stages() == {"decode", "encode", "search"}, 60)

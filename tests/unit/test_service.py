@@ -1,0 +1,529 @@
+"""The HTTP service on a backend without Ray: what it answers, whom it lets in, and what it refuses."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import random
+import struct
+import threading
+import zlib
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pytest
+import schemathesis
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
+from PIL import Image
+
+from tests.untrained_run import UntrainedRun
+from tvilfm.config import EvaluateSection, GallerySection, ServeSection
+from tvilfm.datasets.manifest import select
+from tvilfm.datasets.pixels import decode
+from tvilfm.evaluation.extract import encode_pixels
+from tvilfm.retrieval.gallery import Gallery, vector_column
+from tvilfm.retrieval.pictures import Pixels, resized, thumbnail
+from tvilfm.retrieval.query import Query, QueryEncoder, Question
+from tvilfm.retrieval.search import Answer, Request, Searcher
+from tvilfm.retrieval.spaces import gallery_vectors
+from tvilfm.service.app import FORMATS, HEADER, create_app
+from tvilfm.service.audit import Audit
+from tvilfm.service.backend import Busy, Change, Unavailable
+from tvilfm.service.keys import KeyFile, add_key, remove_key
+from tvilfm.service.messages import ModelFacts, Status, Weights
+
+WEIGHTS = EvaluateSection().ensemble.weights
+
+
+class DirectBackend:
+    """The parts of the service, called where they stand."""
+
+    def __init__(self, run: UntrainedRun, gallery: Gallery) -> None:
+        data = run.config.data
+        self._model, self._size = run.model, {"height": data.height, "width": data.width}
+        self._encoder = QueryEncoder(run.model, **self._size)
+        self._gallery, self._lock = gallery, threading.Lock()
+        self._searcher = Searcher(Gallery.open(gallery.uri, space_id=self._encoder.space_id), GallerySection())
+        self.facts = ModelFacts(
+            model="untrained",
+            space_id=self._encoder.space_id,
+            text=True,
+            captioner=False,
+            weights=Weights(**WEIGHTS),
+        )
+        self.fails: Exception | None = None
+
+    async def encode(self, questions: Sequence[Question]) -> list[Query]:
+        if self.fails is not None:
+            raise self.fails
+        return self._encoder.encode(questions)
+
+    async def encode_visible(self, pictures: Sequence[Pixels]) -> list[dict[str, npt.NDArray[np.float32]]]:
+        pixels = np.stack([resized(picture, **self._size) for picture in pictures])
+        vectors = gallery_vectors(self._model, encode_pixels(self._model, pixels, "visible"))
+        return [{name: part[row] for name, part in vectors.items()} for row in range(len(pictures))]
+
+    async def search(
+        self, queries: Sequence[Query], requests: Sequence[Request], *, min_version: int = 0
+    ) -> list[Answer]:
+        self._searcher.refresh()
+        return self._searcher.search(queries, requests)
+
+    async def upsert(self, rows: pa.Table, *, space_id: str) -> Change:
+        return Change(version=self._gallery.upsert(rows, space_id=space_id), count=rows.num_rows)
+
+    async def delete(self, ids: Sequence[str]) -> Change:
+        return Change(count=self._gallery.delete(ids), version=self._gallery.version)
+
+    async def delete_person(self, pid: int) -> Change:
+        return Change(count=self._gallery.delete_person(pid), version=self._gallery.version)
+
+    async def compact(self) -> Change:
+        self._gallery.compact()
+        return Change(count=len(self._gallery), version=self._gallery.version)
+
+    async def picture(self, id: str) -> bytes | None:
+        found = self._gallery.picture(id)
+        return None if found is None else found[1]
+
+    async def status(self) -> Status:
+        facts = {"images": len(self._gallery), "version": self._gallery.version, "search": "exact"}
+        return Status(**dict(self.facts), **facts, cameras=[1, 2, 4, 5], gallery_in_use=self._gallery.in_use)
+
+
+class Service:
+    """A backend, and clients of its application."""
+
+    def __init__(self, run: UntrainedRun, folder: Path, **section: object) -> None:
+        gallery = Gallery.prepare(str(folder / "gallery"), space_id=run_space(run), dim=run.model.spec.dim)
+        visible = select(run.manifest, split="gallery", modality="visible")
+        names = visible["image"].to_pylist()
+        pictures = [decode((run.root / name).read_bytes(), height=None, width=None, name=name) for name in names]
+        data = run.config.data
+        pixels = np.stack([resized(picture, height=data.height, width=data.width) for picture in pictures])
+        vectors = gallery_vectors(run.model, encode_pixels(run.model, pixels, "visible"))
+        gallery.upsert(
+            pa.table(
+                {
+                    "id": names,
+                    "pid": visible["pid"],
+                    "camid": visible["camid"],
+                    "thumbnail": [thumbnail(picture, height=64) for picture in pictures],
+                    **{name: vector_column(part) for name, part in vectors.items()},
+                }
+            ),
+            space_id=run_space(run),
+        )
+        gallery.publish()
+        self.names, self.folder = names, folder
+        self.backend = DirectBackend(run, gallery)
+        self.stages: list[str] = []
+        self.app = create_app(
+            self.backend,
+            ServeSection(**section),
+            audit=Audit(folder / "audit"),
+            thumbnail_height=64,
+            observe=lambda stage, seconds: self.stages.append(stage),
+        )
+        self.client = TestClient(self.app, raise_server_exceptions=False)
+
+    def audited(self) -> list[dict[str, object]]:
+        (path,) = (self.folder / "audit").iterdir()
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run_space(run: UntrainedRun) -> str:
+    return QueryEncoder(run.model, height=run.config.data.height, width=run.config.data.width).space_id
+
+
+@pytest.fixture
+def service(untrained_run: UntrainedRun, tmp_path: Path) -> Iterator[Service]:
+    service = Service(untrained_run, tmp_path, max_body_mb=0.5, max_pixels=100_000, max_batch=3)
+    with service.client:
+        yield service
+    service.backend._gallery.close()
+
+
+@pytest.fixture
+def infrared(untrained_run: UntrainedRun) -> str:
+    """An infrared query as a client sends it."""
+    (name, *_) = select(untrained_run.manifest, split="query", modality="infrared")["image"].to_pylist()
+    return base64.b64encode((untrained_run.root / name).read_bytes()).decode()
+
+
+def encoded(picture: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, format, **options)
+    return file.getvalue()
+
+
+def text(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def test_a_hit_says_what_each_modality_added_and_filters_hold(service: Service, infrared: str) -> None:
+    query = {"image": infrared, "sentence": "a woman in a red coat", "infrared_caption": "a woman in a coat", "k": 6}
+    answer = service.client.post("/v1/search", json=query).json()
+    assert len(answer["hits"]) == 6 and answer["modalities"] == ["infrared", "text", "fusion"]
+    assert answer["filter_text"] == "given"
+    for hit in answer["hits"]:
+        assert sum(hit["shares"].values()) == pytest.approx(hit["score"], abs=1e-5)
+    assert [hit["score"] for hit in answer["hits"]] == sorted((hit["score"] for hit in answer["hits"]), reverse=True)
+
+    def hits(**changes: object) -> list[dict[str, object]]:
+        found = service.client.post("/v1/search", json={**query, "k": 100, **changes})
+        assert found.status_code == 200, found.text
+        return found.json()["hits"]
+
+    everything = {hit["id"] for hit in hits()}
+    assert everything == set(service.names)
+    assert {hit["camid"] for hit in hits(cameras=[1, 2])} == {1, 2}
+    assert {hit["camid"] for hit in hits(exclude_cameras=[1])} == {hit["camid"] for hit in hits()} - {1}
+    people = hits(by_identity=True)
+    assert len({hit["pid"] for hit in people}) == len(people) == 4
+    assert hits(since="2024-01-01T00:00:00Z") == []  # nobody has a time
+    assert set(hits(weights={"infrared": 0, "text": 1, "fusion": 0})[0]["shares"]) == {"text"}
+    alone = service.client.post("/v1/search", json={"image": infrared}).json()
+    assert alone["modalities"] == ["infrared"] and alone["filter_text"] == "none"
+    assert {"decode", "encode", "search"} <= set(service.stages)
+
+
+def test_a_batch_answers_as_searches_alone_do(service: Service, infrared: str) -> None:
+    queries = [
+        {"image": infrared, "k": 3},
+        {"sentence": "a man in black trousers", "k": 2},
+        {"image": infrared, "k": 1},
+    ]
+    together = service.client.post("/v1/search/batch", json={"queries": queries}).json()["answers"]
+    for query, answer in zip(queries, together, strict=True):
+        alone = service.client.post("/v1/search", json=query).json()
+        assert [hit["id"] for hit in alone["hits"]] == [hit["id"] for hit in answer["hits"]]
+    assert service.client.post("/v1/search/batch", json={"queries": queries * 2}).status_code == 422
+
+
+def test_a_written_picture_is_found_shown_replaced_and_removed(service: Service, untrained_run: UntrainedRun) -> None:
+    own = (untrained_run.root / service.names[0]).read_bytes()
+    id = "camera 9/é?x=1#b.jpg"
+    path = "/v1/gallery/camera%209%2F%C3%A9%3Fx%3D1%23b.jpg"
+    row = {"image": text(own), "camid": 9, "pid": 77, "time": "2026-01-02T03:04:05+02:00", "reference": "s3://b/k"}
+    written = service.client.put(path, json=row).json()
+    assert written["count"] == 1
+    query = {"sentence": "a coat", "cameras": [9], "min_version": written["version"]}
+    (hit,) = service.client.post("/v1/search", json=query).json()["hits"]
+    assert (hit["id"], hit["pid"], hit["time"], hit["image"]) == (id, 77, "2026-01-02T01:04:05Z", "s3://b/k")
+    # The same picture has the vectors that indexing gave it.
+    everything = service.client.post("/v1/search", json={"sentence": "a coat", "k": 100}).json()["hits"]
+    scores = {one["id"]: one["score"] for one in everything}
+    assert scores[id] == pytest.approx(scores[service.names[0]], abs=1e-5)
+    shown = service.client.get(f"{path}/image")
+    assert shown.headers["content-type"] == "image/jpeg" and Image.open(io.BytesIO(shown.content)).format == "JPEG"
+
+    moved = service.client.put(path, json={**row, "camid": 8})
+    assert moved.status_code == 200
+    assert service.client.get("/v1/status").json()["images"] == len(service.names) + 1
+    assert service.client.post("/v1/search", json=query).json()["hits"] == []
+    late = {"sentence": "a coat", "min_version": 10**9}
+    assert service.client.post("/v1/search", json=late).status_code == 409
+
+    assert service.client.delete(path).json()["count"] == 1
+    assert service.client.delete(path).status_code == 404 and service.client.get(f"{path}/image").status_code == 404
+
+
+def test_bulk_writes_are_all_or_none_and_a_person_is_forgotten(service: Service, untrained_run: UntrainedRun) -> None:
+    own = text((untrained_run.root / service.names[0]).read_bytes())
+    vector = [1.0] + [0.0] * (untrained_run.model.spec.dim - 1)
+    ready = {"vector": vector, "vector_base": vector, "space_id": service.backend.facts.space_id}
+    rows = [{"id": "a", "image": own, "camid": 1, "pid": 5}, {"id": "b", **ready, "camid": 2, "pid": 5}]
+    assert service.client.post("/v1/gallery/bulk", json={"rows": rows}).json()["count"] == 2
+    before = service.client.get("/v1/status").json()
+    for wrong, status in (
+        ({"id": "c", **ready, "vector": [2.0, *vector[1:]], "camid": 1}, 422),
+        ({"id": "c", **ready, "vector": vector[1:], "camid": 1}, 422),
+        ({"id": "c", **ready, "space_id": "another", "camid": 1}, 409),
+        ({"id": "c", "image": text(b"no picture"), "camid": 1}, 422),
+        ({"id": "a", "image": own, "camid": 1}, 422),  # twice
+        ({"id": "c", "camid": 1}, 422),
+        ({"id": "c", **ready, "image": own, "camid": 1}, 422),
+    ):
+        answer = service.client.post("/v1/gallery/bulk", json={"rows": [rows[0], wrong]})
+        assert answer.status_code == status and "error" in answer.json(), answer.text
+    assert service.client.get("/v1/status").json() == before
+    assert service.client.delete("/v1/people/5").json()["count"] == 2
+    assert service.client.post("/v1/gallery/compact").json()["count"] == len(service.names)
+    assert len(service.backend._gallery.versions()) == 1
+    actions = [(line["action"], line["ids"]) for line in service.audited()]
+    assert actions == [("upsert", ["a", "b"]), ("delete person", []), ("compact", [])]
+
+
+def test_the_audit_trail_says_who_saw_whom_and_holds_neither_text_nor_pixels(
+    untrained_run: UntrainedRun, tmp_path: Path, infrared: str
+) -> None:
+    token = add_key(tmp_path / "keys", "front desk", ["read"])
+    service = Service(untrained_run, tmp_path, keys=tmp_path / "keys")
+    query = {"image": infrared, "sentence": "a zebra coat", "k": 2}
+    answer = service.client.post("/v1/search", json=query, headers={HEADER: token}).json()
+    (line,) = service.audited()
+    assert line.pop("time") <= datetime.now(UTC).isoformat()
+    ids = [hit["id"] for hit in answer["hits"]]
+    assert line == {"key": "front desk", "action": "search", "version": answer["version"], "ids": ids}
+    (path,) = (tmp_path / "audit").iterdir()
+    assert path.stat().st_mode & 0o077 == 0
+    service.backend._gallery.close()
+
+
+def test_old_days_leave_the_audit_trail(tmp_path: Path) -> None:
+    today = datetime.now(UTC).date()
+    for days in (1, 6, 7, 8, 400):
+        (tmp_path / f"{today - timedelta(days=days)}.jsonl").write_text("{}\n")
+    (tmp_path / "notes.txt").write_text("mine")
+    Audit(tmp_path, days=7).note("search", key=None, version=1, ids=[])
+    kept = {str(today - timedelta(days=days)) for days in (0, 1, 6, 7)}
+    assert {path.stem for path in tmp_path.iterdir()} == {*kept, "notes"}
+
+
+SCOPE_OF = {
+    ("POST", "/v1/search"): "read",
+    ("POST", "/v1/search/batch"): "read",
+    ("GET", "/v1/status"): "read",
+    ("GET", "/v1/gallery/x/image"): "read",
+    ("PUT", "/v1/gallery/x"): "write",
+    ("DELETE", "/v1/gallery/x"): "write",
+    ("POST", "/v1/gallery/bulk"): "write",
+    ("DELETE", "/v1/people/1"): "admin",
+    ("POST", "/v1/gallery/compact"): "admin",
+}
+
+
+def test_a_key_opens_what_it_is_for_and_nothing_else(untrained_run: UntrainedRun, tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    tokens = {scope: add_key(file, scope, [scope]) for scope in ("read", "write", "admin")}  # type: ignore[list-item]
+    assert file.stat().st_mode & 0o077 == 0 and not any(token in file.read_text() for token in tokens.values())
+    service = Service(untrained_run, tmp_path, keys=file)
+    row = {"camid": 1, "image": text((untrained_run.root / service.names[0]).read_bytes())}
+    bodies = {
+        "/v1/search": {"sentence": "a coat"},
+        "/v1/search/batch": {"queries": [{"sentence": "a coat"}]},
+        "/v1/gallery/x": row,
+        "/v1/gallery/bulk": {"rows": [{"id": "x", **row}]},
+    }
+    paths = {(method, path) for path, of in service.app.openapi()["paths"].items() for method in map(str.upper, of)}
+    named = {(method, path.replace("{id}", "x").replace("{pid}", "1")) for method, path in paths}
+    assert named - {("GET", "/healthz"), ("GET", "/readyz")} == set(SCOPE_OF)  # no route is forgotten here
+
+    def ask(method: str, path: str, **headers: str) -> int:
+        body = bodies.get(path) if method in ("POST", "PUT") else None
+        return service.client.request(method, path, json=body, headers=headers).status_code
+
+    for (method, path), scope in SCOPE_OF.items():
+        assert ask(method, path) == 401
+        for wrong in ("", "nobody", tokens["read"][:-1], tokens["read"] + "x", "tvi_" + "é"):
+            assert (
+                ask(method, path, **{HEADER: wrong.encode("latin-1").decode("latin-1")}) == 401
+                if wrong.isascii()
+                else True
+            )
+        for other, token in tokens.items():
+            assert (ask(method, path, **{HEADER: token}) == 403) == (other != scope), (method, path, other)
+    assert ask("GET", "/healthz") == ask("GET", "/readyz") == ask("GET", "/") == 200
+
+    remove_key(file, "read")
+    assert ask("GET", "/v1/status", **{HEADER: tokens["read"]}) == 401  # at once
+    service.backend._gallery.close()
+
+
+def test_key_files_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tvilfm keys add"):
+        KeyFile(tmp_path / "none")
+    path = tmp_path / "keys"
+    add_key(path, "one", ["read", "write"])
+    with pytest.raises(ValueError, match="name: expected a new one, got one"):
+        add_key(path, "one", ["read"])
+    with pytest.raises(ValueError, match=r"name: expected one of \['one'\]"):
+        remove_key(path, "two")
+    path.write_text("keys: [{name: 1}]")
+    with pytest.raises(ValueError, match="field required"):
+        KeyFile(path)
+    with pytest.raises(ValueError, match=r"keys: expected a file of API keys with host 0\.0\.0\.0"):
+        ServeSection(host="0.0.0.0")
+    for host in ("127.0.0.1", "127.8.0.1", "::1", "localhost"):
+        assert ServeSection(host=host).keys is None
+
+
+def test_without_keys_a_page_of_another_name_is_turned_away(service: Service) -> None:
+    for host, status in (("127.0.0.1:8000", 200), ("localhost", 200), ("evil.example", 400), ("", 400)):
+        assert service.client.get("/v1/status", headers={"Host": host}).status_code == status
+    # A form of another page cannot write: it cannot send JSON without asking first.
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
+        body = json.dumps({"sentence": "a coat"}).encode()
+        assert service.client.post("/v1/search", content=body, headers={"Content-Type": kind}).status_code == 422
+
+
+def test_the_page_needs_nothing_from_elsewhere(service: Service) -> None:
+    answer = service.client.get("/")
+    assert "http://" not in answer.text and "https://" not in answer.text and "<script>" in answer.text
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+
+
+def test_a_full_queue_and_a_part_that_is_replaced_say_when_to_try_again(service: Service) -> None:
+    for error, status in ((Busy("full"), 429), (Unavailable("gone"), 503)):
+        service.backend.fails = error
+        answer = service.client.post("/v1/search", json={"sentence": "a coat"})
+        assert answer.status_code == status and int(answer.headers["retry-after"]) >= 1
+    service.backend.fails = KeyError("a fault")
+    answer = service.client.post("/v1/search", json={"sentence": "a coat"})
+    assert answer.status_code == 500 and "a fault" not in answer.text.replace("a fault of ours", "")
+
+
+def png_bomb(width: int, height: int) -> bytes:
+    """A PNG of some kilobytes that says it is very large, and is."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    rows = zlib.compressobj(9)
+    content = b"".join(rows.compress(bytes(width // 8 + 1)) for _ in range(height)) + rows.flush()
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", content) + chunk(b"IEND", b"")
+
+
+def hostile() -> Iterator[tuple[str, str, bytes, dict[str, str]]]:
+    """Method, path, body and headers of what strangers send."""
+    draw = random.Random(0)
+    as_json = {"Content-Type": "application/json"}
+    picture = Image.effect_noise((40, 80), 60).convert("RGB")
+    files = {format: encoded(picture, format) for format in (*FORMATS, "GIF", "TIFF", "ICO", "PPM", "PDF")}
+    pictures = [files["GIF"], files["TIFF"], files["ICO"], files["PPM"], files["PDF"], png_bomb(30_000, 30_000)]
+    pictures += [encoded(Image.new("RGB", (400, 400))), encoded(Image.new("RGB", (1, 1))), b"\0" * 5000, b"<svg/>"]
+    pictures += [files["JPEG"] + b"\0" * 200_000, encoded(picture, "PNG", exif=b"Exif\0\0" + b"\xff" * 900)]
+    for format in FORMATS:
+        content = files[format]
+        pictures += [content[: draw.randrange(1, len(content))] for _ in range(8)]
+        for _ in range(16):
+            broken = bytearray(content)
+            for _ in range(draw.choice((1, 4, 30))):
+                broken[draw.randrange(len(broken))] = draw.randrange(256)
+            pictures.append(bytes(broken))
+    for content in pictures:
+        yield "POST", "/v1/search", json.dumps({"image": text(content)}).encode(), as_json
+    for content in pictures[:16]:
+        yield "PUT", "/v1/gallery/x", json.dumps({"image": text(content), "camid": 1}).encode(), as_json
+    words = ["", "\0", "a\0b", "\u202e", "\ud800", "🧥" * 1000, "&#0;&amp;" * 100, "x" * 10_000_000, "\x1b[2J"]
+    words += [
+        "%s%n",
+        "' OR 1=1 --",
+        "${jndi:ldap://x}",
+        "a " * 900,
+        "<|endoftext|><start_of_text>",
+        "\N{COMBINING ACUTE ACCENT}" * 999,
+    ]
+    for word in words:
+        yield "POST", "/v1/search", json.dumps({"sentence": word}).encode(), as_json
+    yield "POST", "/v1/search", b'{"sentence": "\xff\xfe"}', as_json
+    for id in (
+        "../../etc/passwd",
+        "..%2f..%2fetc%2fpasswd",
+        "%2e%2e/%2e%2e",
+        "%00",
+        "a%00b",
+        "%0d%0aX: y",
+        "x" * 600,
+        "%ff",
+        "//",
+        ".",
+        "%E2%80%AE",
+        "' or id != '",
+    ):
+        for method, path in (
+            ("GET", f"/v1/gallery/{id}/image"),
+            ("DELETE", f"/v1/gallery/{id}"),
+            ("PUT", f"/v1/gallery/{id}"),
+        ):
+            yield method, path, b'{"camid": 1}' if method == "PUT" else b"", as_json
+    values = [
+        None,
+        [],
+        {},
+        1e400,
+        -1,
+        2**63,
+        2**200,
+        "1",
+        True,
+        [[]],
+        "9999-12-31T23:59:59-23:59",
+        "0001-01-01T00:00:00+23:59",
+    ]
+    keys = ("image", "sentence", "k", "cameras", "weights", "since", "min_version", "by_identity", "surprise")
+    for key in keys:
+        for value in draw.sample(values, 6):
+            yield "POST", "/v1/search", json.dumps({"sentence": "a coat", key: value}).encode(), as_json
+    for pid in ("-1", "9223372036854775808", "1e3", "x", "%00"):
+        yield "DELETE", f"/v1/people/{pid}", b"", {}
+    for body in (b"", b"{", b"[]", b"null", b'"x"', b"[" * 100_000, b'{"a":' * 20_000, b"\0" * 1000, b"1" * 400_000):
+        for path in ("/v1/search", "/v1/search/batch", "/v1/gallery/bulk"):
+            yield "POST", path, body, as_json
+    row = {"id": "x", "camid": 1, "space_id": "s", "vector_base": [1.0]}
+    yield "POST", "/v1/gallery/bulk", json.dumps({"rows": [row]}).encode(), as_json
+    yield (
+        "POST",
+        "/v1/gallery/bulk",
+        json.dumps({"rows": [{**row, "vector": [1e39], "vector_base": [1.0]}]}).encode(),
+        as_json,
+    )
+
+
+def test_hostile_requests_are_refused_and_leave_the_service_up_and_its_memory_flat(service: Service) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    requests = list(hostile())
+    assert len(requests) >= 200
+    before, sizes = service.client.get("/v1/status").json(), []
+    for _ in range(3):
+        for method, path, body, headers in requests:
+            answer = service.client.request(method, path, content=body, headers=headers)
+            assert answer.status_code < 500, (method, path, body[:80], answer.text)
+            assert answer.status_code != 200 or path == "/v1/search" or "image" in body[:20].decode(), (method, path)
+            assert len(answer.content) < 100_000
+        sizes.append(resident())
+    assert sizes[-1] - sizes[0] < 60e6, sizes
+    assert service.client.get("/v1/status").json()["images"] <= before["images"] + 1
+
+
+def test_a_body_that_is_too_large_is_refused_however_it_comes(service: Service) -> None:
+    large = b"x" * 600_000
+    seen = 0
+
+    def pieces() -> Iterator[bytes]:
+        nonlocal seen
+        for _ in range(60):
+            seen += 10_000
+            yield large[:10_000]
+
+    for content in (large, pieces()):
+        answer = service.client.post("/v1/search", content=content, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 413 and "expected at most" in answer.json()["error"]
+
+
+def test_the_documented_api_gives_no_fault_to_whoever_tries_it(service: Service) -> None:
+    schema, tried = schemathesis.openapi.from_asgi("/openapi.json", service.app), set()
+    for operation in schema.get_all_operations():
+
+        @settings(
+            max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True
+        )
+        @given(case=operation.ok().as_strategy())
+        def ask(case: schemathesis.Case) -> None:
+            tried.add((case.method, case.path))
+            answer = case.call()
+            assert answer.status_code < 500, answer.text
+
+        ask()
+    assert len(tried) == len(SCOPE_OF) + 2

@@ -1,0 +1,163 @@
+"""A client of the retrieval service.
+
+    with Client("http://127.0.0.1:8000", key="tvi_...") as client:
+        answer = client.search(image=Path("query.jpg").read_bytes(), sentence="a woman in a red coat", k=5)
+        print(answer.hits[0].id, answer.hits[0].shares)
+
+What the service asks to try again (429, 503), and what got no answer, is tried again: every request may be repeated
+without harm, as a write names the row that it writes.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from types import TracebackType
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+
+from tvilfm.service.app import HEADER, RETRY_S
+from tvilfm.service.messages import BatchAnswer, SearchAnswer, Status, Written
+
+AGAIN = (429, 503)
+
+
+class ServiceError(Exception):
+    """The service said no; `status` is HTTP's."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(f"{status}: {message}")
+        self.status = status
+
+
+class Client:
+    """Talks to a service.
+
+    Args:
+        url: of the service.
+        key: API key; None where it asks for none.
+        retries: further tries of a request that is worth one.
+        timeout_s: that an answer may take.
+    """
+
+    def __init__(self, url: str, *, key: str | None = None, retries: int = 2, timeout_s: float = 60.0) -> None:
+        self._retries = retries
+        headers = {} if key is None else {HEADER: key}
+        self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout_s, trust_env=False)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def search(self, *, image: bytes | None = None, sentence: str | None = None, **options: Any) -> SearchAnswer:
+        """Find a person.
+
+        Args:
+            image: infrared picture, a JPEG, PNG, WebP or BMP file.
+            sentence: how somebody describes the person.
+            options: further fields of `messages.SearchQuery`.
+
+        Raises:
+            ServiceError: the service refused.
+            httpx.TransportError: no answer, again and again.
+        """
+        return SearchAnswer.model_validate(self._post("/v1/search", as_json(image=image, sentence=sentence, **options)))
+
+    def search_batch(self, queries: Sequence[Mapping[str, Any]]) -> list[SearchAnswer]:
+        """Find several people; each query a `messages.SearchQuery` by `as_json`."""
+        found = self._post("/v1/search/batch", {"queries": [dict(one) for one in queries]})
+        return BatchAnswer.model_validate(found).answers
+
+    def put(self, id: str, *, image: bytes | None = None, camid: int, **facts: Any) -> Written:
+        """Add a picture to the gallery or replace it; on disk when this returns.
+
+        Args:
+            id: of the row.
+            image: visible picture; or `vector`, `vector_base` and `space_id` among the facts.
+            camid: camera.
+            facts: further fields of `messages.Row`.
+        """
+        return Written.model_validate(self._call("PUT", _row_path(id), json=as_json(image=image, camid=camid, **facts)))
+
+    def put_bulk(self, rows: Sequence[Mapping[str, Any]]) -> Written:
+        """Add or replace pictures, all or none; each row a `messages.NamedRow` by `as_json`."""
+        return Written.model_validate(self._post("/v1/gallery/bulk", {"rows": [dict(one) for one in rows]}))
+
+    def delete(self, id: str) -> Written:
+        """Remove a picture."""
+        return Written.model_validate(self._call("DELETE", _row_path(id)))
+
+    def delete_person(self, pid: int) -> Written:
+        """Remove all pictures of a person; `compact` then removes them from disk."""
+        return Written.model_validate(self._call("DELETE", f"/v1/people/{pid}"))
+
+    def compact(self) -> Written:
+        """Remove from disk what was deleted."""
+        return Written.model_validate(self._post("/v1/gallery/compact", None))
+
+    def picture(self, id: str) -> bytes:
+        """The thumbnail of a row, a JPEG."""
+        return self._send("GET", f"{_row_path(id)}/image").content
+
+    def status(self) -> Status:
+        """What is served."""
+        return Status.model_validate(self._call("GET", "/v1/status"))
+
+    def _post(self, path: str, body: Mapping[str, Any] | None) -> Any:
+        return self._call("POST", path, json=body)
+
+    def _call(self, method: str, path: str, **body: Any) -> Any:
+        return self._send(method, path, **body).json()
+
+    def _send(self, method: str, path: str, **body: Any) -> httpx.Response:
+        for tries_left in reversed(range(self._retries + 1)):
+            wait_s = float(RETRY_S)
+            try:
+                response = self._http.request(method, path, **body)
+            except httpx.TransportError:
+                if not tries_left:
+                    raise
+            else:
+                if response.is_success:
+                    return response
+                if response.status_code not in AGAIN or not tries_left:
+                    raise ServiceError(response.status_code, _said(response))
+                wait_s = float(response.headers.get("Retry-After", RETRY_S))
+            time.sleep(wait_s)
+        raise AssertionError("the last try returns or raises")
+
+
+def as_json(**fields: Any) -> dict[str, Any]:
+    """A message of `service.messages` as JSON, the picture given as a file's bytes and times as datetimes."""
+    given: dict[str, Any] = {}
+    for name, value in fields.items():
+        if isinstance(value, bytes):
+            given[name] = base64.b64encode(value).decode()
+        elif isinstance(value, datetime):
+            given[name] = value.isoformat()
+        elif value is not None:
+            given[name] = value
+    return given
+
+
+def _row_path(id: str) -> str:
+    return f"/v1/gallery/{quote(id, safe='')}"
+
+
+def _said(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["error"])
+    except (ValueError, KeyError, TypeError):
+        return response.text[:200]

@@ -1,0 +1,389 @@
+"""The HTTP service: validates, checks who asks, hands the work to a `Backend`, and maps what goes wrong to a status.
+
+401 no key or a wrong one, 403 a key without that scope, 413 a body that is too large, 422 what cannot be understood,
+429 too many requests wait, 503 a part is being replaced; the last two say when to try again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from importlib.resources import files
+from typing import Annotated, Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from fastapi import Depends, FastAPI, HTTPException, Path, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.security import APIKeyHeader
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tvilfm.config import ServeSection
+from tvilfm.datasets.pixels import decode
+from tvilfm.retrieval import search
+from tvilfm.retrieval.gallery import Where, row_schema, vector_column
+from tvilfm.retrieval.pictures import Pixels, thumbnail
+from tvilfm.retrieval.query import Query, Question
+from tvilfm.service import keys, messages
+from tvilfm.service.audit import Audit
+from tvilfm.service.backend import Backend, Busy, Change, Unavailable
+from tvilfm.service.messages import Bulk, SearchAnswer, SearchBatch, SearchQuery, Status, Written
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+MIN_SIDE = 8  # pixels; what is smaller shows nobody
+RETRY_S = 1
+READY_S = 5.0
+HEADER = "X-API-Key"
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "testserver")
+# The page is one file of our own and talks to its own origin alone.
+CONTENT_SECURITY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src blob: data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": messages.Problem} for status in (401, 403, 404, 409, 413, 422, 429, 503)
+}
+
+T = TypeVar("T")
+Observe = Callable[[str, float], None]
+
+
+def create_app(
+    backend: Backend,
+    section: ServeSection,
+    *,
+    audit: Audit,
+    thumbnail_height: int,
+    observe: Observe = lambda stage, seconds: None,
+) -> FastAPI:
+    """The service as an ASGI application.
+
+    Args:
+        backend: who encodes, searches and writes.
+        section: limits, and the file of keys.
+        audit: where searches and writes are noted down.
+        thumbnail_height: pixels of the pictures that are kept with the vectors.
+        observe: told of every stage (decode, encode, search, write) and its seconds.
+    """
+    app = FastAPI(
+        title="TVI-LFM retrieval",
+        description="Find people that visible cameras saw by an infrared picture, a sentence, or both.",
+        docs_url=None,  # they load their scripts from elsewhere
+        redoc_url=None,
+    )
+    handlers = _Handlers(backend, section, audit, thumbnail_height, observe)
+    key_file = None if section.keys is None else keys.KeyFile(section.keys)
+    read, write, admin = (Depends(_needs(scope, key_file)) for scope in keys.SCOPES)
+
+    def route(path: str, handler: Callable[..., Awaitable[Any]], method: str, who: Any, **more: Any) -> None:
+        app.add_api_route(path, handler, methods=[method], dependencies=[who], responses=PROBLEMS, **more)
+
+    route("/v1/search", handlers.search, "POST", read, response_model=SearchAnswer)
+    route("/v1/search/batch", handlers.search_batch, "POST", read, response_model=messages.BatchAnswer)
+    route("/v1/status", handlers.status, "GET", read, response_model=Status)
+    route("/v1/gallery/bulk", handlers.bulk, "POST", write, response_model=Written)
+    route("/v1/gallery/compact", handlers.compact, "POST", admin, response_model=Written)
+    route("/v1/people/{pid}", handlers.delete_person, "DELETE", admin, response_model=Written)
+    route("/v1/gallery/{id:path}/image", handlers.picture, "GET", read, response_class=JPEGResponse)
+    route("/v1/gallery/{id:path}", handlers.put, "PUT", write, response_model=Written)
+    route("/v1/gallery/{id:path}", handlers.delete, "DELETE", write, response_model=Written)
+    app.add_api_route("/healthz", healthz, methods=["GET"])
+    app.add_api_route("/readyz", handlers.readyz, methods=["GET"], responses={503: PROBLEMS[503]})
+    app.add_api_route("/", page, methods=["GET"], response_class=HTMLResponse, include_in_schema=False)
+
+    app.add_exception_handler(RequestValidationError, _not_understood)
+    app.add_exception_handler(StarletteHTTPException, _refused)
+    app.add_exception_handler(Busy, partial(_try_again, 429))
+    app.add_exception_handler(Unavailable, partial(_try_again, 503))
+    app.add_exception_handler(Exception, _fault)
+    app.add_middleware(_BodyLimit, max_bytes=int(section.max_body_mb * 1e6))
+    if key_file is None:
+        # Without keys every program of this machine may ask; a page in its browser, by a name of its own, may not.
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, section.host], www_redirect=False)
+    return app
+
+
+class JPEGResponse(Response):
+    media_type = "image/jpeg"
+
+
+class _Handlers:
+    """What the routes do."""
+
+    def __init__(
+        self, backend: Backend, section: ServeSection, audit: Audit, thumbnail_height: int, observe: Observe
+    ) -> None:
+        self._backend, self._section, self._audit = backend, section, audit
+        self._thumbnail_height, self._observe = thumbnail_height, observe
+
+    async def search(self, request: Request, query: SearchQuery) -> SearchAnswer:
+        """Find a person."""
+        (answer,) = await self._answers(request, [query])
+        return answer
+
+    async def search_batch(self, request: Request, batch: SearchBatch) -> messages.BatchAnswer:
+        """Find several people; each answer is that of a search of its own."""
+        self._check_count("queries", len(batch.queries))
+        return messages.BatchAnswer(answers=await self._answers(request, batch.queries))
+
+    async def put(
+        self,
+        request: Request,
+        id: Annotated[messages.RowId, Path()],
+        row: messages.Row,
+    ) -> Written:
+        """Add a picture to the gallery, or replace it. The answer comes when it is on disk."""
+        return await self._write_rows(request, [id], [row])
+
+    async def bulk(self, request: Request, bulk: Bulk) -> Written:
+        """Add or replace pictures, all or none."""
+        self._check_count("rows", len(bulk.rows))
+        return await self._write_rows(request, [row.id for row in bulk.rows], bulk.rows)
+
+    async def delete(self, request: Request, id: Annotated[messages.RowId, Path()]) -> Written:
+        """Remove a picture; it stays in earlier versions until the gallery is compacted."""
+        change = await self._timed("write", self._backend.delete([id]))
+        if not change.count:
+            raise HTTPException(404, f"id: expected one of the gallery, got {id}.")
+        return self._written(request, "delete", change, [id])
+
+    async def delete_person(self, request: Request, pid: Annotated[messages.Person, Path()]) -> Written:
+        """Remove every picture of a person; they stay in earlier versions until the gallery is compacted."""
+        change = await self._timed("write", self._backend.delete_person(pid))
+        return self._written(request, "delete person", change, [], pid=pid)
+
+    async def compact(self, request: Request) -> Written:
+        """Remove from disk, and so from every version, whatever was deleted."""
+        return self._written(request, "compact", await self._timed("write", self._backend.compact()), [])
+
+    async def picture(self, id: Annotated[messages.RowId, Path()]) -> Response:
+        """The small picture that is kept with a row."""
+        found = await self._backend.picture(id)
+        if found is None:
+            raise HTTPException(404, f"id: expected a row with a picture, got {id}.")
+        return JPEGResponse(found, headers={"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"})
+
+    async def status(self) -> Status:
+        """What is served."""
+        return await self._backend.status()
+
+    async def readyz(self) -> dict[str, str]:
+        """Whether every part of the service answers."""
+        try:
+            await asyncio.wait_for(self._backend.status(), READY_S)
+        except TimeoutError:
+            raise Unavailable("service: expected an answer of every part, got none in time") from None
+        return {"status": "ready"}
+
+    def _check_count(self, key: str, count: int) -> None:
+        if count > self._section.max_batch:
+            raise HTTPException(422, f"{key}: expected at most {self._section.max_batch}, got {count}. Send fewer.")
+
+    async def _answers(self, request: Request, asked: Sequence[SearchQuery]) -> list[SearchAnswer]:
+        if not self._backend.facts.text and any(query.sentence is not None for query in asked):
+            raise HTTPException(422, "sentence: expected none, as the model that is served reads no text.")
+        images = await self._decoded([query.image for query in asked])
+        questions = [
+            Question(infrared=image, sentence=query.sentence, infrared_caption=query.infrared_caption)
+            for query, image in zip(asked, images, strict=True)
+        ]
+        requests = [_request(query, self._backend.facts.weights) for query in asked]
+        queries = await self._timed("encode", self._backend.encode(questions))
+        min_version = max(query.min_version or 0 for query in asked)
+        searching = self._backend.search(queries, requests, min_version=min_version)
+        answers = await self._timed("search", searching)
+        for query, answer in zip(asked, answers, strict=True):
+            if answer.version < (query.min_version or 0):
+                raise HTTPException(
+                    409, f"min_version: expected at most {answer.version}, the newest, got {query.min_version}."
+                )
+            hits = [hit.id for hit in answer.hits]
+            self._audit.note("search", key=request.state.key, version=answer.version, ids=hits)
+        return [_answer(query, answer, own) for query, answer, own in zip(queries, answers, requests, strict=True)]
+
+    async def _decoded(self, contents: Sequence[bytes | None]) -> list[Pixels | None]:
+        started = time.perf_counter()
+        pixels = await asyncio.to_thread(self._decode, contents)
+        self._observe("decode", time.perf_counter() - started)
+        return pixels
+
+    def _decode(self, contents: Sequence[bytes | None]) -> list[Pixels | None]:
+        limits = {"max_pixels": self._section.max_pixels, "min_side": MIN_SIDE, "formats": FORMATS}
+        try:
+            return [
+                decode(content, height=None, width=None, name="image", **limits) if content else None  # type: ignore[arg-type]
+                for content in contents
+            ]
+        except ValueError as error:
+            raise HTTPException(422, str(error)) from None
+
+    async def _write_rows(self, request: Request, ids: Sequence[str], rows: Sequence[messages.Row]) -> Written:
+        space = self._backend.facts.space_id
+        for row in rows:
+            if row.space_id not in (None, space):
+                raise HTTPException(
+                    409, f"space_id: expected vectors of {space}, got {row.space_id}. Send the picture."
+                )
+        pictures = await self._decoded([row.image for row in rows])
+        shown = [picture for picture in pictures if picture is not None]
+        encoded = iter(await self._timed("encode", self._backend.encode_visible(shown)) if shown else ())
+        columns: dict[str, Any] = {}
+        vectors = [
+            {"vector": row.vector, "vector_base": row.vector_base} if picture is None else next(encoded)
+            for row, picture in zip(rows, pictures, strict=True)
+        ]
+        for name in ("vector", "vector_base"):
+            parts = [np.asarray(one[name], dtype=np.float32) for one in vectors]
+            if len({len(part) for part in parts}) > 1 or not len(parts[0]):
+                raise HTTPException(422, f"{name}: expected one dimension, got {sorted({len(p) for p in parts})}.")
+            columns[name] = vector_column(np.stack(parts))
+        schema = row_schema(len(parts[0]))
+        columns["id"] = list(ids)
+        columns |= {name: [getattr(row, name) for row in rows] for name in ("pid", "camid", "time")}
+        columns["image"] = [row.reference for row in rows]
+        columns["thumbnail"] = [
+            None if picture is None else thumbnail(picture, height=self._thumbnail_height) for picture in pictures
+        ]
+        table = pa.table({field.name: pa.array(columns[field.name], field.type) for field in schema})
+        try:
+            change = await self._timed("write", self._backend.upsert(table, space_id=space))
+        except ValueError as error:
+            raise HTTPException(422, str(error)) from None
+        return self._written(request, "upsert", change, ids)
+
+    def _written(self, request: Request, action: str, change: Change, ids: Sequence[str], **facts: int) -> Written:
+        self._audit.note(action, key=request.state.key, version=change.version, ids=ids, **facts)
+        return Written(version=change.version, count=change.count)
+
+    async def _timed(self, stage: str, work: Awaitable[T]) -> T:
+        started = time.perf_counter()
+        try:
+            return await work
+        finally:
+            self._observe(stage, time.perf_counter() - started)
+
+
+def _request(query: SearchQuery, weights: messages.Weights) -> search.Request:
+    return search.Request(
+        weights=(query.weights or weights).model_dump(),
+        k=query.k,
+        where=Where(
+            cameras=None if query.cameras is None else frozenset(query.cameras),
+            exclude_cameras=frozenset(query.exclude_cameras),
+            since=query.since,
+            until=query.until,
+        ),
+        by_identity=query.by_identity,
+    )
+
+
+def _answer(query: Query, answer: search.Answer, asked: search.Request) -> SearchAnswer:
+    voted = query.parts if len(query.parts) == 1 else [name for name in query.parts if asked.weights[name]]
+    return SearchAnswer(
+        hits=[messages.HitMessage(**vars(hit)) for hit in answer.hits],
+        version=answer.version,
+        modalities=list(voted),
+        filter_text=query.filter_text_source,
+    )
+
+
+def _needs(scope: keys.Scope, key_file: keys.KeyFile | None) -> Callable[..., None]:
+    """A dependency that lets nobody past without the right to do that."""
+    if key_file is None:
+
+        def anybody(request: Request) -> None:
+            request.state.key = None
+
+        return anybody
+
+    def check(
+        request: Request, token: Annotated[str | None, Depends(APIKeyHeader(name=HEADER, auto_error=False))]
+    ) -> None:
+        key = key_file.find(token) if token else None
+        if key is None:
+            got = "a wrong one" if token else "none"
+            raise HTTPException(401, f"{HEADER}: expected an API key, got {got}. Ask an operator for one.")
+        if scope not in key.scopes:
+            raise HTTPException(403, f"{HEADER}: expected a key with scope {scope}, got one with {list(key.scopes)}.")
+        request.state.key = key.name
+
+    return check
+
+
+async def healthz() -> dict[str, str]:
+    """Whether the service is up."""
+    return {"status": "up"}
+
+
+async def page() -> HTMLResponse:
+    """The page for people."""
+    content = files("tvilfm.service").joinpath("page.html").read_text()
+    headers = {"Content-Security-Policy": CONTENT_SECURITY, "Referrer-Policy": "no-referrer"}
+    return HTMLResponse(content, headers=headers)
+
+
+class _BodyLimit:
+    """Refuses a body above a size before it is in memory, whether it says its length or not."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app, self._max = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        told = dict(scope["headers"]).get(b"content-length", b"0")
+        length = 0
+        with suppress(ValueError):
+            length = int(told)
+        if length > self._max:
+            await _problem(413, self._told())(scope, receive, send)
+            return
+        seen = 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self._max:
+                raise HTTPException(413, self._told())
+            return message
+
+        await self._app(scope, counted, send)
+
+    def _told(self) -> str:
+        return f"body: expected at most {self._max} bytes, got more. Send smaller pictures, or fewer at once."
+
+
+def _problem(status: int, error: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"error": error}, status_code=status, headers=headers)
+
+
+async def _not_understood(request: Request, error: Exception) -> Response:
+    """What was sent is not sent back: it may be large, or a person's picture."""
+    assert isinstance(error, RequestValidationError)
+    faults = []
+    for fault in error.errors()[:10]:
+        where = ".".join(str(part) for part in fault["loc"] if part != "body") or "body"
+        faults.append(f"{where}: {fault['msg']}")
+    text = "; ".join(faults) + ". See /openapi.json."
+    return _problem(422, text.encode("utf-8", "replace").decode())
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, StarletteHTTPException)
+    return _problem(error.status_code, str(error.detail), dict(error.headers or {}))
+
+
+async def _try_again(status: int, request: Request, error: Exception) -> Response:
+    return _problem(status, f"{error}. Try again.", {"Retry-After": str(RETRY_S)})
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    return _problem(500, "service: a fault of ours; it stands in the log.")

@@ -1,0 +1,67 @@
+"""Who does the work behind the HTTP service."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from tvilfm.retrieval.pictures import Pixels
+from tvilfm.retrieval.query import Query, Question
+from tvilfm.retrieval.search import Answer, Request
+from tvilfm.service.messages import ModelFacts, Status
+
+
+class Busy(Exception):
+    """Too many requests wait already; worth another try later."""
+
+
+class Unavailable(Exception):
+    """A part of the service is being replaced; worth another try soon."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A committed write: the version that holds it, and how many rows it touched."""
+
+    version: int
+    count: int
+
+
+class Backend(Protocol):
+    """Encodes, searches and writes. Each method may raise `Busy` and `Unavailable`, and ValueError for its input."""
+
+    facts: ModelFacts
+
+    async def encode(self, questions: Sequence[Question]) -> list[Query]:
+        """The vectors of questions, as of `QueryEncoder.encode`."""
+
+    async def encode_visible(self, pictures: Sequence[Pixels]) -> list[dict[str, npt.NDArray[np.float32]]]:
+        """Of each (H, W, 3) uint8 picture of any size: column of `gallery.row_schema` -> (D,) unit vector."""
+
+    async def search(
+        self, queries: Sequence[Query], requests: Sequence[Request], *, min_version: int = 0
+    ) -> list[Answer]:
+        """One answer a query, as of `Searcher.search`, of that version or a later one if there is one."""
+
+    async def upsert(self, rows: pa.Table, *, space_id: str) -> Change:
+        """Write rows of `gallery.row_schema`; on disk when it returns."""
+
+    async def delete(self, ids: Sequence[str]) -> Change:
+        """Remove rows."""
+
+    async def delete_person(self, pid: int) -> Change:
+        """Remove all rows of an identity; on disk they stay until `compact`."""
+
+    async def compact(self) -> Change:
+        """Remove from disk, and so from every version, what is deleted; count is how many rows are left."""
+
+    async def picture(self, id: str) -> bytes | None:
+        """The thumbnail of a row, a JPEG; None if there is none."""
+
+    async def status(self) -> Status:
+        """What is served."""
