@@ -14,7 +14,7 @@ from rich.console import Console
 from cluster.data import DEFAULT_CONFIG
 from cluster.data import app as data_app
 from tvilfm.config import Config, known_keys, load_config, to_yaml, value_at
-from tvilfm.service.keys import KeyFile, Scope, add_key, remove_key
+from tvilfm.service.keys import KeyFile, add_key, remove_key
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="TVI-LFM on Ray.")
 config_app = typer.Typer(no_args_is_help=True, help="Look at the run description.")
@@ -165,7 +165,7 @@ def serve_command(
 def keys_add(
     name: Annotated[str, typer.Argument(help="Whose key it is; it stands in the audit trail.")],
     file: KeysOption,
-    scope: Annotated[list[Scope], typer.Option(help="read, write, admin; give several times.")],
+    scope: Annotated[list[str], typer.Option(help="read, write, admin; give several times.")],
 ) -> None:
     """Make a key and print it, once; the file keeps its hash alone."""
     typer.echo(add_key(file, name, scope))

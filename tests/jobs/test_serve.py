@@ -109,20 +109,17 @@ def test_parts_are_killed_under_load_and_nobody_who_tries_twice_sees_it(
     workers += [threading.Thread(target=search) for _ in range(2)]
     for worker in workers:
         worker.start()
+
+    def both_go_on() -> None:
+        writes, searches = len(acknowledged), len(searched)
+        until(lambda: len(acknowledged) > writes + 5 and len(searched) > searches + 5)
+
     for part in ("SearcherReplica", "Encoder", "Writer"):
-        until(
-            lambda before=(len(acknowledged), len(searched)): (
-                len(acknowledged) > before[0] + 5 and len(searched) > before[1] + 5
-            )
-        )
+        both_go_on()
         pid = replicas(part)[0]
         os.kill(pid, signal.SIGKILL)
         until(lambda pid=pid, part=part: pid not in replicas(part) and replicas(part))
-    until(
-        lambda before=(len(acknowledged), len(searched)): (
-            len(acknowledged) > before[0] + 5 and len(searched) > before[1] + 5
-        )
-    )
+    both_go_on()
     stop.set()
     for worker in workers:
         worker.join(120)

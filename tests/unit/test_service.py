@@ -303,7 +303,7 @@ SCOPE_OF = {
 
 def test_a_key_opens_what_it_is_for_and_nothing_else(untrained_run: UntrainedRun, tmp_path: Path) -> None:
     file = tmp_path / "keys.yaml"
-    tokens = {scope: add_key(file, scope, [scope]) for scope in ("read", "write", "admin")}  # type: ignore[list-item]
+    tokens = {scope: add_key(file, scope, [scope]) for scope in ("read", "write", "admin")}
     assert file.stat().st_mode & 0o077 == 0 and not any(token in file.read_text() for token in tokens.values())
     service = Service(untrained_run, tmp_path, keys=file)
     row = {"camid": 1, "image": text((untrained_run.root / service.names[0]).read_bytes())}
@@ -345,6 +345,8 @@ def test_key_files_are_checked(tmp_path: Path) -> None:
     add_key(path, "one", ["read", "write"])
     with pytest.raises(ValueError, match="name: expected a new one, got one"):
         add_key(path, "one", ["read"])
+    with pytest.raises(ValueError, match="scope: expected some of read, write, admin, got root"):
+        add_key(path, "two", ["read", "root"])
     with pytest.raises(ValueError, match=r"name: expected one of \['one'\]"):
         remove_key(path, "two")
     path.write_text("keys: [{name: 1}]")

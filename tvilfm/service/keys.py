@@ -84,22 +84,26 @@ class KeyFile:
         return found
 
 
-def add_key(path: Path, name: str, scopes: Sequence[Scope]) -> str:
+def add_key(path: Path, name: str, scopes: Sequence[str]) -> str:
     """Make a key and write its hash into a file, which is made if need be.
 
     Returns:
         The key, which nobody can tell again.
 
     Raises:
-        ValueError: a key of that name is there, or the file is none of keys.
+        ValueError: a key of that name is there, a scope is none of `SCOPES`, or the file is none of keys.
     """
+    if not scopes or not set(scopes) <= set(SCOPES):
+        raise ValueError(f"scope: expected some of {', '.join(SCOPES)}, got {', '.join(scopes) or 'none'}.")
     keys = _read(path) if path.exists() else []
     if not name.isprintable() or not name.strip():
         raise ValueError(f"name: expected printable characters, got {name!r}.")
     if any(key.name == name for key in keys):
         raise ValueError(f"name: expected a new one, got {name}, which has a key. Remove it first: tvilfm keys remove.")
-    token = PREFIX + secrets.token_urlsafe(32)
-    _write(path, [*keys, Key(name=name, scopes=tuple(scopes), sha256=_digest(token), created=datetime.now(UTC))])
+    token, now = PREFIX + secrets.token_urlsafe(32), datetime.now(UTC)
+    _write(
+        path, [*keys, Key.model_validate({"name": name, "scopes": scopes, "sha256": _digest(token), "created": now})]
+    )
     return token
 
 

@@ -1,0 +1,172 @@
+"""`tvilfm serve` as a process: a browser signs in and searches; everything is killed while clients write."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+
+from cluster.index import index
+from tests.jobs.test_serve import free_port, until
+from tests.processes import descendants
+from tests.untrained_run import UntrainedRun
+from tvilfm.client import Client, ServiceError
+from tvilfm.datasets.manifest import select
+from tvilfm.retrieval.gallery import Gallery
+from tvilfm.service.keys import add_key
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@contextmanager
+def served(run: UntrainedRun, folder: Path, *overrides: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The command, ready to answer, and its address."""
+    port = free_port()
+    where = [f"run.dir={run.config.run.dir}", f"run.name={run.config.run.name}", f"gallery.uri={folder / 'gallery'}"]
+    where += [f"serve.port={port}", f"serve.audit={folder / 'audit'}", "cluster.extract_workers=1", *overrides]
+    command = [sys.executable, "-m", "cluster", "serve", "--size", "tiny", *where]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    address = f"http://127.0.0.1:{port}"
+
+    def ready() -> bool:
+        assert process.poll() is None, process.stderr.read()[-2000:] if process.stderr else ""
+        try:
+            return httpx.get(f"{address}/readyz", trust_env=False).is_success
+        except httpx.TransportError:
+            return False
+
+    try:
+        until(ready, 180)
+        yield process, address
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(60)
+            finally:
+                kill_all(process)
+
+
+def make_gallery(run: UntrainedRun, folder: Path) -> None:
+    gallery = run.config.gallery.model_copy(update={"uri": str(folder / "gallery")})
+    index(run.config.model_copy(update={"gallery": gallery}))
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """Kill a command and all of its Ray at once."""
+    for pid in [process.pid, *descendants(process.pid)]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
+def test_a_browser_signs_in_and_searches(untrained_run: UntrainedRun, ray_session: None, tmp_path: Path) -> None:
+    make_gallery(untrained_run, tmp_path)
+    token = add_key(tmp_path / "keys", "desk", ["read"])
+    (name, *_) = select(untrained_run.manifest, split="query", modality="infrared")["image"].to_pylist()
+    with (
+        served(untrained_run, tmp_path, f"serve.keys={tmp_path / 'keys'}") as (process, address),
+        sync_playwright() as playwright,
+    ):
+        with pytest.raises(ServiceError, match="401"), Client(address) as stranger:
+            stranger.status()
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        faults: list[str] = []
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("request", lambda request: faults.append(request.url) if not _own(request.url, address) else None)
+        page.goto(address)
+        _sign_in_and_search(page, token, untrained_run.root / name)
+        if folder := os.environ.get("TVILFM_SCREENSHOTS"):
+            page.screenshot(path=Path(folder) / "service.png")
+        assert faults == []
+        browser.close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+
+
+def _own(url: str, address: str) -> bool:
+    return url.startswith((address, "blob:", "data:"))
+
+
+def _sign_in_and_search(page: Page, token: str, picture: Path) -> None:
+    for key in ("tvi_wrong", token):
+        expect(page.get_by_role("dialog")).to_be_visible()
+        page.get_by_label("API key").fill(key)
+        page.get_by_role("dialog").get_by_role("button", name="Sign in").click()
+        if key != token:
+            expect(page.get_by_role("alert")).to_contain_text("got a wrong one")
+    expect(page.get_by_role("dialog")).to_be_hidden()
+    expect(page.locator("#status")).to_contain_text("16 pictures")
+
+    page.locator("#image").set_input_files(picture)
+    page.get_by_label("Description", exact=True).fill("a woman in a red coat with a backpack")
+    page.get_by_label("What the picture shows anyway").fill("a woman in a coat with a backpack")
+    page.get_by_role("button", name="Search").click()
+    hits = page.locator("#hits li")
+    expect(hits).to_have_count(16)
+    expect(page.locator("#told")).to_contain_text("your words for the picture were subtracted")
+    expect(page.locator("#hits img")).to_have_count(16)
+    first = hits.first
+    assert first.locator(".bar i").count() == 3
+    before = [one.get_attribute("title") for one in hits.all()]
+
+    page.locator("#infrared").fill("0")
+    page.locator("#fusion").fill("0")
+    page.locator("#fusion").dispatch_event("change")
+    expect(page.locator("#told .legend")).to_have_count(1)
+    assert [one.get_attribute("title") for one in hits.all()] != before
+    page.locator("#cameras").get_by_label("1", exact=True).uncheck()
+    expect(hits).to_have_count(12)
+    assert "camera 1" not in page.locator("#hits").inner_text()
+
+
+@pytest.mark.slow
+def test_everything_is_killed_while_clients_write_and_no_acknowledged_write_is_lost_or_doubled(
+    untrained_run: UntrainedRun, ray_session: None, tmp_path: Path
+) -> None:
+    make_gallery(untrained_run, tmp_path)
+    names = select(untrained_run.manifest, split="gallery", modality="visible")["image"].to_pylist()
+    picture = (untrained_run.root / names[0]).read_bytes()
+    acknowledged: list[str] = []
+    for life in range(2):
+        with served(untrained_run, tmp_path) as (process, address):
+
+            def write(worker: int, life: int = life, address: str = address) -> None:
+                with Client(address, retries=0) as client:
+                    for number in range(10_000):
+                        try:
+                            client.put(f"{life}-{worker}-{number}", image=picture, camid=1)
+                        except (httpx.TransportError, ServiceError):
+                            return
+                        acknowledged.append(f"{life}-{worker}-{number}")
+
+            writers = [threading.Thread(target=write, args=(worker,)) for worker in range(3)]
+            before = len(acknowledged)
+            for writer in writers:
+                writer.start()
+            until(lambda before=before: len(acknowledged) > before + 20)
+            time.sleep(0.05 * life)
+            kill_all(process)
+            for writer in writers:
+                writer.join(60)
+        found = Gallery.open(str(tmp_path / "gallery")).load(None, ["id"])["id"].to_pylist()
+        assert len(found) == len(set(found)) and {*acknowledged, *names} <= set(found)
+        # A write that was under way may be there too, and nothing else.
+        assert len(found) <= len(acknowledged) + len(names) + 3 * (life + 1)
