@@ -130,7 +130,7 @@ def _load(address: str, bodies: Sequence[dict[str, Any]], clients: int, seconds:
         thread.start()
     for thread in threads:
         thread.join()
-    p50, p99 = np.percentile(latencies, [50, 99]) * 1000
+    p50, p99 = (1000 * float(value) for value in np.percentile(latencies, [50, 99]))
     return {
         "requests_s": round(len(latencies) / seconds, 1),
         "p50_ms": round(p50, 1),

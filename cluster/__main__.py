@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -47,6 +49,8 @@ def _config(path: Path | None, size: str | None, overrides: list[str] | None) ->
 def run_command(config: ConfigOption = None, size: SizeOption = None, overrides: Overrides = None) -> None:
     """Run the whole chain: decode, train both stages, extract, evaluate, report. What is there is not made again."""
     _run(_config(config, size, overrides), until="report")
+    options = [*(["--config", str(config)] if config else []), *(["--size", size] if size else []), *(overrides or [])]
+    typer.echo(f"to search it: {sys.argv[0]} serve --open {shlex.join(options)}")
 
 
 @app.command("train")
@@ -398,8 +402,20 @@ def config_schema(
         typer.echo(f"{key} = {json.dumps(value_at(values, key))}  # {description}")
 
 
+def _guard() -> None:
+    """Give a Ray that this command starts a token of its own: its ports run whatever they are sent, for any machine.
+
+    Ray reads it when it is imported. Whoever has a cluster or a token has settled this.
+    """
+    variables = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    settled = any(name in os.environ for name in variables) or Path("~/.ray/auth_token").expanduser().exists()
+    if not settled and "ray" not in sys.modules:
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
 def main() -> None:
     """Run the command; a fault of the input ends in one message and status 2, not in a traceback."""
+    _guard()
     try:
         app()
     except (ValueError, FileExistsError, ConnectionError) as error:

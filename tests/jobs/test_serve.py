@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import threading
@@ -14,9 +15,11 @@ import httpx
 import pytest
 import ray
 
+from cluster import deploy
 from cluster.index import index
 from cluster.serve import serving
 from tests.processes import descendants
+from tests.unit.test_service import hostile
 from tests.untrained_run import UntrainedRun, evaluated_rankings
 from tvilfm.client import Client, as_json
 from tvilfm.config import Config
@@ -149,18 +152,34 @@ def until(true: object, deadline_s: float = 120) -> None:
 
 
 @pytest.mark.slow
-def test_prometheus_finds_the_seconds_of_every_stage(address: str) -> None:
+def test_hostile_requests_through_the_proxy_leave_the_service_up(address: str) -> None:
+    url = httpx.URL(address)
+    with httpx.Client(trust_env=False, timeout=60) as client:
+        for method, path, body, headers in hostile():
+            raw = url.copy_with(raw_path=path.encode("ascii", "replace"))
+            answer = client.request(method, raw, content=body, headers=headers)
+            assert answer.status_code < 500, (method, path, body[:80], answer.text)
+        large = b"x" * 1_000_000
+        for content in (large * 17, iter([large] * 17)):
+            answer = client.post(f"{address}/v1/search", content=content, headers={"Content-Type": "application/json"})
+            assert answer.status_code == 413
+        assert client.get(f"{address}/readyz").is_success
+
+
+@pytest.mark.slow
+def test_prometheus_finds_every_metric_that_the_dashboard_shows(address: str) -> None:
     with Client(address) as client:
         client.search(sentence="a coat")
     (node,) = ray.nodes()
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    dashboard = (Path(deploy.__file__).parent / "grafana_service.json").read_text()
+    # A refusal or a fault is counted once there was one.
+    shown = set(re.findall(r"\bray_\w+", dashboard)) - {"ray_tvilfm_refused_total"}
+    assert len(shown) > 6
 
-    def stages() -> set[str]:
-        text = httpx.get(url, trust_env=False).text
-        return {
-            stage
-            for stage in ("decode", "encode", "search")
-            if "tvilfm_stage_seconds_bucket{" in text and f'stage="{stage}"' in text
-        }
+    def scraped() -> str:
+        return httpx.get(url, trust_env=False).text
 
-    until(lambda: stages() == {"decode", "encode", "search"}, 60)
+    until(lambda: shown <= set(re.findall(r"^ray_\w+", scraped(), re.MULTILINE)), 60)
+    stages = set(re.findall(r'ray_tvilfm_stage_seconds_count{[^}]*stage="(\w+)"', scraped()))
+    assert {"decode", "encode", "search"} <= stages

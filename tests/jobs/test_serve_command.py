@@ -86,6 +86,7 @@ def test_a_browser_signs_in_and_searches(untrained_run: UntrainedRun, ray_sessio
     ):
         with pytest.raises(ServiceError, match="401"), Client(address) as stranger:
             stranger.status()
+        assert not ray_lets_in(process)
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         faults: list[str] = []
@@ -99,6 +100,17 @@ def test_a_browser_signs_in_and_searches(untrained_run: UntrainedRun, ray_sessio
         browser.close()
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
+
+
+def ray_lets_in(process: subprocess.Popen[str]) -> bool:
+    """Whether a stranger may run something on the Ray of a command."""
+    words = [Path(f"/proc/{pid}/cmdline").read_text().split("\0") for pid in descendants(process.pid)]
+    (address,) = {word.partition("=")[2] for line in words for word in line if word.startswith("--gcs-address=")}
+    code = f"import ray; ray.init({address!r}, log_to_driver=False); print(ray.get(ray.remote(lambda: 'in').remote()))"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout or "ConnectionError" in done.stderr or "Auth" in done.stderr
+    return "in" in done.stdout
 
 
 def _own(url: str, address: str) -> bool:
