@@ -151,10 +151,8 @@ class SearcherReplica:
     def _follow(self, every_s: float) -> None:
         while True:
             time.sleep(every_s)
-            try:
+            with _going_on("the gallery could not be read"):  # what is known is searched till it can
                 self._refresh()
-            except Exception:  # a store that does not answer: what is known is searched till it does
-                logging.getLogger("ray.serve").exception("the gallery could not be read; trying again")
 
 
 class Writer:
@@ -210,7 +208,8 @@ class Writer:
     def _retain(self) -> None:
         while True:
             oldest = datetime.now(UTC) - timedelta(days=self._days)
-            self._change(partial(self._forget_before, oldest))
+            with _going_on("people who have to leave could not be removed"):
+                self._change(partial(self._forget_before, oldest))
             time.sleep(RETENTION_S)
 
 
@@ -289,6 +288,15 @@ class Ingress:
                 if isinstance(error.cause, ValueError):
                     raise error.cause from None
                 raise
+
+
+@contextmanager
+def _going_on(what: str) -> Iterator[None]:
+    """Let a thread outlive a store that does not answer: the fault goes to the log, and the next turn tries again."""
+    try:
+        yield
+    except Exception:
+        logging.getLogger("ray.serve").exception("%s; trying again", what)
 
 
 def _captioner(config: Config, run: FinishedRun, device: str) -> Callable[[Sequence[Pixels]], list[str]] | None:

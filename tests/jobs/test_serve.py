@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -9,22 +10,25 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
+import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 
 from cluster import deploy
 from cluster.index import index
-from cluster.serve import serving
+from cluster.serve import Writer, serving
 from tests.processes import descendants
 from tests.unit.test_service import hostile
 from tests.untrained_run import UntrainedRun, evaluated_rankings
 from tvilfm.client import Client, as_json
 from tvilfm.config import Config
 from tvilfm.datasets.manifest import select
-from tvilfm.retrieval.gallery import Gallery
+from tvilfm.retrieval.gallery import TIME, Gallery, vector_column
 
 BATCH = 28
 
@@ -149,6 +153,27 @@ def until(true: object, deadline_s: float = 120) -> None:
     while not true():  # type: ignore[operator]
         assert time.monotonic() < end, "what was waited for never came"
         time.sleep(0.05)
+
+
+def test_people_leave_the_gallery_and_its_files_after_their_time(untrained_run: UntrainedRun, tmp_path: Path) -> None:
+    config, now = untrained_run.config, datetime.now(UTC)
+    gallery = Gallery.prepare(str(tmp_path), space_id="space", dim=4)
+    gallery.publish()
+    gallery.close()
+    serve = config.serve.model_copy(update={"retention_days": 30})
+    where = config.gallery.model_copy(update={"uri": str(tmp_path)})
+    vector = vector_column(np.eye(4, dtype=np.float32)[:3])
+    times = pa.array([now - timedelta(days=31), now - timedelta(days=29), None], TIME)
+    rows = {"id": ["left-long-ago", "stays", "now"], "camid": [1, 1, 1], "vector": vector, "vector_base": vector}
+    writer = Writer(config.model_copy(update={"serve": serve, "gallery": where}), "space")
+    asyncio.run(writer.upsert(pa.table({**rows, "time": times}), "space"))
+    writer._gallery.close()
+    reader = Gallery.open(str(tmp_path))
+    assert None not in reader.load(None, ["time"])["time"].to_pylist()  # who comes without a time comes now
+    again = Writer(config.model_copy(update={"serve": serve, "gallery": where}), "space")
+    until(lambda: reader.refresh() and set(reader.load(None, ["id"])["id"].to_pylist()) == {"stays", "now"})
+    until(lambda: not any(b"left-long-ago" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()))
+    again._gallery.close()
 
 
 @pytest.mark.slow

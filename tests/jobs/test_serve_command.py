@@ -26,6 +26,8 @@ from tvilfm.datasets.manifest import select
 from tvilfm.retrieval.gallery import Gallery
 from tvilfm.service.keys import add_key
 
+# Twenty take ten minutes: TVILFM_LIVES=20 pytest tests/jobs/test_serve_command.py -k killed
+LIVES = int(os.environ.get("TVILFM_LIVES", "2"))
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
@@ -157,7 +159,7 @@ def test_everything_is_killed_while_clients_write_and_no_acknowledged_write_is_l
     names = select(untrained_run.manifest, split="gallery", modality="visible")["image"].to_pylist()
     picture = (untrained_run.root / names[0]).read_bytes()
     acknowledged: list[str] = []
-    for life in range(2):
+    for life in range(LIVES):
         with served(untrained_run, tmp_path) as (process, address):
 
             def write(worker: int, life: int = life, address: str = address) -> None:
