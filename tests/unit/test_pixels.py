@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tvilfm.datasets import pixels
 from tvilfm.datasets.pixels import create, decode, decode_files, open_pixels
 
 NOISE = np.random.default_rng(0).integers(0, 256, (20, 10, 3), dtype=np.uint8)
@@ -90,12 +89,13 @@ def test_a_png_whose_second_chunk_is_broken_is_named() -> None:
         decode(bytes(content), height=8, width=8, name="c")
 
 
-def test_a_decompression_bomb_is_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pixels, "MAX_PIXELS", 199)
+def test_a_decompression_bomb_and_a_format_that_is_not_wanted_are_refused_unread() -> None:
+    content, size = encoded(Image.fromarray(NOISE)), {"height": 8, "width": 8, "name": "e"}
     with pytest.raises(ValueError, match=r"^e: expected at most 199 pixels, got 10 x 20"):
-        decode(encoded(Image.fromarray(NOISE)), height=8, width=8, name="e")
-    monkeypatch.setattr(pixels, "MAX_PIXELS", 200)
-    assert decode(encoded(Image.fromarray(NOISE)), height=8, width=8, name="e").shape == (8, 8, 3)
+        decode(content, **size, max_pixels=199)
+    assert decode(content, **size, max_pixels=200, formats=("PNG",)).shape == (8, 8, 3)
+    with pytest.raises(ValueError, match=r"^e: expected a picture"):
+        decode(content, **size, formats=("JPEG",))
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

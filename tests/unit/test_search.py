@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.untrained_run import draw_statistics
 from tvilfm.config import EnsembleWeights, EvaluateSection, GallerySection
 from tvilfm.datasets.manifest import CAPTION_SCHEMA, build_manifest, select
 from tvilfm.evaluation.evaluator import Evaluator, all_texts
@@ -326,11 +327,7 @@ def lab() -> Lab:
     torch.manual_seed(0)
     spec = ModelSpec(backbone="resnet18_half", num_classes=4, text_width=8, text_layers=1, text_heads=2)
     model = TVILFM(spec)
-    for module in model.modules():  # two heads that differ, as after the text stage
-        if isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
-            assert module.running_mean is not None and module.running_var is not None
-            module.running_mean.normal_(0.0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
+    draw_statistics(model)
     model.eval()
     keys, features = [], []
     for modality in ("visible", "infrared"):

@@ -93,8 +93,9 @@ def add_key(path: Path, name: str, scopes: Sequence[str]) -> str:
     Raises:
         ValueError: a key of that name is there, a scope is none of `SCOPES`, or the file is none of keys.
     """
-    if not scopes or not set(scopes) <= set(SCOPES):
-        raise ValueError(f"scope: expected some of {', '.join(SCOPES)}, got {', '.join(scopes) or 'none'}.")
+    unknown = sorted(set(scopes) - set(SCOPES))
+    if unknown or not scopes:
+        raise ValueError(f"scope: expected some of {', '.join(SCOPES)}, got {', '.join(unknown) or 'none'}.")
     keys = _read(path) if path.exists() else []
     if not name.isprintable() or not name.strip():
         raise ValueError(f"name: expected printable characters, got {name!r}.")

@@ -1,0 +1,333 @@
+"""Rendered files are what the program that reads them takes: Ray's launcher, KubeRay, Serve, Slurm."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import stat
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from pydantic import ValidationError
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.serve.schema import ServeDeploySchema
+
+from cluster.deploy.render import CONFIG_PATH, TARGETS, render
+from cluster.storage import excluded
+from tvilfm.config import Config, load_config
+
+REPOSITORY = Path(__file__).parents[2]
+IMAGE = "cluster.image=registry/tvilfm:1"
+AWS = (
+    IMAGE,
+    "cluster.provider.region=us-west-2",
+    "cluster.head.machine=m5.2xlarge",
+    "cluster.workers.machine=g5.xlarge",
+)
+GCP = (
+    IMAGE,
+    "cluster.provider={region: us-west1, zone: us-west1-a, project: reid, machine_image: projects/a/global/images/b}",
+    "cluster.head.machine=n2-standard-8",
+    "cluster.workers.machine=n1-standard-8",
+    "cluster.workers.accelerator=nvidia-tesla-t4",
+)
+ONPREM = ("cluster.provider.hosts=[10.0.0.1, 10.0.0.2, 10.0.0.3]", "cluster.provider.ssh_user=reid")
+KUBERNETES = (IMAGE, "cluster.storage=/mnt/shared")
+SERVED = ("serve.host=0.0.0.0", "serve.keys=keys.json")
+LAUNCHERS = {"ray-up-aws": AWS, "ray-up-gcp": GCP, "ray-up-onprem": ONPREM}
+
+# Fields of KubeRay's API that the documents may use, from ray-project/kuberay, ray-operator/apis/ray/v1:
+# raycluster_types.go, rayjob_types.go, rayservice_types.go; `authOptions` since KubeRay 1.5.1 (its API reference).
+# A leaf is a type, a list holds the schema of its items, {"*": ...} is a map; pods are core/v1 PodTemplateSpec, below.
+POD: dict[str, Any] = {
+    "spec": {
+        "securityContext": {"runAsNonRoot": bool, "runAsUser": int, "fsGroup": int},
+        "nodeSelector": {"*": str},
+        "tolerations": [{"key": str, "operator": str, "effect": str}],
+        "volumes": [{"name": str, "persistentVolumeClaim": {"claimName": str}, "configMap": {"name": str}}],
+        "containers": [
+            {
+                "name": str,
+                "image": str,
+                "ports": [{"name": str, "containerPort": int}],
+                "resources": {"requests": {"*": str}, "limits": {"*": str}},
+                "securityContext": {"allowPrivilegeEscalation": bool, "capabilities": {"drop": [str]}},
+                "volumeMounts": [{"name": str, "mountPath": str, "readOnly": bool}],
+                "env": [{"name": str, "valueFrom": {"secretKeyRef": {"name": str, "key": str}}}],
+            }
+        ],
+    }
+}
+RAY_CLUSTER: dict[str, Any] = {
+    "rayVersion": str,
+    "enableInTreeAutoscaling": bool,
+    "autoscalerOptions": {"idleTimeoutSeconds": int, "upscalingMode": str},
+    "authOptions": {"mode": str},
+    "gcsFaultToleranceOptions": {"redisAddress": str},
+    "headGroupSpec": {"rayStartParams": {"*": str}, "template": POD},
+    "workerGroupSpecs": [
+        {
+            "groupName": str,
+            "replicas": int,
+            "minReplicas": int,
+            "maxReplicas": int,
+            "rayStartParams": {"*": str},
+            "template": POD,
+        }
+    ],
+}
+SPECS: dict[str, dict[str, Any]] = {
+    "RayCluster": RAY_CLUSTER,
+    "RayJob": {
+        "entrypoint": str,
+        "entrypointNumCpus": float,
+        "entrypointNumGpus": float,
+        "shutdownAfterJobFinishes": bool,
+        "ttlSecondsAfterFinished": int,
+        "rayClusterSpec": RAY_CLUSTER,
+    },
+    "RayService": {"serveConfigV2": str, "rayClusterConfig": RAY_CLUSTER},
+}
+
+
+def rendered(target: str, *overrides: str, command: str = "run") -> list[dict[str, Any]]:
+    config = load_config(Path("ray_config.yaml"), overrides, size="tiny")
+    return list(yaml.safe_load_all(render(target, config, command=command)))
+
+
+def misfits(value: Any, schema: Any, path: str = "") -> list[str]:
+    """Where a document has fields or types that a schema does not know."""
+    if isinstance(schema, type):
+        return [] if type(value) is schema else [f"{path}: {type(value).__name__}"]
+    if isinstance(schema, list):
+        return [fault for index, item in enumerate(value) for fault in misfits(item, schema[0], f"{path}[{index}]")]
+    known = dict.fromkeys(value, schema["*"]) if "*" in schema else schema
+    faults = [f"{path}.{key}" for key in value if key not in known]
+    return faults + [
+        fault for key, item in value.items() if key in known for fault in misfits(item, known[key], f"{path}.{key}")
+    ]
+
+
+@pytest.mark.parametrize("target", LAUNCHERS)
+@pytest.mark.parametrize("more", [(), ("cluster.token_path=/t", "cluster.redis=r:6379", "cluster.workers.spot=true")])
+def test_launcher_files_pass_rays_own_validation(target: str, more: tuple[str, ...]) -> None:
+    (document,) = rendered(target, *LAUNCHERS[target], "cluster.workers.gpus=2", *more)
+    validate_config(prepare_config(document))
+    with pytest.raises(jsonschema.ValidationError):
+        validate_config(prepare_config(document | {"max_worker": 2}))
+    start = " ".join(document["head_start_ray_commands"])
+    assert ("RAY_REDIS_ADDRESS=r:6379 ray start" in start) == bool(more)
+    for commands in ("head_start_ray_commands", "worker_start_ray_commands"):
+        assert ("RAY_AUTH_MODE=token" in " ".join(document[commands])) == bool(more)
+    assert document["file_mounts"].get("~/.ray/auth_token") == ("/t" if more else None)
+
+
+def test_a_cluster_on_aws_has_the_machines_of_the_description() -> None:
+    (document,) = rendered(
+        "ray-up-aws",
+        *AWS,
+        "cluster.workers={min: 1, max: 5, cpus: 4, gpus: 1, spot: true}",
+        "cluster.provider.disk_gb=99",
+    )
+    head, worker = (document["available_node_types"][name] for name in ("head", "worker"))
+    assert (worker["min_workers"], worker["max_workers"], document["max_workers"]) == (1, 5, 5)
+    assert worker["resources"] == {"CPU": 4, "GPU": 1} and head["resources"] == {"CPU": 8}
+    assert worker["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert "InstanceMarketOptions" not in head["node_config"]
+    assert head["node_config"]["BlockDeviceMappings"][0]["Ebs"]["VolumeSize"] == 99
+
+
+def test_a_cluster_on_gcp_has_its_accelerators_on_the_workers() -> None:
+    (document,) = rendered("ray-up-gcp", *GCP, "cluster.workers={gpus: 2, spot: true, accelerator: nvidia-tesla-t4}",
+                           "cluster.workers.machine=n1-standard-8")  # fmt: skip
+    head, worker = (document["available_node_types"][name]["node_config"] for name in ("head", "worker"))
+    assert worker["guestAccelerators"] == [{"acceleratorType": "nvidia-tesla-t4", "acceleratorCount": 2}]
+    assert {"preemptible": True} in worker["scheduling"]
+    assert not {"guestAccelerators", "scheduling"} & set(head)
+
+
+def test_own_machines_are_all_used_and_install_the_program() -> None:
+    (document,) = rendered("ray-up-onprem", *ONPREM)
+    prepared = prepare_config(document)["available_node_types"]["local.cluster.node"]
+    assert (prepared["min_workers"], prepared["max_workers"]) == (2, 2)
+    assert document["provider"]["head_ip"] == "10.0.0.1" and "docker" in document
+    assert document["file_mounts"] == {"~/tvilfm": "."}
+    assert any("--constraint ~/tvilfm/constraints.txt" in line for line in document["setup_commands"])
+    assert {".git", "/runs"} <= set(document["rsync_exclude"])
+
+
+@pytest.mark.parametrize(
+    ("target", "kind", "more"),
+    [
+        ("kuberay-cluster", "RayCluster", ()),
+        ("kuberay-job", "RayJob", ("cluster.driver={cpus: 2, gpus: 1}",)),
+        ("kuberay-service", "RayService", SERVED),
+    ],
+)
+def test_kubernetes_files_use_kuberays_fields_only(target: str, kind: str, more: tuple[str, ...]) -> None:
+    every = (
+        "cluster.token_path=/t",
+        "cluster.redis=redis:6379",
+        "cluster.env=[HF_TOKEN]",
+        "cluster.workers={gpus: 1, spot: true, node_selector: [cloud.google.com/gke-spot=true]}",
+    )
+    for options in ((), every):
+        document = rendered(target, *KUBERNETES, *more, *options)[-1]
+        assert (document["apiVersion"], document["kind"]) == ("ray.io/v1", kind)
+        assert misfits(document["spec"], SPECS[kind]) == []
+    pod = json.dumps(document)
+    assert '"nvidia.com/gpu": "1"' in pod and '"cloud.google.com/gke-spot": "true"' in pod
+    assert '"secretKeyRef": {"name": "tvilfm-env", "key": "HF_TOKEN"}' in pod
+
+
+def test_the_check_of_fields_finds_one_that_is_not_kuberays() -> None:
+    document = rendered("kuberay-cluster", *KUBERNETES)[0]
+    document["spec"]["workerGroupSpecs"][0]["maxReplica"] = 3
+    document["spec"]["headGroupSpec"]["rayStartParams"]["port"] = 6379
+    assert misfits(document["spec"], RAY_CLUSTER) == [
+        ".headGroupSpec.rayStartParams.port: int",
+        ".workerGroupSpecs[0].maxReplica",
+    ]
+
+
+def test_a_rayjob_brings_the_description_that_its_command_reads(tmp_path: Path) -> None:
+    description, job = rendered(
+        "kuberay-job", *KUBERNETES, "train.p=2", "cluster.address=ray://x:1", command="train --stage base"
+    )
+    assert job["spec"]["entrypoint"] == f"python -m cluster train --stage base --config {CONFIG_PATH}"
+    pods = [job["spec"]["rayClusterSpec"]["headGroupSpec"], *job["spec"]["rayClusterSpec"]["workerGroupSpecs"]]
+    for pod in (group["template"]["spec"] for group in pods):
+        mounts = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        assert mounts == {"storage": "/mnt/shared", "config": str(Path(CONFIG_PATH).parent)}
+        assert volumes["config"]["configMap"]["name"] == description["metadata"]["name"]
+    (tmp_path / "ray_config.yaml").write_text(description["data"]["ray_config.yaml"])
+    config = load_config(tmp_path / "ray_config.yaml")
+    assert (config.train.p, str(config.run.dir), config.cluster.address) == (2, "/mnt/shared/runs", None)
+
+
+def test_the_service_passes_serves_validation_and_names_an_application_that_there_is() -> None:
+    (document,) = rendered("serve-config", "run.dir=/mnt/shared/runs", "serve.port=8123")
+    schema = ServeDeploySchema.model_validate(document)
+    (application,) = schema.applications
+    assert (schema.http_options.host, schema.http_options.port) == ("127.0.0.1", 8123)
+    config = Config.model_validate(application.args["config"])
+    assert config.run.path == Path("/mnt/shared/runs/tiny")
+    module, _, name = application.import_path.partition(":")
+    source = ast.parse((REPOSITORY / f"{module.replace('.', '/')}.py").read_text())
+    assert name in {node.name for node in source.body if isinstance(node, ast.FunctionDef)}
+    with pytest.raises(ValidationError):
+        ServeDeploySchema.model_validate(document | {"applications": [{"name": "tvilfm"}]})
+
+    (service,) = rendered("kuberay-service", *KUBERNETES, *SERVED)
+    served = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
+    assert served.applications[0].args["config"]["serve"]["keys"] == "/mnt/shared/keys.json"
+
+
+# Stand-ins of a Slurm of two machines: they write down what they are asked, and run what srun is given.
+STUBS = {
+    "scontrol": "printf 'one\\ntwo\\n'",
+    "hostname": "echo 10.0.0.7 10.0.0.8",
+    "srun": 'echo "srun $*" >> "$LOG"; while [[ $1 == -* ]]; do [[ $1 == -w ]] && shift; shift; done; "$@"',
+    "fake-python": 'echo "python $*" >> "$LOG"; [[ $2 != cluster ]] || { cat "${@: -1}" > "$LOG.yaml"; exit 3; }',
+}
+
+
+def test_the_slurm_script_starts_every_machine_and_ends_with_the_commands_status(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    for name, body in STUBS.items():
+        stub = tmp_path / "bin" / name
+        stub.write_text(f"#!/bin/bash\n{body}\n")
+        stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
+    python = tmp_path / "bin" / "fake-python"
+    config = load_config(
+        Path("ray_config.yaml"),
+        [f"cluster.python={python}", "cluster.workers={gpus: 4, accelerator: a100, max: 2}", "cluster.token_path=/t k"],
+        size="tiny",
+    )
+    script = tmp_path / "job.sh"
+    script.write_text(render("slurm", config, command="tune ablations"))
+    assert "#SBATCH --nodes=2" in script.read_text() and "#SBATCH --gres=gpu:a100:4" in script.read_text()
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "LOG": str(tmp_path / "log"),
+        **{"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "any"},
+    }
+    done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3, done.stderr
+    log = (tmp_path / "log").read_text()
+    assert re.search(
+        r"python -m ray\.scripts\.scripts start --head --block --node-ip-address=10\.0\.0\.7 --port=6379", log
+    )
+    assert re.search(r"srun .*-w two .* start --block --address=10\.0\.0\.7:6379 .*--num-gpus=4", log)
+    assert f"python -m cluster tune ablations --config {tmp_path}/ray_config.7.yaml" in log
+    assert load_config(tmp_path / "log.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("target", "overrides", "message"),
+    [
+        ("ray-up-azure", (), r"--target: expected one of ray-up-aws, "),
+        ("ray-up-aws", (), r"cluster\.provider\.region: expected a region"),
+        ("ray-up-aws", AWS[1:], r"cluster\.image: expected a container image"),
+        ("ray-up-aws", AWS[:-1], r"cluster\.workers\.machine: expected a machine type"),
+        ("ray-up-gcp", (*GCP[:-1], "cluster.workers.gpus=1"), r"cluster\.workers\.accelerator: expected a type"),
+        (
+            "ray-up-gcp",
+            (*GCP, "cluster.workers.gpus=1", "cluster.provider.machine_image=null"),
+            r"cluster\.provider\.machine_image: expected a machine image with NVIDIA's driver",
+        ),
+        ("ray-up-onprem", (), r"cluster\.provider\.hosts: expected the addresses"),
+        ("kuberay-cluster", (), r"cluster\.image: expected a container image"),
+        (
+            "kuberay-cluster",
+            (IMAGE, "cluster.workers.spot=true"),
+            r"cluster\.workers\.node_selector: expected the label",
+        ),
+        ("kuberay-job", (IMAGE,), r"run\.dir: expected an absolute path for other machines, got runs"),
+        ("kuberay-service", KUBERNETES, r"serve\.host: expected 0\.0\.0\.0"),
+    ],
+)
+def test_what_a_target_lacks_is_named(target: str, overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rendered(target, *overrides)
+
+
+@pytest.mark.parametrize("command", ["", "run train.p=2", "run --size tiny"])
+def test_a_command_that_brings_its_own_description_is_refused(command: str) -> None:
+    with pytest.raises(ValueError, match=r"--command: expected a tvilfm command"):
+        rendered("kuberay-job", *KUBERNETES, command=command)
+
+
+def test_every_target_renders() -> None:
+    given = {**LAUNCHERS, "serve-config": ("run.dir=/r",), "slurm": (), "kuberay-service": (*KUBERNETES, *SERVED)}
+    for target in TARGETS:
+        config = load_config(Path("ray_config.yaml"), given.get(target, KUBERNETES))
+        assert render(target, config).strip()
+
+
+def test_the_dockerfile_copies_what_there_is_and_runs_as_nobody_special() -> None:
+    lines = (REPOSITORY / "cluster" / "deploy" / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    copies = [line.split()[1:] for line in lines if line.startswith("COPY")]
+    sources = [word for words in copies for word in words[:-1] if not word.startswith("--")]
+    assert {"pyproject.toml", "constraints.txt", "tvilfm", "cluster", "tune_spaces", "ray_config.yaml"} <= set(sources)
+    assert [source for source in sources if not (REPOSITORY / source).exists()] == []
+    assert [line for line in lines if line.startswith("USER")] == ["USER 1000"]
+    assert {line.split()[-1] for line in lines if line.startswith("FROM")} == {"program", "cpu", "cuda"}
+    assert any("--constraint program/constraints.txt" in line for line in lines)
+    assert not any("://" in line for line in lines)
+
+
+def test_what_does_not_travel_names_the_descriptions_own_folders(tmp_path: Path) -> None:
+    config = load_config(
+        overrides=["run.dir=out", "data.name=folder", f"data.root={tmp_path}/crops", "gallery.uri=s3://bucket/g"]
+    )
+    assert {"/out", "/crops", ".git", "*.safetensors"} <= set(excluded(config, tmp_path))
+    assert "/crops" not in excluded(config, tmp_path / "below")

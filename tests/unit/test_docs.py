@@ -1,0 +1,75 @@
+"""The documentation's commands: every one parses, with the options and keys that there are."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.__main__ import app
+from cluster.submit import parse
+from tvilfm.tuning import Space, load_space
+
+REPOSITORY = Path(__file__).parents[2]
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("service", "cluster", "reproduce", "cameras", "extend")))
+# Programs of others that the pages name; everything else has to be ours.
+OTHERS = ("ray", "docker", "make", "curl", "-d")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (REPOSITORY / page).read_text(), re.DOTALL)
+
+
+def commands(page: str) -> list[str]:
+    lines = [line for block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line.strip()]
+
+
+@pytest.mark.parametrize(("page", "line"), [(page, line) for page in PAGES for line in commands(page)])
+def test_a_command_of_the_documentation_can_be_given(page: str, line: str) -> None:
+    # An ellipsis stands for what the reader has to fill in.
+    program, *arguments = (word for word in shlex.split(line, comments=True) if not word.endswith("..."))
+    program = program.removeprefix(".venv/bin/")
+    if program != "tvilfm":
+        assert program in OTHERS
+        return
+    if arguments[0] == "submit":
+        arguments = arguments[arguments.index("--") + 1 :]
+    if arguments[0] == "jobs":
+        assert arguments[1] in ("list", "logs", "status", "stop")
+        return
+    parse(app, arguments, REPOSITORY / "ray_config.yaml")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_of_the_documentation_lead_somewhere(page: str) -> None:
+    text = (REPOSITORY / page).read_text()
+    headings = {
+        re.sub(r"[^\w ]", "", heading).strip().lower().replace(" ", "-") for heading in re.findall(r"#+ (.*)", text)
+    }
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        assert target[1:] in headings if target.startswith("#") else ((REPOSITORY / page).parent / target).exists(), (
+            target
+        )
+    for name in re.findall(r"`(test_\w+\.py)`", text):
+        assert list((REPOSITORY / "tests").rglob(name)), name
+    for path in re.findall(r"`((?:cluster|tvilfm|benchmarks|tune_spaces)/[\w./]+)`", text):
+        assert (REPOSITORY / path).exists() or path.startswith("benchmarks/results/"), path
+
+
+def test_the_space_of_the_documentation_is_one(tmp_path: Path) -> None:
+    (text,) = blocks("docs/extend.md", "yaml")
+    (tmp_path / "my_space.yaml").write_text(text)
+    space = load_space(tmp_path / "my_space.yaml")
+    assert isinstance(space, Space) and len(space.trials(())) == 3 * 3
+    assert yaml.safe_load(text)["metric"] == space.metric
+
+
+def test_the_python_of_the_documentation_imports_what_there_is() -> None:
+    (code,) = blocks("docs/extend.md", "python")
+    imports = "\n".join(line for line in code.splitlines() if line.startswith(("import ", "from ")))
+    compile(code, "extend.md", "exec")
+    exec(imports, {})
