@@ -4,7 +4,7 @@ STAMP := $(VENV)/.installed
 CLAIM ?=
 SIZE ?= small
 
-.PHONY: demo demo-full test lint bench clean
+.PHONY: demo demo-full test test-long lint bench clean
 
 demo: $(STAMP)
 	$(BIN)/tvilfm run --size $(SIZE)
@@ -14,6 +14,9 @@ demo-full: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -m long
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

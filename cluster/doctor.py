@@ -22,8 +22,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.session import session
-from cluster.storage import check_storage, storage_folder
-from tvilfm.config import Config
+from cluster.storage import absolute_paths, check_storage, storage_folder
+from tvilfm.config import Config, resolve
 
 PACKAGES = ("tvilfm", "ray", "torch", "torchvision", "transformers", "pyarrow", "pylance")
 ANSWER_S = 120.0  # a node's first task waits for its process, which imports torch
@@ -82,6 +82,9 @@ def examine(config: Config) -> list[Finding]:
     Raises:
         ConnectionError: no cluster answers at `cluster.address`.
     """
+    # Workers run in other folders.
+    paths = absolute_paths(config, storage_folder(config) or Path.cwd())
+    values = resolve(config.model_dump(mode="json"), paths).model_dump(mode="json")
     with session(config.cluster):
         nodes = ray.nodes()
         address = ray.get_runtime_context().gcs_address
@@ -89,7 +92,7 @@ def examine(config: Config) -> list[Finding]:
         gone = len(nodes) - len(alive)
         looking = {
             node: _look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
-                config.model_dump(mode="json"), node_temp_dir(entry)
+                values, node_temp_dir(entry)
             )
             for node, entry in alive.items()
         }
@@ -144,7 +147,7 @@ def look(config: Config, temporary: Path) -> Facts:
         problem = str(error).splitlines()[0]
     shared = Path("/dev/shm")
     storage = config.cluster.storage
-    runs = config.run.dir.absolute()
+    runs = config.run.dir
     return Facts(
         host=socket.gethostname(),
         python=platform.python_version(),

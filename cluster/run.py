@@ -8,6 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from rich.console import Console
 
 from cluster.caption import caption_images
 from cluster.caption_train import fit_captioner
+from cluster.events import Events
 from cluster.features import write_features, write_views
 from cluster.learning import Learning, Record, follow
 from cluster.pixels import decode_dataset
@@ -135,6 +137,7 @@ class _Job:
         self.written = self._written_captions()
         if self.written is not None:
             self.dataset["captions"] = fingerprint(self.written)
+        self.events = Events(config.run.path / "events.jsonl", run=config.run.name, sweep=group)
         self.store = StageStore(config.stages_path, stage_fingerprints(config, self.dataset))
 
     def _written_captions(self) -> pa.Table | None:
@@ -202,10 +205,8 @@ class _Job:
 
         def timed(folder: Path) -> None:
             started = time.monotonic()
-            if name in UNITS:
-                with watch(folder / "progress.json", name, UNITS[name]):
-                    make(folder)
-            else:
+            shown = watch(folder / "progress.json", name, UNITS[name]) if name in UNITS else nullcontext()
+            with self.events.around("stage", stage=name), shown:
                 make(folder)
             (folder / "seconds.json").write_text(json.dumps(round(time.monotonic() - started, 1)))
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
 import uuid
 from pathlib import Path
 
+from pyarrow import fs
 from pydantic import BaseModel
 
 from cluster.parts import open_uri, shown, write_whole
@@ -33,32 +35,52 @@ ADVICE = (
     ("Not a directory", "A file stands in the way: name another folder."),
     ("No space left", "Free some space, or name another place."),
     ("Read-only", "Mount it writable, or name another place."),
+    ("Operation not permitted", "Name a folder that can be written."),
+    ("No such file", "Name a folder that can be written."),
+    ("no answer", "Mend the endpoint in the URI (endpoint_override, scheme), or the network."),
 )
+ANSWER_S = 60.0
 
 
 def check_storage(uri: str) -> None:
     """Write, read and delete one object in a folder or under a URI, as a long job will want to.
 
     Raises:
-        ValueError: one of the three failed; it says which, why, and what to do.
+        ValueError: one of the three failed or took longer than `ANSWER_S`; it says which, why, and what to do.
     """
     filesystem, root = open_uri(uri)
-    path, content, step = f"{root}/.check-{uuid.uuid4().hex}", uuid.uuid4().bytes, "write"
-    try:
-        write_whole(filesystem, path, content)
-        step = "read"
-        with filesystem.open_input_stream(path) as stream:
-            found = stream.read()
-        step = "delete"
-        filesystem.delete_file(path)
-    except OSError as error:
-        advice = next((advice for sign, advice in ADVICE if sign.lower() in str(error).lower()), "Look at its error.")
-        raise ValueError(f"{shown(uri)}: expected a place to {step}, got {error}. {advice}") from None
-    if found != content:
-        raise ValueError(
-            f"{shown(uri)}: expected to read what was written, got {len(found)} other bytes. Use storage that shows a "
-            "write to the next reader."
-        )
+    trial = _Trial(filesystem, root)
+    # Google's client tries an endpoint that is not there for a quarter of an hour.
+    trial.thread.start()
+    trial.thread.join(ANSWER_S)
+    error = trial.error
+    if trial.thread.is_alive():
+        error = TimeoutError(f"no answer within {ANSWER_S:g} s")
+    if error is not None:
+        advice = next((advice for sign, advice in ADVICE if sign.lower() in str(error).lower()), "Try another place.")
+        raise ValueError(f"{shown(uri)}: expected a place to {trial.step}, got {error}. {advice}") from None
+
+
+class _Trial:
+    """One object written, read and deleted, in a thread that a program need not wait for."""
+
+    def __init__(self, filesystem: fs.FileSystem, root: str) -> None:
+        self.step = "write"
+        self.error: Exception | None = None
+        self.thread = threading.Thread(target=self._run, args=(filesystem, root), daemon=True)
+
+    def _run(self, filesystem: fs.FileSystem, root: str) -> None:
+        path, content = f"{root}/.check-{uuid.uuid4().hex}", uuid.uuid4().bytes
+        try:
+            write_whole(filesystem, path, content)
+            self.step = "read"
+            with filesystem.open_input_stream(path) as stream:
+                if stream.read() != content:
+                    raise OSError("other bytes than were written")
+            self.step = "delete"
+            filesystem.delete_file(path)
+        except Exception as error:  # told by the thread that waits
+            self.error = error
 
 
 def storage_folder(config: Config) -> Path | None:

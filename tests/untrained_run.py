@@ -46,17 +46,22 @@ class Ranking:
     shown: frozenset[str]
 
 
+def draw_statistics(model: TVILFM) -> None:
+    """Two heads that differ, as after the text stage."""
+    for module in model.modules():
+        if isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
+            assert module.running_mean is not None and module.running_var is not None
+            module.running_mean.normal_(0.0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+
+
 def write_untrained_run(folder: Path, benchmark: Path) -> UntrainedRun:
     """A run folder as a finished run leaves it."""
     overrides = [f"run.dir={folder}", f"data.root={benchmark}", "evaluate.batch=8", "cluster.extract_workers=1"]
     config = load_config(Path("ray_config.yaml"), overrides, size="tiny")
     torch.manual_seed(0)
     model = TVILFM(spec_from_config(config.model, 6, with_text=True))
-    for module in model.modules():  # two heads that differ, as after the text stage
-        if isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
-            assert module.running_mean is not None and module.running_var is not None
-            module.running_mean.normal_(0.0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
+    draw_statistics(model)
     model.eval()
     manifest = read_dataset("synthetic", benchmark)
     captions = read_captions(manifest, benchmark, None)

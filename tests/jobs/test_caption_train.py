@@ -94,7 +94,7 @@ with session(config.cluster):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_between_epochs_it_goes_on_and_ends_with_the_weights_of_the_plain_loop(
     lab: tuple[Path, dict[str, str]], plain: Captioner, tmp_path: Path
 ) -> None:

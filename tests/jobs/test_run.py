@@ -107,7 +107,7 @@ def test_evaluation_does_not_depend_on_the_number_of_workers(finished: Path) -> 
     assert _numbers(finished / "tiny") == before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_published_fidelity_trains_on_pixels_and_says_that_it_chose_on_the_test_set(
     finished: Path, tmp_path: Path
@@ -133,7 +133,7 @@ def test_published_fidelity_trains_on_pixels_and_says_that_it_chose_on_the_test_
     assert "selected on the test identities" in (tmp_path / "tiny" / "report" / "index.html").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_killed_at_any_stage_it_goes_on_and_ends_with_the_same_numbers(finished: Path, tmp_path: Path) -> None:
     # The dataset is the same files, so that nothing but the kills differs.

@@ -16,7 +16,7 @@ FREE = (
     *("run.name", "run.dir", "run.stages_dir", "run.trackers", "run.mlflow_uri"),
     *("data.name", "data.root", "data.decode_batch", "data.synthetic", "data.split", "data.captions"),
     *("caption.workers", "caption.decoders", "caption.max_bad_share"),
-    *("train.loader_workers", "gallery", "cluster", "fidelity"),
+    *("train.loader_workers", "gallery", "serve", "cluster", "fidelity"),
 )
 
 

@@ -48,7 +48,7 @@ def _fit(stage: str, folder: Path, inputs: dict[str, str], *overrides: str) -> t
     return TVILFM.from_pretrained(folder / "model"), record
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_two_workers_give_the_losses_and_weights_of_one(
     inputs: dict[str, str], ray_session: None, tmp_path: Path

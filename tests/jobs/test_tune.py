@@ -76,6 +76,7 @@ def test_every_space_runs_and_reports(name: str, shared: tuple[str, ...], ray_se
     assert record.setting in (folder / "report" / "table.csv").read_text()
 
 
+@pytest.mark.long
 def test_asha_stops_bad_trials_and_their_epochs_show_it(shared: tuple[str, ...], ray_session: None) -> None:
     space = Space.model_validate(
         {
@@ -96,6 +97,7 @@ def test_asha_stops_bad_trials_and_their_epochs_show_it(shared: tuple[str, ...],
     assert all(epochs[record.name] == 1 + 8 for record in records if record.status == "done")
 
 
+@pytest.mark.long
 def test_a_killed_sweep_goes_on_and_ends_with_the_table_of_the_unbroken_one(
     shared: tuple[str, ...], ray_session: None, tmp_path: Path
 ) -> None:

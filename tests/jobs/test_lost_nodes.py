@@ -1,0 +1,235 @@
+"""Nodes that go for good while a job runs: it ends with the numbers of the undisturbed one.
+
+Several nodes on this machine (`ray.cluster_utils.Cluster`): each has a raylet and workers of its own, and loses all of
+them at once. Captioning with a lost node: tests/jobs/test_caption_kill.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from cluster.pixels import decode_dataset
+from cluster.train import fit_stage
+from cluster.tune import sweep_space
+from tests.processes import alive, descendants
+from tvilfm.config import Config, load_config
+from tvilfm.datasets import read_dataset
+from tvilfm.datasets.captions import read_published
+from tvilfm.datasets.synthetic import Size, write_sysu_layout
+from tvilfm.models import TVILFM
+from tvilfm.report.sweep import read_trials
+from tvilfm.tuning import Space
+
+REPOSITORY = Path(__file__).parents[2]
+EPOCHS = 4
+OVERRIDES = (
+    f"train.base={{epochs: {EPOCHS}, warmup_epochs: 1, milestones: [2], eval_every: 1}}",
+    "model.weights=random",
+    "cluster.cpus_per_train_worker=1",
+    "cluster.train_workers=2",
+)
+# A driver with a cluster of its own. Its head has no room for work, so that what is lost is never the driver's node.
+NODES = """
+import json, os, sys
+from pathlib import Path
+
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+import ray
+from ray.cluster_utils import Cluster
+
+job = json.loads(sys.argv[1])
+nodes = Cluster()
+nodes.add_node(num_cpus=0, include_dashboard=False)
+for _ in range(job["nodes"]):
+    node = nodes.add_node(num_cpus=job["cpus"], include_dashboard=False)
+    print(node.all_processes["raylet"][0].process.pid, flush=True)
+ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
+"""
+FIT = """
+from cluster.train import fit_stage
+from tvilfm.config import Config
+
+fit_stage("base", Path(job["folder"]), Config.model_validate(job["config"]), job["inputs"])
+"""
+SWEEP = """
+from cluster.tune import sweep_space
+from tvilfm.tuning import Space
+
+sweep_space(
+    Space.model_validate(job["space"]), name="rows", config_path=Path("ray_config.yaml"), overrides=job["overrides"],
+    size="tiny",
+)
+"""
+END = """
+ray.shutdown()
+nodes.shutdown()
+"""
+
+
+@pytest.fixture
+def processes() -> Iterator[list[subprocess.Popen[str]]]:
+    """Drivers that are gone, with all that they started, after the test."""
+    started: list[subprocess.Popen[str]] = []
+    yield started
+    for process in started:
+        children = descendants(process.pid)
+        process.kill()
+        process.communicate()
+        for child in children:
+            _kill(child)
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def lose(raylet: int) -> None:
+    """A machine goes: its raylet and every process that it started, at once."""
+    lost = [raylet, *descendants(raylet)]
+    for pid in lost:
+        _kill(pid)
+    deadline = time.monotonic() + 60
+    while any(alive(pid) for pid in lost):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def named(raylet: int, title: bytes) -> bool:
+    """Whether a node runs a process of that title."""
+    for pid in descendants(raylet):
+        try:
+            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(title):
+                return True
+        except OSError:
+            continue
+    return False
+
+
+def wait_for(condition: Callable[[], bool], driver: subprocess.Popen[str], what: str) -> None:
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert driver.poll() is None, driver.communicate()[1]
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def start(
+    body: str, job: dict[str, Any], processes: list[subprocess.Popen[str]], *, nodes: int, cpus: int
+) -> tuple[subprocess.Popen[str], list[int]]:
+    """A driver that does something on a cluster of its own, and the raylets of the nodes below its head."""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    driver = subprocess.Popen(
+        [sys.executable, "-c", NODES + body + END, json.dumps({**job, "nodes": nodes, "cpus": cpus})],
+        cwd=REPOSITORY,
+        env={**plain, "PYTHONPATH": str(REPOSITORY), "RAY_BACKEND_LOG_LEVEL": "fatal"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    processes.append(driver)
+    assert driver.stdout is not None
+    return driver, [int(driver.stdout.readline()) for _ in range(nodes)]
+
+
+def _config(*overrides: str) -> Config:
+    return load_config(Path("ray_config.yaml"), [*OVERRIDES, *overrides], size="tiny")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("lost-nodes")
+    write_sysu_layout(folder / "data", Size(train=8, val=2, test=2, images_per_camera=1), seed=3)
+    manifest = read_dataset("synthetic", folder / "data")
+    (folder / "pixels").mkdir()
+    decode_dataset(folder / "pixels", folder / "data", manifest, _config().data)
+    pq.write_table(read_published(folder / "data", manifest), folder / "captions.parquet")
+    return {"pixels": str(folder / "pixels"), "captions": str(folder / "captions.parquet")}
+
+
+@pytest.mark.long
+def test_a_node_lost_in_training_costs_no_epoch_and_no_number(
+    inputs: dict[str, str], processes: list[subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    lost, undisturbed = tmp_path / "lost", tmp_path / "undisturbed"
+    undisturbed.mkdir()
+    lost.mkdir()
+    fit_stage("base", undisturbed, _config(), inputs)
+
+    job = {"config": _config().model_dump(mode="json"), "folder": str(lost), "inputs": inputs}
+    # One node more than workers: the lost one's work has a place to go.
+    driver, raylets = start(FIT, job, processes, nodes=3, cpus=1)
+    noted = lost / "train" / "checkpoint_manager_snapshot.json"
+    wait_for(noted.exists, driver, "no checkpoint was ever noted")
+    before = (lost / "metrics.jsonl").read_text().splitlines()
+    busy = [raylet for raylet in raylets if named(raylet, b"ray::RayTrainWorker")]
+    assert len(busy) == 2 and 1 <= len(before) < EPOCHS
+    lose(busy[0])
+    _, error = driver.communicate(timeout=400)
+    assert driver.returncode == 0, error
+
+    ours, theirs = (TVILFM.from_pretrained(folder / "model").state_dict() for folder in (lost, undisturbed))
+    assert [name for name, value in theirs.items() if not torch.equal(value, ours[name])] == []
+    assert records(lost) == records(undisturbed)
+    # What the loss left a checkpoint of was not trained again.
+    assert (lost / "metrics.jsonl").read_text().splitlines()[0] == before[0]
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(EPOCHS))
+    return [{key: value for key, value in line.items() if "second" not in key} for line in lines]
+
+
+QUICK = (
+    *("model.weights=random", "train.text.cache_views=0", "caption.source=files", "cluster.extract_workers=1"),
+    *("train.base={epochs: 1, milestones: []}", "train.text={epochs: 6, milestones: [4]}"),
+    "cluster.cpus_per_train_worker=1",
+)
+SPACE = {
+    "name": "rows",
+    "description": "two settings, one after the other",
+    "reference": "joint",
+    "rows": {"joint": {"overrides": {"loss.joint": True}}, "not joint": {"overrides": {"loss.joint": False}}},
+    "budget": {"max_concurrent": 1},
+}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)  # two sweeps
+def test_a_node_lost_in_a_sweep_leaves_its_table_as_it_is(
+    tiny_benchmark: Path, ray_session: None, processes: list[subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    undisturbed, lost = ([*QUICK, f"data.root={tiny_benchmark}", f"run.dir={tmp_path / name}"] for name in ("a", "b"))
+    space = Space.model_validate(SPACE)
+    sweep_space(space, name="rows", config_path=Path("ray_config.yaml"), overrides=undisturbed, size="tiny")
+    stages = tmp_path / "b" / "rows" / "stages"
+    for folder in (tmp_path / "a" / "rows" / "stages").glob("[pb]*"):  # pixels and base, which both settings share
+        shutil.copytree(folder, stages / folder.name)
+
+    driver, raylets = start(SWEEP, {"space": SPACE, "overrides": lost}, processes, nodes=2, cpus=2)
+    wait_for(lambda: any(stages.glob("text-*.partial/train/checkpoint_manager_snapshot.json")), driver, "no checkpoint")
+    (busy,) = (raylet for raylet in raylets if named(raylet, b"ray::RayTrainWorker"))
+    lose(busy)
+    _, error = driver.communicate(timeout=500)
+    assert driver.returncode == 0, error
+    before, after = (read_trials(tmp_path / name / "rows" / "trials.jsonl") for name in ("a", "b"))
+    assert [(record.setting, record.status, record.metrics) for record in after] == [
+        (record.setting, record.status, record.metrics) for record in before
+    ]
+    assert {record.status for record in after} == {"done"}
