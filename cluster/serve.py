@@ -40,7 +40,7 @@ from cluster.index import FinishedRun, finished_run, index
 from cluster.session import session
 from tvilfm.captioning.captioner import Captioner
 from tvilfm.captioning.colors import remove_colors
-from tvilfm.config import Config, ServeSection
+from tvilfm.config import CaptionerSection, Config, ServeSection
 from tvilfm.evaluation.extract import encode_pixels
 from tvilfm.models import TVILFM
 from tvilfm.retrieval.gallery import Gallery
@@ -51,6 +51,7 @@ from tvilfm.retrieval.spaces import gallery_vectors, space_id
 from tvilfm.service.app import create_app
 from tvilfm.service.audit import Audit
 from tvilfm.service.backend import Busy, Change, Unavailable
+from tvilfm.service.keys import KeyFile
 from tvilfm.service.messages import ModelFacts, Status, Weights
 
 APPLICATION = "tvilfm"
@@ -68,16 +69,17 @@ BOUNDARIES_S = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 1
 class Encoder:
     """Replica: pictures and sentences to vectors, those of several requests together."""
 
-    def __init__(self, config: Config, run: FinishedRun) -> None:
-        self._device = "cuda" if config.cluster.gpus_per_worker > 0 else "cpu"
-        self._model = TVILFM.from_pretrained(run.model).to(self._device).eval()
+    def __init__(self, config: Config, run: FinishedRun, captioner: CaptionerSection | None) -> None:
+        device = "cuda" if config.cluster.gpus_per_worker > 0 else "cpu"
+        self._model = TVILFM.from_pretrained(run.model).to(device).eval()
+        self._captioner = None if captioner is None else Captioner.load(captioner, device=device)
         data = run.config.data
         self._size = {"height": data.height, "width": data.width}
         self._encoder = QueryEncoder(
             self._model,
             **self._size,
             filter_text=run.config.loss.filter_text,
-            captioner=_captioner(config, run, self._device),
+            captioner=None if self._captioner is None else self._caption,
         )
         self.encode.set_max_batch_size(config.serve.batch)
         self.encode.set_batch_wait_timeout_s(config.serve.batch_wait_ms / 1000)
@@ -87,6 +89,11 @@ class Encoder:
         """The questions of several requests."""
         found = iter(await asyncio.to_thread(self._encoder.encode, [one for group in groups for one in group]))
         return [[next(found) for _ in group] for group in groups]
+
+    def _caption(self, pictures: Sequence[Pixels]) -> list[str]:
+        """What infrared pictures show, without colours."""
+        assert self._captioner is not None
+        return [remove_colors(sentence) for sentence in self._captioner.caption(pictures)]
 
     async def encode_visible(self, pictures: Sequence[Pixels]) -> list[dict[str, Any]]:
         """Vectors of visible pictures."""
@@ -299,21 +306,21 @@ def _going_on(what: str) -> Iterator[None]:
         logging.getLogger("ray.serve").exception("%s; trying again", what)
 
 
-def _captioner(config: Config, run: FinishedRun, device: str) -> Callable[[Sequence[Pixels]], list[str]] | None:
-    """Who says what infrared pictures show, without colours; None = nobody."""
+def filter_captioner(config: Config, run: FinishedRun) -> CaptionerSection | None:
+    """Who says what infrared pictures show, where the client does not; None = nobody.
+
+    Raises:
+        ValueError: the run's captioner is wanted and it has none.
+    """
     name = config.serve.captioner
-    if name is None:
-        return None
-    section = config.caption.infrared.model_copy(update={"model": name})
-    if name == "run":
-        if run.captioner is None:
-            raise ValueError(
-                "serve.captioner: expected a run that fine-tuned captioners, got one with the captions of files. "
-                "Name a model, or set serve.captioner=null."
-            )
-        section = run.config.caption.infrared.model_copy(update={"model": str(run.captioner), "revision": None})
-    captioner = Captioner.load(section, device=device)
-    return lambda images: [remove_colors(text) for text in captioner.caption(images)]
+    if name != "run":
+        return None if name is None else config.caption.infrared.model_copy(update={"model": name})
+    if run.captioner is None:
+        raise ValueError(
+            "serve.captioner: expected a run that fine-tuned captioners, got one with the captions of files. "
+            "Name a model, or set serve.captioner=null."
+        )
+    return run.config.caption.infrared.model_copy(update={"model": str(run.captioner), "revision": None})
 
 
 def _open_for_writing(uri: str, space: str) -> Gallery:
@@ -335,13 +342,17 @@ def application(args: dict[str, Any]) -> serve.Application:
         args: `config`, a resolved run description, as `tvilfm config show` prints.
 
     Raises:
-        ValueError: the run is not finished, there is no gallery of its model, or the file of keys is none.
+        ValueError: the run is not finished or has no captioner, there is no gallery of its model, or no file of keys.
     """
     config = Config.model_validate(args["config"])
     run = finished_run(config.run.path.absolute())
     section, gpus = config.serve, config.cluster.gpus_per_worker
+    captioner = filter_captioner(config, run)
+    if section.keys is not None:
+        KeyFile(section.keys)
     model = TVILFM.from_pretrained(run.model)
     space = space_id(model, height=run.config.data.height, width=run.config.data.width)
+    Gallery.open(config.gallery_uri, space_id=space)
     facts = ModelFacts(
         model=config.run.name,
         space_id=space,
@@ -367,7 +378,7 @@ def application(args: dict[str, Any]) -> serve.Application:
         "max_replicas": section.max_encoders,
         "target_ongoing_requests": section.batch,
     }
-    encoder = part(Encoder, ENCODER_CPUS, gpus=gpus, autoscaling_config=load).bind(config, run)
+    encoder = part(Encoder, ENCODER_CPUS, gpus=gpus, autoscaling_config=load).bind(config, run, captioner)
     searcher = part(SearcherReplica, SEARCHER_CPUS, gpus=gpus, num_replicas=section.searchers).bind(config, space)
     writer = part(Writer, WRITER_CPUS, num_replicas=1).bind(config, space)
     ingress = serve.deployment(

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from tvilfm.captioning.conv_captioner import build_conv_captioner
 from tvilfm.config import Config, load_config, to_yaml
 from tvilfm.datasets import read_dataset
 from tvilfm.datasets.captions import read_captions
@@ -75,12 +76,15 @@ def write_untrained_run(folder: Path, benchmark: Path) -> UntrainedRun:
     images = FeatureTable(keys=tuple(keys), vectors_ND=np.concatenate(parts))
     sentences = FeatureTable(keys=tuple(texts), vectors_ND=encode_texts(model, texts))
 
-    stages = {name: config.run.path / "stages" / f"{name}-0" for name in ("pixels", "text", "features")}
+    made = ("pixels", "text", "features", "captioner_infrared")
+    stages = {name: config.run.path / "stages" / f"{name}-0" for name in made}
     for stage in stages.values():
         stage.mkdir(parents=True)
     pq.write_table(manifest, stages["pixels"] / "manifest.parquet")
     model.save_pretrained(stages["text"] / "model")
     images.write(stages["features"] / "images.parquet")
+    size = {"height": config.data.height, "width": config.data.width}
+    build_conv_captioner(stages["captioner_infrared"] / "captioner", captions["caption"].to_pylist(), **size, seed=0)
     (config.run.path / "config.yaml").write_text(to_yaml(config))
     relative = {name: str(path.relative_to(config.run.path)) for name, path in stages.items()}
     (config.run.path / "run.json").write_text(json.dumps({"stages": relative}))

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -20,14 +21,17 @@ import pytest
 import ray
 
 from cluster import deploy
-from cluster.index import index
-from cluster.serve import Writer, serving
+from cluster.index import finished_run, index
+from cluster.serve import Writer, application, filter_captioner, serving
 from tests.processes import descendants
 from tests.unit.test_service import hostile
 from tests.untrained_run import UntrainedRun, evaluated_rankings
+from tvilfm.captioning.captioner import Captioner
+from tvilfm.captioning.colors import remove_colors
 from tvilfm.client import Client, as_json
 from tvilfm.config import Config
 from tvilfm.datasets.manifest import select
+from tvilfm.datasets.pixels import decode
 from tvilfm.retrieval.gallery import TIME, Gallery, vector_column
 
 BATCH = 28
@@ -45,7 +49,7 @@ def config(untrained_run: UntrainedRun, ray_session: None, tmp_path_factory: pyt
     config = untrained_run.config
     changes = {
         "gallery": config.gallery.model_copy(update={"uri": str(folder / "gallery")}),
-        "serve": config.serve.model_copy(update={"port": free_port(), "audit": folder / "audit"}),
+        "serve": config.serve.model_copy(update={"port": free_port(), "audit": folder / "audit", "captioner": "run"}),
     }
     config = config.model_copy(update=changes)
     index(config)
@@ -56,6 +60,22 @@ def config(untrained_run: UntrainedRun, ray_session: None, tmp_path_factory: pyt
 def address(config: Config) -> Iterator[str]:
     with serving(config) as address:
         yield address
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ("serve", {"keys": Path("nowhere.yaml")}, "serve.keys: expected a file of API keys, got nowhere.yaml"),
+        ("gallery", {"uri": "nowhere"}, "gallery.uri: expected a gallery, got .*nowhere"),
+        ("run", {"name": "none"}, "run.name: expected a finished run"),
+    ],
+)
+def test_what_cannot_be_served_is_said_before_anything_starts(
+    config: Config, section: str, changes: dict[str, object], message: str
+) -> None:
+    changed = config.model_copy(update={section: getattr(config, section).model_copy(update=changes)})
+    with pytest.raises(ValueError, match=message):
+        application({"config": changed.model_dump(mode="json")})
 
 
 @pytest.mark.slow
@@ -82,6 +102,24 @@ def test_every_query_ranks_over_http_as_the_evaluation_ranks_it(address: str, un
         assert [hit.id for hit in answer.hits if hit.id in ranking.shown] == ranking.names
     assert [hit.id for hit in alone.hits] == [hit.id for hit in answers[-1].hits]
     assert len(rankings) == 16 * (3 + 4)
+
+
+@pytest.mark.slow
+def test_the_runs_captioner_says_what_fusion_subtracts_where_the_client_does_not(
+    address: str, config: Config, untrained_run: UntrainedRun
+) -> None:
+    (picture, *_) = (ranking.image for ranking in evaluated_rankings(untrained_run))
+    run = finished_run(config.run.path)
+    captioner = Captioner.load(config.caption.infrared.model_copy(update={"model": str(run.captioner)}))
+    (said,) = captioner.caption([decode(picture, height=None, width=None, name="")])
+    with Client(address) as client:
+        written = client.search(image=picture, sentence="a red coat", k=5)
+        given = client.search(image=picture, sentence="a red coat", infrared_caption=remove_colors(said), k=5)
+    assert (written.filter_text, given.filter_text) == ("captioner", "given")
+    for one, other in zip(written.hits, given.hits, strict=True):
+        assert one.id == other.id and one.score == pytest.approx(other.score, abs=1e-5)
+    with pytest.raises(ValueError, match=r"serve\.captioner: expected a run that fine-tuned captioners"):
+        filter_captioner(config, replace(run, captioner=None))
 
 
 @pytest.mark.slow
