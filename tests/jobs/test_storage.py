@@ -18,11 +18,11 @@ from cluster.storage import check_storage
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    """An S3 server of this process, with a bucket."""
+    """An S3 server with a bucket that no other test file has: all servers of a process share their buckets."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     endpoint = f"127.0.0.1:{server.get_host_and_port()[1]}"
-    store(endpoint).create_dir("bucket")
+    store(endpoint).create_dir("places")
     yield endpoint
     server.stop()
 
@@ -40,10 +40,10 @@ def uri(bucket: str, endpoint: str) -> str:
 def test_a_place_that_works_is_left_as_it_was(endpoint: str, tmp_path: Path) -> None:
     check_storage(str(tmp_path / "new" / "folder"))
     check_storage(f"file://{tmp_path}")
-    check_storage(uri("bucket/runs", endpoint))
+    check_storage(uri("places/runs", endpoint))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     # pyarrow leaves a mark of the folder, so that it does not vanish with its last file.
-    left = store(endpoint).get_file_info(fs.FileSelector("bucket", recursive=True))
+    left = store(endpoint).get_file_info(fs.FileSelector("places", recursive=True))
     assert [info.path for info in left if info.type == fs.FileType.File] == []
 
 
