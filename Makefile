@@ -3,8 +3,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CLAIM ?=
 SIZE ?= small
+PROGRAMS := chromium redis-server
 
-.PHONY: demo demo-full test test-long lint bench clean
+.PHONY: demo demo-full test test-long test-programs lint bench clean
 
 demo: $(STAMP)
 	$(BIN)/tvilfm run --size $(SIZE)
@@ -17,6 +18,10 @@ test: $(STAMP)
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long
+
+# A browser and a Redis, which pip does not have; tests that need one are skipped without it. Debian, as root.
+test-programs:
+	which $(PROGRAMS) >/dev/null || { apt-get update -q && apt-get install -y -q --no-install-recommends $(PROGRAMS); }
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

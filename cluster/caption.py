@@ -32,6 +32,7 @@ from pyarrow import fs
 from ray.data import ExecutionResources
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.depot import Depot, fetched
 from cluster.parts import Parts, alone, open_uri, part_name, shown, to_parquet, write_whole
 from cluster.progress import ProgressFile, watch
 from cluster.session import session
@@ -148,11 +149,13 @@ class CaptionJob:
     dtype: Any
     filter_colors: bool
     seed: int
+    depot: Depot | None
 
     def load(self) -> Captioner:
         # Decoding workers import this module too, and have no use for torch and transformers.
         from tvilfm.captioning.captioner import Captioner
 
+        fetched(Path(self.captioner.model), self.depot)
         return Captioner.load(self.captioner, device=self.device, dtype=self.dtype)
 
 
@@ -205,6 +208,7 @@ def caption_images(
     seed: int,
     retry_bad: bool = False,
     progress: ProgressFile | None = None,
+    depot: Depot | None = None,
 ) -> Summary:
     """Bring a caption table up to a list of images, captioning what is missing and nothing else.
 
@@ -220,6 +224,7 @@ def caption_images(
         seed: of sampling.
         retry_bad: also try images that an earlier run put in quarantine.
         progress: told of images done.
+        depot: where workers find a captioner that is not on their machine.
 
     Returns:
         Counts; `Summary.check` says whether too many images are bad.
@@ -231,7 +236,7 @@ def caption_images(
     """
     _check_rows(rows)
     with alone(out):
-        return _caption(rows, root, out, section, cluster, seed, retry_bad, progress)
+        return _caption(rows, root, out, section, cluster, seed, retry_bad, progress, depot)
 
 
 def _caption(
@@ -243,6 +248,7 @@ def _caption(
     seed: int,
     retry_bad: bool,
     progress: ProgressFile | None,
+    depot: Depot | None,
 ) -> Summary:
     started = time.monotonic()
     captions, quarantine = Parts(out, "parts", "captions"), Parts(out, "parts", "quarantine")
@@ -267,6 +273,7 @@ def _caption(
                     dtype=section.dtype,
                     filter_colors=section.filter_colors,
                     seed=seed,
+                    depot=depot,
                 )
             )
     done, unread = int(len(rows) - wanted.sum()), Counter[str]()

@@ -13,7 +13,8 @@ import ray.train
 import ray.train.torch
 import torch
 
-from cluster.train import Reporter, last_checkpoint, trainer_of
+from cluster.depot import Depot, fetched
+from cluster.train import METRICS_FILE, Record, Reporter, last_checkpoint, trainer_of, write_records
 from tvilfm.captioning.captioner import Captioner
 from tvilfm.captioning.conv_captioner import NAME, build_conv_captioner
 from tvilfm.captioning.finetune import Modality, Pairs, caption_pairs, finetune, mean_loss
@@ -26,17 +27,20 @@ from tvilfm.training.loop import AUTOCAST_DTYPES
 MARKED = 512  # validation pictures that are captioned to mark a captioner
 
 
-def fit_captioner(folder: Path, config: Config, modality: Modality, inputs: Mapping[str, str]) -> None:
+def fit_captioner(
+    folder: Path, config: Config, modality: Modality, inputs: Mapping[str, str], depot: Depot | None = None
+) -> None:
     """Fine-tune a modality's captioner on Ray Train and leave it in `folder/captioner`, its marks in `marks.json`.
 
     The run lives in `folder/train`; if an interrupted attempt left one there, it goes on from its last checkpoint.
 
     Args:
-        folder: the working folder, on storage that every node sees.
+        folder: the working folder; without a depot, on storage that every node sees.
         config: the run.
         modality: visible or infrared.
         inputs: `pixels` (folder of `pixels.npy` and `manifest.parquet`), `captions` (Parquet caption table) and, for
             the synthetic benchmark, `truth` (folder of its `attributes.json`).
+        depot: where workers find what is not on their machine, and keep checkpoints; None = in folders.
 
     Raises:
         ValueError: a captioner that cannot be had, or a dataset without pairs for it.
@@ -51,6 +55,8 @@ def fit_captioner(folder: Path, config: Config, modality: Modality, inputs: Mapp
         build_conv_captioner(
             Path(model), pairs.texts, height=config.data.height, width=config.data.width, seed=config.caption.seed
         )
+        if depot is not None:
+            depot.push(Path(model))
     elif Path(model).is_dir():
         model = str(Path(model).absolute())  # workers run in other folders
     job = {
@@ -59,8 +65,13 @@ def fit_captioner(folder: Path, config: Config, modality: Modality, inputs: Mapp
         "captioner": captioner.model_copy(update={"model": model}).model_dump(mode="json"),
         "modality": modality,
         "inputs": dict(inputs),
+        "depot": depot,
     }
-    result = trainer_of(_worker, job, folder, config.cluster, workers=config.cluster.train_workers).fit()
+    workers = config.cluster.train_workers
+    result = trainer_of(_worker, job, folder, config.cluster, workers=workers, depot=depot).fit()
+    records, marks = result.return_value
+    write_records(folder / METRICS_FILE, records)
+    marks.write(folder / "marks.json")
     assert result.checkpoint is not None
     with result.checkpoint.as_directory() as checkpoint:
         shutil.copytree(Path(checkpoint) / "model", folder / "captioner", dirs_exist_ok=True)
@@ -78,28 +89,34 @@ def _pairs(config: Config, modality: Modality, inputs: Mapping[str, str], split:
     )
 
 
-def _worker(job: dict[str, Any]) -> None:
-    config, folder = Config.model_validate(job["config"]), Path(job["folder"])
-    modality, inputs = job["modality"], job["inputs"]
+def _worker(job: dict[str, Any]) -> tuple[list[Record], Marks] | None:
+    """The records of all epochs and the captioner's marks, from rank 0."""
+    config, folder, depot = Config.model_validate(job["config"]), Path(job["folder"]), job["depot"]
+    modality = job["modality"]
+    inputs = {name: str(fetched(Path(path), depot)) for name, path in job["inputs"].items()}
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_train_worker)))
     device = ray.train.torch.get_device()
     context = ray.train.get_context()
-    captioner = Captioner.load(CaptionerSection.model_validate(job["captioner"]), device=str(device))
+    captioner_section = CaptionerSection.model_validate(job["captioner"])
+    fetched(Path(captioner_section.model), depot)
+    captioner = Captioner.load(captioner_section, device=str(device))
     section = config.caption.train
-    with last_checkpoint() as (resume, epochs_done):
+    with last_checkpoint() as resume:
+        reporter = Reporter(folder, section.epochs, resume)
         finetune(
             captioner,
             _pairs(config, modality, inputs, "train"),
             section,
             seed=config.caption.seed,
-            listener=Reporter(folder, section.epochs, epochs_done),
+            listener=reporter,
             autocast=AUTOCAST_DTYPES.get(config.caption.dtype) if device.type == "cuda" else None,
             rank=context.get_world_rank(),
             workers=context.get_world_size(),
             resume=resume,
         )
-    if context.get_world_rank() == 0:
-        _mark(captioner, config, modality, inputs).write(folder / "marks.json")
+    if context.get_world_rank() != 0:
+        return None
+    return reporter.records, _mark(captioner, config, modality, inputs)
 
 
 def _mark(captioner: Captioner, config: Config, modality: Modality, inputs: Mapping[str, str]) -> Marks:

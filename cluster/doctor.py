@@ -294,7 +294,7 @@ def _together(config: Config, nodes: int, resources: Mapping[str, Mapping[str, f
                 mend="Lower cluster.train_workers, cpus_per_train_worker or gpus_per_worker, unless machines are added "
                 "on demand.",
             )
-    if nodes > 1 and storage_folder(config) is None and not config.run.dir.is_absolute():
+    if nodes > 1 and config.cluster.storage is None and not config.run.dir.is_absolute():
         yield Finding(
             where="cluster",
             what="run.dir",

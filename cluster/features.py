@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
+from cluster.depot import Depot, fetched
 from cluster.progress import ProgressFile
 from tvilfm.config import ClusterSection
 from tvilfm.datasets.pixels import open_pixels
@@ -50,9 +51,9 @@ class Chunk:
 class Encoder:
     """Actor: loads the model once, then encodes chunks."""
 
-    def __init__(self, model: Path, pixels: Path, pad: int, seed: int, cuda: bool) -> None:
-        self._model = TVILFM.from_pretrained(model).to("cuda" if cuda else "cpu").eval()
-        self._pixels = open_pixels(pixels)
+    def __init__(self, model: Path, pixels: Path, pad: int, seed: int, cuda: bool, depot: Depot | None) -> None:
+        self._model = TVILFM.from_pretrained(fetched(model, depot)).to("cuda" if cuda else "cpu").eval()
+        self._pixels = open_pixels(fetched(pixels, depot))
         self._pad, self._seed = pad, seed
 
     def __call__(self, batch: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
@@ -113,6 +114,7 @@ def encode_chunks(
     seed: int,
     section: ClusterSection,
     progress: ProgressFile,
+    depot: Depot | None = None,
 ) -> Iterator[tuple[str, npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
     """Encode chunks on an actor pool.
 
@@ -124,6 +126,7 @@ def encode_chunks(
         seed: of the run.
         section: pool size and GPUs.
         progress: told of encoded rows.
+        depot: where workers find model and pixels that are not on their machine.
 
     Yields:
         Target, rows within it, vectors; in whatever order they come.
@@ -138,6 +141,7 @@ def encode_chunks(
             "pad": pad,
             "seed": seed,
             "cuda": section.gpus_per_worker > 0,
+            "depot": depot,
         },
         batch_size=1,
         num_cpus=1,

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import warnings
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ import pyarrow.parquet as pq
 import ray
 
 from cluster.caption import list_images
+from cluster.depot import Depot, depot_of, fetched
 from cluster.pictures import read_pictures, reference
 from cluster.session import session
 from tvilfm.config import Config, load_config
@@ -49,6 +51,7 @@ class FinishedRun:
         features: raw features of its test images, Parquet.
         manifest: of its dataset, Parquet.
         captioner: its fine-tuned infrared captioner, a transformers folder; None = it has none.
+        depot: where a machine that lacks one of these finds it; None = nowhere.
     """
 
     config: Config
@@ -56,29 +59,37 @@ class FinishedRun:
     features: Path
     manifest: Path
     captioner: Path | None
+    depot: Depot | None
 
 
-def finished_run(path: Path) -> FinishedRun:
-    """Find a run's results.
+def finished_run(config: Config) -> FinishedRun:
+    """Find a run's results, in its folder or, copied there now, in the storage that the run was kept in.
 
     Args:
-        path: the run folder.
+        config: says which run, `run`.
 
     Raises:
         ValueError: it is not finished.
     """
+    path, depot = config.run.path.absolute(), depot_of(config, config.stages_path, "stages")
+    with suppress(FileNotFoundError):
+        for name in ("config.yaml", "run.json"):
+            fetched(path / name, depot_of(config, config.run.dir, "runs"))
     if not (path / "run.json").is_file():
         raise ValueError(f"run.name: expected a finished run in {path}, got none. Make it with tvilfm run.")
-    stages = json.loads((path / "run.json").read_text())["stages"]
-    captioner = stages.get("captioner_infrared")
+    noted = json.loads((path / "run.json").read_text())["stages"]
+    stages = {name: Path(os.path.normpath(path / folder)) for name, folder in noted.items()}
     found = FinishedRun(
         config=load_config(path / "config.yaml"),
-        model=path / stages["text"] / "model",
-        features=path / stages["features"] / "images.parquet",
-        manifest=path / stages["pixels"] / "manifest.parquet",
-        captioner=None if captioner is None else path / captioner / "captioner",
+        model=stages["text"] / "model",
+        features=stages["features"] / "images.parquet",
+        manifest=stages["pixels"] / "manifest.parquet",
+        captioner=stages["captioner_infrared"] / "captioner" if "captioner_infrared" in stages else None,
+        depot=depot,
     )
     for part in (found.model, found.features, found.manifest):
+        with suppress(FileNotFoundError):
+            fetched(part, depot)
         if not part.exists():
             raise ValueError(f"run.name: expected a finished run in {path}, got no {part}. End it with tvilfm run.")
     return found
@@ -98,7 +109,7 @@ def index(config: Config, *, images: str | None = None, camid: int | None = None
     Raises:
         ValueError: the run is not finished, a picture cannot be read, or somebody else writes to the gallery.
     """
-    run = finished_run(config.run.path)
+    run = finished_run(config)
     model = TVILFM.from_pretrained(run.model).eval()
     data = run.config.data
     space = space_id(model, height=data.height, width=data.width)
@@ -160,7 +171,7 @@ def _with_vectors(rows: pa.Table, root: str, run: FinishedRun, config: Config) -
         .map_batches(read, batch_size=None, num_cpus=1)
         .map_batches(
             GalleryEncoder,
-            fn_constructor_kwargs={"model": run.model.absolute(), "cuda": config.cluster.gpus_per_worker > 0},
+            fn_constructor_kwargs={"run": run, "cuda": config.cluster.gpus_per_worker > 0},
             batch_size=None,
             num_cpus=1,
             num_gpus=config.cluster.gpus_per_worker or None,
@@ -172,8 +183,8 @@ def _with_vectors(rows: pa.Table, root: str, run: FinishedRun, config: Config) -
 class GalleryEncoder:
     """Actor: brings the vectors of both spaces to rows with pixels, or with the features that a run has of them."""
 
-    def __init__(self, model: Path, cuda: bool) -> None:
-        self._model = TVILFM.from_pretrained(model).to("cuda" if cuda else "cpu").eval()
+    def __init__(self, run: FinishedRun, cuda: bool) -> None:
+        self._model = TVILFM.from_pretrained(fetched(run.model, run.depot)).to("cuda" if cuda else "cpu").eval()
 
     def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> pa.Table:
         known = "raw" in batch

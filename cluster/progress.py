@@ -18,15 +18,19 @@ PLAIN_INTERVAL_S = 15.0
 
 
 class ProgressFile:
-    """Written by one worker: how many of how many units are done, and a few words."""
+    """Written by one worker: how many of how many units are done, and a few words.
+
+    A worker on a machine that does not have the file's folder writes nothing.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path, self._written = path, 0.0
+        self._seen = path.parent.is_dir()
 
     def update(self, done: int, total: int, note: str = "") -> None:
         """Replace the file, at most every half second, and always at the end."""
         now = time.monotonic()
-        if now - self._written < INTERVAL_S and done < total:
+        if not self._seen or (now - self._written < INTERVAL_S and done < total):
             return
         self._written = now
         temporary = self._path.with_suffix(".tmp")

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from cluster.caption import caption_images
 from cluster.caption_train import fit_captioner
+from cluster.depot import below, depot_of
 from cluster.events import Events
 from cluster.features import write_features, write_views
 from cluster.learning import Learning, Record, follow
@@ -28,7 +29,7 @@ from cluster.rephrase import rephrase_table
 from cluster.session import session
 from cluster.stages import STAGES, StageStore, stage_fingerprints, stages_of
 from cluster.trackers import check_trackers, log_record, log_results, trackers
-from cluster.train import fit_stage
+from cluster.train import METRICS_FILE, fit_stage, write_records
 from tvilfm.captioning.finetune import Modality
 from tvilfm.captioning.scores import Marks
 from tvilfm.config import Config, to_yaml
@@ -59,6 +60,8 @@ UNITS = {
     "features": "rows",
 }
 RESULTS_FILES: dict[Split, str] = {"test": "results.json", "val": "validation.json"}
+# What a reader wants of a run folder, the stages apart.
+RUN_FILES = ("config.yaml", "run.json", "events.jsonl", METRICS_FILE, *RESULTS_FILES.values(), "report/index.html")
 PACKAGES = ("ray", "torch", "torchvision", "open_clip_torch", "transformers", "pyarrow", "numpy", "scikit-learn")
 
 
@@ -138,7 +141,8 @@ class _Job:
         if self.written is not None:
             self.dataset["captions"] = fingerprint(self.written)
         self.events = Events(config.run.path / "events.jsonl", run=config.run.name, sweep=group)
-        self.store = StageStore(config.stages_path, stage_fingerprints(config, self.dataset))
+        self.depot = depot_of(config, config.stages_path, "stages")
+        self.store = StageStore(config.stages_path, stage_fingerprints(config, self.dataset), self.depot)
 
     def _written_captions(self) -> pa.Table | None:
         """The captions of files: of every image, or of those that captioners learn from."""
@@ -189,8 +193,12 @@ class _Job:
             (path / "report").mkdir(exist_ok=True)
             page = (self.store.path("report") / "index.html").read_bytes()
             (path / "report" / "index.html").write_bytes(page)
-        records = "".join(json.dumps(record) + "\n" for record in learning.records())
-        (path / "metrics.jsonl").write_text(records)
+        write_records(path / METRICS_FILE, learning.records())
+        depot = depot_of(self.config, self.config.run.dir, "runs", *([self.group] if self.group else []))
+        if depot is not None:
+            for file in (path.absolute() / name for name in RUN_FILES):
+                if file.exists():
+                    depot.push(file)
         return Outcome(
             path=path, made=tuple(made), stages={name: self.store.path(name) for name in wanted}, results=results
         )
@@ -229,7 +237,8 @@ class _Job:
         inputs = {"pixels": self.store.path("pixels"), "captions": folder.absolute() / "captions.parquet"}
         if self.config.data.name == "synthetic":
             inputs["truth"] = self.config.data_root.absolute()
-        fit_captioner(folder, self.config, modality, {name: str(path) for name, path in inputs.items()})
+        self._share(folder / "captions.parquet")
+        fit_captioner(folder, self.config, modality, {name: str(path) for name, path in inputs.items()}, self.depot)
 
     def _make_captions(self, folder: Path) -> None:
         section, progress = self.config.caption, ProgressFile(folder / "progress.json")
@@ -242,19 +251,23 @@ class _Job:
             }
             section = section.model_copy(update=trained)
         rows, root = self.manifest.select(["image", "modality"]), str(self.config.data_root.absolute())
+        # Workers write what they caption where the driver finds it.
+        out = str(folder) if self.depot is None else self.depot.uri_of(folder)
         shared = {"cluster": self.config.cluster, "seed": section.seed, "progress": progress}
-        summary = caption_images(rows, root, str(folder), section, **shared)
+        summary = caption_images(rows, root, out, section, depot=self.depot, **shared)
         summary.check(section.max_bad_share)
+        self._bring(folder / "captions.parquet", folder / "quarantine.parquet")
         if section.rephrase.engine != "none":
             table = read_captions(self.manifest, self.config.data_root, folder / "captions.parquet")
             rephrase_table(
                 table,
                 self.manifest["modality"].to_pylist(),
-                str(folder / "rephrased"),
+                below(out, "rephrased"),
                 section.rephrase,
                 dtype=section.dtype,
                 **shared,
             )
+            self._bring(folder / "rephrased" / "captions.parquet")
 
     def _make_pretrain(self, folder: Path) -> None:
         section = self.config.train.pretrain
@@ -265,13 +278,14 @@ class _Job:
                 write_sysu_layout(truth, size, seed=section.seed, archetypes=False)
         manifest = select(read_dataset("synthetic", truth), split="train")
         decode_dataset(folder, truth, manifest, self.config.data)
-        inputs = {"pixels": folder, "truth": truth.absolute()}
-        fit_stage("pretrain", folder, self.config, {key: str(path) for key, path in inputs.items()})
+        inputs = {"pixels": folder, "truth": truth}
+        self._share(folder, truth / "attributes.json")
+        fit_stage("pretrain", folder, self.config, {key: str(path) for key, path in inputs.items()}, self.depot)
         (folder / "pixels.npy").unlink()
 
     def _make_base(self, folder: Path) -> None:
         inputs = self._inputs("pixels", "pretrain", captions=folder)
-        fit_stage("base", folder, self.config, inputs)
+        fit_stage("base", folder, self.config, inputs, self.depot)
 
     def _make_views(self, folder: Path) -> None:
         rows = TrainingRows.from_manifest(self.manifest, use_val=self.config.train.text.use_val)
@@ -283,7 +297,7 @@ class _Job:
 
     def _make_text(self, folder: Path) -> None:
         inputs = self._inputs("pixels", "base", "views", captions=folder)
-        fit_stage("text", folder, self.config, inputs)
+        fit_stage("text", folder, self.config, inputs, self.depot)
 
     def _make_features(self, folder: Path) -> None:
         images = {}
@@ -352,6 +366,7 @@ class _Job:
     def _inputs(self, *names: str, captions: Path) -> dict[str, str]:
         """Folders of finished stages that exist in this config, and the caption table written for the workers."""
         pq.write_table(self.captions, captions / "captions.parquet")
+        self._share(captions / "captions.parquet")
         inputs = {name: str(self.store.path(name)) for name in names if name in self._wanted("text")}
         return inputs | {"captions": str(captions.absolute() / "captions.parquet")}
 
@@ -362,8 +377,21 @@ class _Job:
             "pad": self.config.data.pad,
             "seed": self.config.run.seed,
             "section": self.config.cluster,
+            "depot": self.depot,
             "chunk_size": self.config.evaluate.batch,
         }
+
+    def _share(self, *paths: Path) -> None:
+        """Let workers on other machines find what the driver wrote."""
+        if self.depot is not None:
+            for path in paths:
+                self.depot.push(path)
+
+    def _bring(self, *paths: Path) -> None:
+        """Fetch what workers wrote into the copy of a stage's folder."""
+        if self.depot is not None:
+            for path in paths:
+                self.depot.pull(path)
 
     def _write_run_folder(self) -> None:
         path = self.config.run.path

@@ -36,6 +36,7 @@ from ray.serve.schema import LoggingConfig
 from ray.util.metrics import Counter, Histogram
 from rich.console import Console
 
+from cluster.depot import fetched
 from cluster.index import FinishedRun, finished_run, index
 from cluster.session import session
 from tvilfm.captioning.captioner import Captioner
@@ -71,8 +72,11 @@ class Encoder:
 
     def __init__(self, config: Config, run: FinishedRun, captioner: CaptionerSection | None) -> None:
         device = "cuda" if config.cluster.gpus_per_worker > 0 else "cpu"
-        self._model = TVILFM.from_pretrained(run.model).to(device).eval()
-        self._captioner = None if captioner is None else Captioner.load(captioner, device=device)
+        self._model = TVILFM.from_pretrained(fetched(run.model, run.depot)).to(device).eval()
+        self._captioner = None
+        if captioner is not None:
+            fetched(Path(captioner.model), run.depot)
+            self._captioner = Captioner.load(captioner, device=device)
         data = run.config.data
         self._size = {"height": data.height, "width": data.width}
         self._encoder = QueryEncoder(
@@ -345,7 +349,7 @@ def application(args: dict[str, Any]) -> serve.Application:
         ValueError: the run is not finished or has no captioner, there is no gallery of its model, or no file of keys.
     """
     config = Config.model_validate(args["config"])
-    run = finished_run(config.run.path.absolute())
+    run = finished_run(config)
     section, gpus = config.serve, config.cluster.gpus_per_worker
     captioner = filter_captioner(config, run)
     if section.keys is not None:

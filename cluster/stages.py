@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.depot import Depot
 from tvilfm.config import Config, value_at
 
 FORMAT = 2  # raise when a stage's files or meaning change, so that older folders are not taken for new ones
@@ -48,7 +49,8 @@ STAGES: dict[str, Stage] = {
         needs=("dataset", "captioner_visible", "captioner_infrared"),
     ),
     "pretrain": Stage(
-        keys=("model.backbone", "data.height", "data.width", "data.pad", "run.seed", "train.pretrain"),
+        # Not run.seed: it stands in for ImageNet's weights, which are the same file under every seed.
+        keys=("model.backbone", "data.height", "data.width", "data.pad", "train.pretrain"),
     ),
     "base": Stage(
         keys=(*_BATCHES, *_LOSSES, *_VISUAL_OPTIM, "model.backbone", "model.weights", "train.base"),
@@ -102,11 +104,17 @@ def stage_fingerprints(config: Config, dataset: Mapping[str, str]) -> dict[str, 
 
 
 class StageStore:
-    """Finished stages under one folder."""
+    """Finished stages under one folder.
 
-    def __init__(self, root: Path, fingerprints: Mapping[str, str]) -> None:
+    Args:
+        root: the folder.
+        fingerprints: of `stage_fingerprints`.
+        depot: copies of the stages; None = there are none.
+    """
+
+    def __init__(self, root: Path, fingerprints: Mapping[str, str], depot: Depot | None = None) -> None:
         self.root = root.absolute()  # workers run in other folders
-        self._fingerprints = dict(fingerprints)
+        self._fingerprints, self._depot = dict(fingerprints), depot
 
     def path(self, name: str) -> Path:
         return self.root / f"{name}-{self._fingerprints[name]}"
@@ -119,7 +127,7 @@ class StageStore:
         return self.path(name).is_dir()
 
     def ensure(self, name: str, make: Callable[[Path], None]) -> bool:
-        """Make the stage unless it is there.
+        """Make the stage unless it is there, or fetch its copy.
 
         Args:
             name: of the stage.
@@ -129,16 +137,25 @@ class StageStore:
             True when it was made now.
         """
         target = self.path(name)
-        if target.is_dir():
+        if target.is_dir() and self._depot is None:
             return False
         with self.lock(target.name):
-            if target.is_dir():  # made by another run while this one waited
-                return False
-            partial = self.partial(name)
-            partial.mkdir(parents=True, exist_ok=True)
-            make(partial)
-            partial.rename(target)
-        return True
+            made = not self._there(target)
+            if made:
+                partial = self.partial(name)
+                partial.mkdir(parents=True, exist_ok=True)
+                make(partial)
+                partial.rename(target)
+            if self._depot is not None and not self._depot.has(target):
+                self._depot.keep(target)
+                self._depot.drop(self.partial(name))
+        return made
+
+    def _there(self, target: Path) -> bool:
+        """Whether the stage is there: made by another run while this one waited, or now fetched."""
+        if not target.is_dir() and self._depot is not None and self._depot.has(target):
+            self._depot.pull(target)
+        return target.is_dir()
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import pyarrow.parquet as pq
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
+from cluster.depot import Depot, fetched
 from cluster.progress import ProgressFile
 from tvilfm.config import ClusterSection, Config
 from tvilfm.datasets.pixels import open_pixels
@@ -27,17 +29,23 @@ from tvilfm.models.backbone import DualStemResNet
 from tvilfm.training import stages
 from tvilfm.training.pretrain import attribute_labels, pretrain
 
+Record = dict[str, float | int]
 
-def fit_stage(name: str, folder: Path, config: Config, inputs: dict[str, str]) -> None:
+METRICS_FILE = "metrics.jsonl"  # of a training stage: a line an epoch
+
+
+def fit_stage(name: str, folder: Path, config: Config, inputs: dict[str, str], depot: Depot | None = None) -> None:
     """Run a training stage on Ray Train and leave its network in `folder/model` (pretrain: `backbone.safetensors`).
 
-    The run lives in `folder/train`; if an interrupted attempt left one there, it goes on from its last checkpoint.
+    The run lives in `folder/train` or its copy; if an interrupted attempt left one there, it goes on from its last
+    checkpoint.
 
     Args:
         name: pretrain, base or text.
-        folder: the stage's working folder, on storage that every node sees.
+        folder: the stage's working folder; without a depot, on storage that every node sees.
         config: the run.
-        inputs: name -> folder of what the stage reads (pixels, captions, pretrain, base, views).
+        inputs: name -> path of what the stage reads (pixels, captions, pretrain, base, views).
+        depot: where workers find the inputs that are not on their machine, and keep checkpoints; None = in folders.
 
     Raises:
         ray.train.TrainingFailedError: a worker failed more often than `cluster.max_failures`.
@@ -47,11 +55,14 @@ def fit_stage(name: str, folder: Path, config: Config, inputs: dict[str, str]) -
         "folder": str(folder),
         "config": config.model_dump(mode="json"),
         "inputs": inputs,
+        "depot": depot,
     }
     workers = 1 if name == "pretrain" else config.cluster.train_workers
-    result = trainer_of(_worker, job, folder, config.cluster, workers=workers).fit()
+    result = trainer_of(_worker, job, folder, config.cluster, workers=workers, depot=depot).fit()
     if name == "pretrain":
+        (folder / "backbone.safetensors").write_bytes(result.return_value)
         return
+    write_records(folder / METRICS_FILE, result.return_value)
     assert result.checkpoint is not None
     with result.checkpoint.as_directory() as checkpoint:
         model = TVILFM.from_pretrained(Path(checkpoint) / "best")
@@ -67,16 +78,21 @@ def trainer_of(
     section: ClusterSection,
     *,
     workers: int,
+    depot: Depot | None,
 ) -> TorchTrainer:
     """A trainer whose run lives in `folder/train`, keeps its last checkpoint and restarts from it.
+
+    It keeps `folder/metrics.jsonl` up with the epochs that are reported.
 
     Args:
         worker: what every worker runs.
         job: what it is told.
-        folder: on storage that every node sees.
+        folder: of the driver; without a depot, on storage that every node sees.
         section: CPUs and GPUs of a worker, and how often it may fail.
         workers: how many.
+        depot: whose copy of the folder the run lives in; None = in the folder itself.
     """
+    filesystem, path = (None, str(folder)) if depot is None else depot.place(folder)
     resources: dict[str, float] = {"CPU": section.cpus_per_train_worker}
     if section.gpus_per_worker:
         resources["GPU"] = section.gpus_per_worker
@@ -88,42 +104,63 @@ def trainer_of(
         ),
         run_config=RunConfig(
             name="train",
-            storage_path=str(folder),
+            storage_path=path,
+            storage_filesystem=filesystem,
+            callbacks=[_Epochs(folder / METRICS_FILE)],
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             failure_config=FailureConfig(max_failures=section.max_failures),
         ),
     )
 
 
+class _Epochs(UserCallback):
+    """On the driver's machine: writes down the epochs that rank 0 reports, from wherever it runs."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def after_report(self, run_context: object, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
+        write_records(self._path, metrics[0]["records"])
+
+
+def write_records(path: Path, records: Sequence[Record]) -> None:
+    """Replace a file of JSON lines by these records."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+    os.replace(temporary, path)
+
+
 @contextmanager
-def last_checkpoint() -> Iterator[tuple[Path | None, int]]:
-    """A worker's checkpoint to go on from, None at the start, and how many epochs it holds."""
+def last_checkpoint() -> Iterator[Path | None]:
+    """A worker's checkpoint to go on from; None at the start."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        yield None, 0
+        yield None
         return
     with tempfile.TemporaryDirectory(prefix="tvilfm-resume-") as folder:
-        resume = Path(checkpoint.to_directory(folder))
-        yield resume, json.loads((resume / "progress.json").read_text())["epochs_done"]
+        yield Path(checkpoint.to_directory(folder))
 
 
 class Reporter:
-    """A worker's listener: tells Ray Train of epochs, and rank 0 writes metrics and progress beside the run."""
+    """A worker's listener: tells Ray Train of epochs, and rank 0 writes its progress beside the run.
 
-    def __init__(self, folder: Path, epochs: int, epochs_done: int) -> None:
+    Every report and checkpoint holds all epochs so far, so that no kill can part the two.
+
+    Args:
+        folder: of the driver.
+        epochs: in all.
+        resume: checkpoint that the training goes on from.
+    """
+
+    def __init__(self, folder: Path, epochs: int, resume: Path | None) -> None:
         self._rank = ray.train.get_context().get_world_rank()
-        self._metrics = folder / "metrics.jsonl"
         self._progress = ProgressFile(folder / "progress.json")
         self._epochs = epochs
-        if self._rank == 0:
-            # A killed attempt may have written epochs that its last checkpoint does not hold.
-            kept = [line for line in self._lines() if json.loads(line)["epoch"] < epochs_done]
-            self._metrics.write_text("".join(kept))
+        self.records: list[Record] = []
+        if resume is not None:
+            self.records = [json.loads(line) for line in (resume / METRICS_FILE).read_text().splitlines()]
 
-    def _lines(self) -> list[str]:
-        return self._metrics.read_text().splitlines(keepends=True) if self._metrics.exists() else []
-
-    def on_step(self, record: dict[str, float | int]) -> None:
+    def on_step(self, record: Record) -> None:
         if self._rank == 0:
             steps = int(record["num_steps"])
             done = int(record["epoch"]) * steps + int(record["step"])
@@ -131,29 +168,30 @@ class Reporter:
             note = "  ".join(f"{key} {value:.3f}" for key, value in terms.items())
             self._progress.update(done, self._epochs * steps, note)
 
-    def on_epoch(self, record: dict[str, float | int], checkpoint: Path | None) -> None:
+    def on_epoch(self, record: Record, checkpoint: Path | None) -> None:
+        self.records.append(record)
         if checkpoint is None:
-            ray.train.report(record)
+            ray.train.report({"records": self.records})
             return
-        with self._metrics.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        ray.train.report(record, checkpoint=Checkpoint.from_directory(str(checkpoint)))
+        write_records(checkpoint / METRICS_FILE, self.records)
+        ray.train.report({"records": self.records}, checkpoint=Checkpoint.from_directory(str(checkpoint)))
 
 
-def _worker(job: dict[str, Any]) -> None:
+def _worker(job: dict[str, Any]) -> bytes | list[Record]:
+    """What the driver wants: the pre-trained backbone's safetensors file, or the records of all epochs."""
     config = Config.model_validate(job["config"])
-    folder, inputs = Path(job["folder"]), {name: Path(path) for name, path in job["inputs"].items()}
+    folder = Path(job["folder"])
+    inputs = {name: fetched(Path(path), job["depot"]) for name, path in job["inputs"].items()}
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_train_worker)))
     device = ray.train.torch.get_device()
     manifest = pq.read_table(inputs["pixels"] / "manifest.parquet")
     pixels = open_pixels(inputs["pixels"] / "pixels.npy")
     if job["stage"] == "pretrain":
-        _pretrain(config, folder, inputs, manifest, pixels, device)
-        return
+        return _pretrain(config, folder, inputs, manifest, pixels, device)
     data = stages.StageData(manifest=manifest, pixels=pixels, captions=pq.read_table(inputs["captions"]))
     schedule = config.train.base if job["stage"] == "base" else config.train.text
-    with last_checkpoint() as (resume, epochs_done):
-        reporter = Reporter(folder, schedule.epochs, epochs_done)
+    with last_checkpoint() as resume:
+        reporter = Reporter(folder, schedule.epochs, resume)
         if job["stage"] == "base":
             backbone = None
             if "pretrain" in inputs:
@@ -165,16 +203,17 @@ def _worker(job: dict[str, Any]) -> None:
                 views = {recipe: np.load(inputs["views"] / f"{recipe}.npy", mmap_mode="r") for recipe in RECIPES}
             base = TVILFM.from_pretrained(inputs["base"] / "model")
             stages.train_text(config, data, base=base, views=views, device=device, listener=reporter, resume=resume)
+    return reporter.records
 
 
 def _pretrain(
     config: Config, folder: Path, inputs: dict[str, Path], manifest: Any, pixels: Any, device: torch.device
-) -> None:
-    torch.manual_seed(config.run.seed)
+) -> bytes:
+    torch.manual_seed(config.train.pretrain.seed)
     backbone = DualStemResNet(config.model.backbone)
     progress = ProgressFile(folder / "progress.json")
 
-    def on_step(record: dict[str, float | int]) -> None:
+    def on_step(record: Record) -> None:
         progress.update(int(record["step"]), int(record["num_steps"]), f"loss {record['loss']:.3f}")
 
     pretrain(
@@ -184,9 +223,8 @@ def _pretrain(
         attribute_labels(inputs["truth"], manifest),
         config.train.pretrain,
         pad=config.data.pad,
-        seed=config.run.seed,
+        seed=config.train.pretrain.seed,
         device=device,
         on_step=on_step,
     )
-    state = {key: value.detach().cpu().contiguous() for key, value in backbone.state_dict().items()}
-    save_file(state, folder / "backbone.safetensors")
+    return save({key: value.detach().cpu().contiguous() for key, value in backbone.state_dict().items()})

@@ -43,6 +43,17 @@ def untrained_run(tiny_benchmark: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """host:port of an S3 server of this process, as other processes reach it; a test file makes its own bucket."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield "{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A local Ray of four (virtual) CPUs, shut down after the last test."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

@@ -259,7 +259,7 @@ class PretrainSection(Section):
     steps: int = Field(600, ge=1, description="optimiser steps")
     batch: int = Field(64, ge=2, description="images a step")
     lr: float = Field(2e-3, gt=0, description="peak of the one-cycle rate")
-    seed: int = Field(1000003, ge=0, description="seed of that split's people; apart from data.synthetic.seed")
+    seed: int = Field(1000003, ge=0, description="of that split's people and of the training; apart from run.seed")
 
 
 class TrainSection(Section):
@@ -417,8 +417,8 @@ class ClusterSection(Section):
     max_failures: int = Field(3, ge=-1, description="times a stage restarts from its last checkpoint; -1 = always")
     storage: str | None = Field(
         None,
-        description="folder that every machine sees, or URI of an object store; tested before a long job; relative "
-        "paths of a submitted job lie in the folder, null = in the folder where it is submitted (one machine)",
+        description="folder that every machine sees (relative paths of a submitted job lie in it), or URI of an object "
+        "store, where machines that share no folder keep stages, checkpoints and results; null = this machine alone",
     )
     job_address: str | None = Field(
         None,

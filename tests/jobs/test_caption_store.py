@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 from PIL import Image
 from pyarrow import fs
 
@@ -26,22 +24,17 @@ HEIGHT, WIDTH = 32, 16
 
 
 @pytest.fixture(scope="module")
-def store() -> Iterator[SimpleNamespace]:
-    """An S3 server of this process with one bucket; workers get its address and keys from the URI."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
-    endpoint = f"127.0.0.1:{port}"
+def store(s3_endpoint: str) -> SimpleNamespace:
+    """A bucket of an S3 server; workers get its address and keys from the URI."""
     filesystem = fs.S3FileSystem(
-        access_key="key", secret_key="secret", endpoint_override=endpoint, scheme="http", allow_bucket_creation=True
+        access_key="key", secret_key="secret", endpoint_override=s3_endpoint, scheme="http", allow_bucket_creation=True
     )
     filesystem.create_dir("bucket")
 
     def uri(folder: str) -> str:
-        return f"s3://key:secret@bucket/{folder}?endpoint_override={endpoint}&scheme=http"
+        return f"s3://key:secret@bucket/{folder}?endpoint_override={s3_endpoint}&scheme=http"
 
-    yield SimpleNamespace(filesystem=filesystem, uri=uri)
-    server.stop()
+    return SimpleNamespace(filesystem=filesystem, uri=uri)
 
 
 def picture(seed: int) -> bytes:

@@ -109,7 +109,7 @@ def test_the_runs_captioner_says_what_fusion_subtracts_where_the_client_does_not
     address: str, config: Config, untrained_run: UntrainedRun
 ) -> None:
     (picture, *_) = (ranking.image for ranking in evaluated_rankings(untrained_run))
-    run = finished_run(config.run.path)
+    run = finished_run(config)
     captioner = Captioner.load(config.caption.infrared.model_copy(update={"model": str(run.captioner)}))
     (said,) = captioner.caption([decode(picture, height=None, width=None, name="")])
     with Client(address) as client:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
 from cluster import storage
@@ -17,14 +15,10 @@ from cluster.storage import check_storage
 
 
 @pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    """An S3 server with a bucket that no other test file has: all servers of a process share their buckets."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    endpoint = f"127.0.0.1:{server.get_host_and_port()[1]}"
-    store(endpoint).create_dir("places")
-    yield endpoint
-    server.stop()
+def endpoint(s3_endpoint: str) -> str:
+    """Of an S3 server, with a bucket of this file's own."""
+    store(s3_endpoint).create_dir("places")
+    return s3_endpoint
 
 
 def store(endpoint: str) -> fs.S3FileSystem:

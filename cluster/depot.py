@@ -1,0 +1,113 @@
+"""Copies of a run's folders in an object store: what machines keep that share no file system.
+
+A run works on local disks. With `cluster.storage` a URI, every finished stage is copied there, training writes its
+checkpoints there, workers on other machines fetch what they read, and whoever runs the same description on any machine
+goes on from what is there. Stages are named after fingerprints of all that decides them, so a copy never has to be
+compared: it is the stage or it is not there.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyarrow import fs
+
+from cluster.parts import open_uri, write_whole
+from tvilfm.config import Config
+
+COMPLETE = ".complete"
+
+
+@dataclass(frozen=True)
+class Depot:
+    """Copies of what lies below a local folder.
+
+    Attributes:
+        uri: of the folder's copy.
+        root: the folder, absolute; the same on every machine.
+    """
+
+    uri: str
+    root: Path
+
+    def uri_of(self, path: Path) -> str:
+        """Where the copy of a path below the root lies."""
+        return below(self.uri, path.relative_to(self.root).as_posix())
+
+    def place(self, path: Path) -> tuple[fs.FileSystem, str]:
+        """The same, opened."""
+        return open_uri(self.uri_of(path))
+
+    def has(self, path: Path) -> bool:
+        """Whether a whole copy of a folder is there."""
+        filesystem, mark = self.place(self._mark(path))
+        return bool(filesystem.get_file_info(mark).type == fs.FileType.File)
+
+    def keep(self, path: Path) -> None:
+        """Copy a finished folder, of which a whole copy is then there."""
+        self.push(path)
+        filesystem, mark = self.place(self._mark(path))
+        write_whole(filesystem, mark, path.name.encode())
+
+    def push(self, path: Path) -> None:
+        """Copy a file or folder to the store, over what is there."""
+        filesystem, target = self.place(path)
+        fs.copy_files(str(path), target, fs.LocalFileSystem(), filesystem)
+
+    def pull(self, path: Path) -> None:
+        """Copy a file or folder from the store, whole or not at all.
+
+        Raises:
+            FileNotFoundError: it is not there.
+        """
+        filesystem, source = self.place(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".pull-") as folder:
+            partial = Path(folder) / path.name
+            if filesystem.get_file_info(source).type == fs.FileType.Directory:
+                partial.mkdir()
+            fs.copy_files(source, str(partial), filesystem, fs.LocalFileSystem())
+            try:
+                os.replace(partial, path)
+            except OSError:
+                if not path.is_dir():  # else another worker of this machine was faster
+                    raise
+
+    def drop(self, path: Path) -> None:
+        """Remove what is there of a folder."""
+        filesystem, target = self.place(path)
+        if filesystem.get_file_info(target).type == fs.FileType.Directory:
+            filesystem.delete_dir(target)
+
+    def _mark(self, path: Path) -> Path:
+        return self.root / COMPLETE / path.relative_to(self.root)
+
+
+def depot_of(config: Config, root: Path, *names: str) -> Depot | None:
+    """The copies of a folder where `cluster.storage` is an object store; None where machines share a folder.
+
+    Args:
+        config: the run.
+        root: the local folder.
+        names: of the folder, below the storage.
+    """
+    storage = config.cluster.storage
+    if storage is None or "://" not in storage:
+        return None
+    return Depot(below(storage, "/".join(names)), root.absolute())
+
+
+def fetched(path: Path, depot: Depot | None) -> Path:
+    """A path that a worker reads: as it lies on its machine, or else first copied there if it is the depot's."""
+    if depot is not None and path.is_relative_to(depot.root) and not path.exists():
+        depot.pull(path)
+    return path
+
+
+def below(uri: str, path: str) -> str:
+    """A URI further down, the options of the store kept."""
+    place, mark, options = uri.partition("?")
+    return f"{place.rstrip('/')}/{path}{mark}{options}"

@@ -1,0 +1,208 @@
+"""Runs kept in an object store: another machine goes on from them, and workers that share no disk work for them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+from pyarrow import fs
+
+from cluster.depot import COMPLETE, Depot, below, fetched
+from cluster.index import finished_run
+from cluster.run import run
+from cluster.stages import StageStore, stages_of
+from tests.processes import descendants, kill
+from tvilfm.config import Config, load_config
+from tvilfm.models import TVILFM
+
+REPOSITORY = Path(__file__).parents[2]
+# The chain without what it can do without.
+QUICK = (
+    *("model.weights=random", "train.text.cache_views=1", "caption.source=files", "cluster.cpus_per_train_worker=1"),
+    *("train.base={epochs: 3, milestones: []}", "train.text={epochs: 1, milestones: []}"),
+)
+
+
+@pytest.fixture
+def uri(s3_endpoint: str) -> str:
+    """A place in an object store that no other test has."""
+    options = {"endpoint_override": s3_endpoint, "scheme": "http"}
+    fs.S3FileSystem(access_key="key", secret_key="secret", allow_bucket_creation=True, **options).create_dir("kept")
+    return f"s3://key:secret@kept/{uuid.uuid4().hex}?" + "&".join(f"{key}={value}" for key, value in options.items())
+
+
+def test_a_copy_is_whole_or_not_there(uri: str, tmp_path: Path) -> None:
+    depot = Depot(uri, tmp_path / "here")
+    folder = tmp_path / "here" / "base-1"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "weights").write_bytes(b"w" * 5_000_000)
+    (folder / "empty").touch()
+    depot.push(folder)
+    assert not depot.has(folder)  # half a copy looks like that too
+    depot.keep(folder)
+    assert depot.has(folder)
+
+    there = Depot(uri, tmp_path / "there")
+    copy = tmp_path / "there" / "base-1"
+    assert fetched(copy / "model", there) == copy / "model"
+    assert (copy / "model" / "weights").stat().st_size == 5_000_000 and not (copy / "empty").exists()
+    shutil.rmtree(copy)
+    there.pull(copy)
+    assert {path.name for path in copy.iterdir()} == {"model", "empty"}
+    there.pull(copy / "model")  # another worker of the same machine was faster
+    assert [path.name for path in copy.parent.iterdir()] == ["base-1"]
+    with pytest.raises(FileNotFoundError):
+        there.pull(tmp_path / "there" / "text-1")
+    there.drop(copy)
+    with pytest.raises(FileNotFoundError):
+        there.pull(copy / "model" / "weights")
+    assert fetched(tmp_path / "dataset", there) == tmp_path / "dataset"  # not a run's: it has to be on the machine
+
+
+def test_a_stage_is_made_once_among_machines_and_its_working_folder_does_not_stay(uri: str, tmp_path: Path) -> None:
+    here, there = (
+        StageStore(tmp_path / name, {"base": "b0"}, Depot(uri, tmp_path / name)) for name in ("here", "there")
+    )
+
+    def make(folder: Path) -> None:
+        (folder / "model").write_text("made")
+        Depot(uri, tmp_path / "here").push(folder / "model")
+
+    assert here.ensure("base", make)
+    assert not there.ensure("base", make)
+    assert (there.path("base") / "model").read_text() == "made"
+    with pytest.raises(FileNotFoundError):
+        Depot(uri, tmp_path / "here").pull(here.partial("base") / "model")
+    # Made before there was a store, or not copied before a kill.
+    shutil.rmtree(tmp_path / "there")
+    other = StageStore(tmp_path / "here", {"base": "b0"}, Depot(below(uri, "new"), tmp_path / "here"))
+    assert not other.ensure("base", make)
+    assert Depot(below(uri, "new"), tmp_path / "here").has(here.path("base"))
+    assert not any(path.name == COMPLETE for path in (tmp_path / "here").iterdir())
+
+
+def _config(uri: str, folder: Path, data: Path, *overrides: str) -> Config:
+    where = [f"run.dir={folder}", f"data.root={data}", f"cluster.storage={json.dumps(uri)}"]
+    return load_config(REPOSITORY / "ray_config.yaml", [*QUICK, *where, *overrides], size="tiny")
+
+
+def _numbers(path: Path) -> list[object]:
+    results: list[object] = json.loads((path / "results.json").read_text())["rows"]
+    return results
+
+
+@pytest.mark.slow
+def test_another_machine_goes_on_from_the_last_epoch_and_from_finished_stages(
+    uri: str, tiny_benchmark: Path, ray_session: None, tmp_path: Path
+) -> None:
+    first = _config(uri, tmp_path / "first", tiny_benchmark)
+    arguments = [sys.executable, "-m", "cluster", "run", "--size", "tiny", *QUICK]
+    arguments += [f"run.dir={tmp_path / 'first'}", f"data.root={tiny_benchmark}", f"cluster.storage={json.dumps(uri)}"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    driver = subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    stages, deadline = first.stages_path, time.monotonic() + 300
+    while not any(stages.glob("base-*.partial/metrics.jsonl")):
+        assert driver.poll() is None, driver.stderr.read()[-2000:] if driver.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    kill(driver, deadline=deadline)
+    (metrics,) = stages.glob("base-*.partial/metrics.jsonl")
+    before = metrics.read_text().splitlines()
+    assert 1 <= len(before) < 3
+    shutil.rmtree(tmp_path / "first")
+
+    second = _config(uri, tmp_path / "second", tiny_benchmark)
+    outcome = run(second)
+    assert outcome.made == tuple(stages_of(second)[1:])  # pixels were finished
+    # The seconds that an epoch took are those of the machine that is gone: it was not trained again.
+    after = (outcome.stages["base"] / "metrics.jsonl").read_text().splitlines()
+    assert after[0] == before[0] and len(after) == 3
+
+    third = _config(uri, tmp_path / "third", tiny_benchmark)
+    assert run(third).made == ()
+    assert _numbers(third.run.path) == _numbers(second.run.path)
+    fourth = finished_run(_config(uri, tmp_path / "fourth", tiny_benchmark))
+    weights = [TVILFM.from_pretrained(model).state_dict() for model in (fourth.model, outcome.stages["text"] / "model")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+# A driver on a head without room for work, and one machine that works and sees nothing of the driver's disk.
+APART = """
+import json, os, subprocess, sys, time
+from pathlib import Path
+
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+import ray
+from ray.cluster_utils import Cluster
+
+from cluster.run import run
+from tvilfm.config import Config
+
+config, disk = Config.model_validate_json(sys.argv[1]), sys.argv[2]
+nodes = Cluster()
+nodes.add_node(num_cpus=0, include_dashboard=False)
+join = [str(Path(sys.executable).parent / "ray"), "start", f"--address={nodes.address}", "--num-cpus=4", "--block"]
+command = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', disk, *join]
+worker = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
+while len([node for node in ray.nodes() if node["Alive"]]) < 2:
+    assert worker.poll() is None
+    time.sleep(0.2)
+
+
+@ray.remote(num_cpus=1)
+def seen():
+    return os.listdir(disk)
+
+
+(Path(disk) / "of-the-driver").touch()
+assert ray.get(seen.remote()) == []
+print(json.dumps(run(config).made), flush=True)
+ray.shutdown()
+worker.terminate()
+worker.wait()
+nodes.shutdown()
+"""
+MAY_UNSHARE = (
+    shutil.which("unshare") is not None
+    and subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode == 0
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not MAY_UNSHARE, reason="needs the right to mount: a machine with a disk of its own is made so")
+def test_workers_on_a_machine_that_shares_no_disk_give_the_numbers_of_this_one(
+    uri: str, tiny_benchmark: Path, ray_session: None, tmp_path: Path
+) -> None:
+    (tmp_path / "disk").mkdir()
+    apart = _config(uri, tmp_path / "disk" / "runs", tiny_benchmark)
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    driver = subprocess.Popen(
+        [sys.executable, "-c", APART, apart.model_dump_json(), str(tmp_path / "disk")],
+        cwd=REPOSITORY,
+        env={**plain, "PYTHONPATH": str(REPOSITORY), "RAY_BACKEND_LOG_LEVEL": "fatal"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        out, error = driver.communicate(timeout=400)
+        assert driver.returncode == 0, error[-3000:]
+    finally:
+        for pid in descendants(driver.pid):
+            os.kill(pid, 9)
+        driver.kill()
+    assert json.loads(out.splitlines()[-1]) == stages_of(apart)
+    here = load_config(
+        REPOSITORY / "ray_config.yaml", [*QUICK, f"run.dir={tmp_path}", f"data.root={tiny_benchmark}"], size="tiny"
+    )
+    run(here)
+    assert _numbers(apart.run.path) == _numbers(here.run.path)
