@@ -4,7 +4,8 @@
 
 Runs `tvilfm run --size small` once a seed (and, for the seeds of --uncached, the text stage once more on recomputed
 pixels, from the same base model) and writes `benchmarks/results/demo_seeds.json` and `.md`. Not part of `make bench`:
-a seed takes about as long as the demo.
+a seed takes about as long as the demo, unless `tvilfm tune ablations --size small` has made its stages: its row "all"
+is the demo.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def main() -> None:
 def _runs(seeds: list[int], name: str, overrides: list[str]) -> list[Results]:
     found = []
     for seed in seeds:
-        shared = [f"run.seed={seed}", f"run.name={name}-{seed}", f"run.stages_dir=runs/seeds/stages-{seed}"]
+        shared = [f"run.seed={seed}", f"run.name={name}-{seed}", "run.stages_dir=runs/ablations/stages"]
         outcome = run(load_config(Path("ray_config.yaml"), [*shared, *overrides], size="small"))
         assert outcome.results is not None
         found.append(outcome.results)

@@ -149,7 +149,7 @@ class CaptionJob:
     dtype: Any
     filter_colors: bool
     seed: int
-    depot: Depot | None
+    depot: Depot | None = None
 
     def load(self) -> Captioner:
         # Decoding workers import this module too, and have no use for torch and transformers.
