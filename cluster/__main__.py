@@ -70,14 +70,20 @@ def evaluate_command(config: ConfigOption = None, size: SizeOption = None, overr
     _run(_config(config, size, overrides), until="results")
 
 
-def _run(config: Config, *, until: str) -> None:
-    from cluster.run import run
+def _tried(config: Config) -> Config:
+    """The description of a long job, whose storage works."""
     from cluster.storage import check_storage
-    from tvilfm.report.tables import terminal_table
 
     if config.cluster.storage is not None:
         check_storage(config.cluster.storage)
-    outcome = run(config, until=until)
+    return config
+
+
+def _run(config: Config, *, until: str) -> None:
+    from cluster.run import run
+    from tvilfm.report.tables import terminal_table
+
+    outcome = run(_tried(config), until=until)
     console = Console()
     if outcome.results is not None:
         console.print(terminal_table(outcome.results))
@@ -105,6 +111,7 @@ def tune_command(
     loaded = load_space(path)
     if seeds is not None:
         loaded = with_seeds(loaded, seeds)
+    _tried(_config(config, size, overrides))
     folder = sweep_space(
         loaded,
         name=name or loaded.name,
@@ -202,7 +209,7 @@ def caption_train_command(
     from tvilfm.captioning.scores import Marks
 
     outcome = run(
-        _config(config, size, [*(overrides or []), "caption.source=finetuned"]),
+        _tried(_config(config, size, [*(overrides or []), "caption.source=finetuned"])),
         until="captioner_visible" if modality == "visible" else "captioner_infrared",
         without="captioner_visible" if modality == "infrared" else None,
     )

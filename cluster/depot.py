@@ -3,7 +3,9 @@
 A run works on local disks. With `cluster.storage` a URI, every finished stage is copied there, training writes its
 checkpoints there, workers on other machines fetch what they read, and whoever runs the same description on any machine
 goes on from what is there. Stages are named after fingerprints of all that decides them, so a copy never has to be
-compared: it is the stage or it is not there.
+compared: it is the stage or it is not there. A store knows no locks: what is not finished yet lies in a place of each
+run's own, so two runs that need the same stage at once make it twice and do each other no harm. Two runs of the same
+name at once on two machines would; nothing here can see that.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from pyarrow import fs
 from cluster.parts import open_uri, write_whole
 from tvilfm.config import Config
 
-COMPLETE = ".complete"
+COMPLETE = ".complete"  # folder of marks: a copy without one may lack something
+UNFINISHED = ".partial"  # how the name of a folder ends that somebody still works in
+WORKING = "working"  # where the copies of those lie, by owner
 
 
 @dataclass(frozen=True)
@@ -28,14 +32,19 @@ class Depot:
     Attributes:
         uri: of the folder's copy.
         root: the folder, absolute; the same on every machine.
+        owner: run or sweep whose unfinished folders these are.
     """
 
     uri: str
     root: Path
+    owner: str = ""
 
     def uri_of(self, path: Path) -> str:
         """Where the copy of a path below the root lies."""
-        return below(self.uri, path.relative_to(self.root).as_posix())
+        relative = path.relative_to(self.root)
+        if relative.parts[0].endswith(UNFINISHED):
+            relative = Path(WORKING, self.owner, relative)
+        return below(self.uri, relative.as_posix())
 
     def place(self, path: Path) -> tuple[fs.FileSystem, str]:
         """The same, opened."""
@@ -55,6 +64,8 @@ class Depot:
     def push(self, path: Path) -> None:
         """Copy a file or folder to the store, over what is there."""
         filesystem, target = self.place(path)
+        if isinstance(filesystem, fs.LocalFileSystem):  # file://, where folders have to be made
+            Path(target if path.is_dir() else Path(target).parent).mkdir(parents=True, exist_ok=True)
         fs.copy_files(str(path), target, fs.LocalFileSystem(), filesystem)
 
     def pull(self, path: Path) -> None:
@@ -86,24 +97,36 @@ class Depot:
         return self.root / COMPLETE / path.relative_to(self.root)
 
 
-def depot_of(config: Config, root: Path, *names: str) -> Depot | None:
-    """The copies of a folder where `cluster.storage` is an object store; None where machines share a folder.
+def stages_depot(config: Config, group: str | None = None) -> Depot | None:
+    """The copies of a run's stages where `cluster.storage` is a URI; None where machines share a folder.
 
     Args:
         config: the run.
-        root: the local folder.
-        names: of the folder, below the storage.
+        group: the sweep that it is a trial of, whose trials share unfinished stages.
     """
+    return _depot(config, "stages", config.stages_path, group or config.run.name)
+
+
+def runs_depot(config: Config, group: str | None = None) -> Depot | None:
+    """The copies of run folders; arguments as of `stages_depot`."""
+    return _depot(config, "runs" if group is None else f"runs/{group}", config.run.dir, "")
+
+
+def _depot(config: Config, name: str, root: Path, owner: str) -> Depot | None:
     storage = config.cluster.storage
     if storage is None or "://" not in storage:
         return None
-    return Depot(below(storage, "/".join(names)), root.absolute())
+    return Depot(below(storage, name), root.absolute(), owner)
 
 
 def fetched(path: Path, depot: Depot | None) -> Path:
-    """A path that a worker reads: as it lies on its machine, or else first copied there if it is the depot's."""
+    """A path that a worker reads: as it lies on its machine, or else first copied there if it is the depot's.
+
+    Of a finished stage the whole folder is copied, as a part of one must not pass for the stage.
+    """
     if depot is not None and path.is_relative_to(depot.root) and not path.exists():
-        depot.pull(path)
+        unit = depot.root / path.relative_to(depot.root).parts[0]
+        depot.pull(path if unit.name.endswith(UNFINISHED) else unit)
     return path
 
 

@@ -12,7 +12,7 @@ import math
 import os
 import warnings
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import ray
 
 from cluster.caption import list_images
-from cluster.depot import Depot, depot_of, fetched
+from cluster.depot import Depot, runs_depot, stages_depot
 from cluster.pictures import read_pictures, reference
 from cluster.session import session
 from tvilfm.config import Config, load_config
@@ -37,6 +37,7 @@ from tvilfm.models import TVILFM
 from tvilfm.retrieval.gallery import METRIC, Gallery, column_of, table_schema, vector_column
 from tvilfm.retrieval.spaces import gallery_vectors, space_id
 
+KEPT = "kept"  # in a run folder: what was fetched of a run that another machine made
 FEWEST_INDEXED = 512  # rows; a codebook of 256 entries is learnt from two each
 SAMPLES = 256  # rows a list and a codebook entry that an index is learnt from, if there are as many
 
@@ -51,7 +52,8 @@ class FinishedRun:
         features: raw features of its test images, Parquet.
         manifest: of its dataset, Parquet.
         captioner: its fine-tuned infrared captioner, a transformers folder; None = it has none.
-        depot: where a machine that lacks one of these finds it; None = nowhere.
+        stages: folder that these lie in.
+        kept: copies of what lies there, for a machine that lacks it; None = there are none.
     """
 
     config: Config
@@ -59,40 +61,61 @@ class FinishedRun:
     features: Path
     manifest: Path
     captioner: Path | None
-    depot: Depot | None
+    stages: Path
+    kept: Depot | None
+
+    def here(self, part: Path) -> Path:
+        """A part on this machine: where the run left it, else copied to a place where it does not pass for a stage."""
+        if part.exists() or self.kept is None or not part.is_relative_to(self.stages):
+            return part
+        copy = self.kept.root / part.relative_to(self.stages)
+        if not copy.exists():
+            self.kept.pull(copy)
+        return copy
 
 
 def finished_run(config: Config) -> FinishedRun:
-    """Find a run's results, in its folder or, copied there now, in the storage that the run was kept in.
+    """Find a run's results: in its folder, or, where it was not made on this machine, in the storage that keeps it.
 
     Args:
-        config: says which run, `run`.
+        config: says which run, `run`, and which storage, `cluster.storage`.
 
     Raises:
         ValueError: it is not finished.
     """
-    path, depot = config.run.path.absolute(), depot_of(config, config.stages_path, "stages")
-    with suppress(FileNotFoundError):
-        for name in ("config.yaml", "run.json"):
-            fetched(path / name, depot_of(config, config.run.dir, "runs"))
+    path, runs, stages = config.run.path.absolute(), runs_depot(config), stages_depot(config)
+    if runs is not None and stages is not None:
+        stages = replace(stages, root=path / KEPT / "stages")
+        if not (path / "run.json").is_file():
+            with suppress(FileNotFoundError):
+                path = _described(path, runs)
     if not (path / "run.json").is_file():
         raise ValueError(f"run.name: expected a finished run in {path}, got none. Make it with tvilfm run.")
     noted = json.loads((path / "run.json").read_text())["stages"]
-    stages = {name: Path(os.path.normpath(path / folder)) for name, folder in noted.items()}
+    made = {name: Path(os.path.normpath(config.run.path.absolute() / folder)) for name, folder in noted.items()}
     found = FinishedRun(
         config=load_config(path / "config.yaml"),
-        model=stages["text"] / "model",
-        features=stages["features"] / "images.parquet",
-        manifest=stages["pixels"] / "manifest.parquet",
-        captioner=stages["captioner_infrared"] / "captioner" if "captioner_infrared" in stages else None,
-        depot=depot,
+        model=made["text"] / "model",
+        features=made["features"] / "images.parquet",
+        manifest=made["pixels"] / "manifest.parquet",
+        captioner=made["captioner_infrared"] / "captioner" if "captioner_infrared" in made else None,
+        stages=made["text"].parent,
+        kept=stages,
     )
     for part in (found.model, found.features, found.manifest):
         with suppress(FileNotFoundError):
-            fetched(part, depot)
+            part = found.here(part)
         if not part.exists():
             raise ValueError(f"run.name: expected a finished run in {path}, got no {part}. End it with tvilfm run.")
     return found
+
+
+def _described(path: Path, runs: Depot) -> Path:
+    """Fetch what a run says of itself, afresh: it may have been made anew."""
+    kept = path / KEPT / "run"
+    for name in ("config.yaml", "run.json"):
+        replace(runs, uri=runs.uri_of(path), root=kept).pull(kept / name)
+    return kept
 
 
 def index(config: Config, *, images: str | None = None, camid: int | None = None) -> Gallery:
@@ -110,7 +133,7 @@ def index(config: Config, *, images: str | None = None, camid: int | None = None
         ValueError: the run is not finished, a picture cannot be read, or somebody else writes to the gallery.
     """
     run = finished_run(config)
-    model = TVILFM.from_pretrained(run.model).eval()
+    model = TVILFM.from_pretrained(run.here(run.model)).eval()
     data = run.config.data
     space = space_id(model, height=data.height, width=data.width)
     if images is None:
@@ -139,11 +162,11 @@ def index(config: Config, *, images: str | None = None, camid: int | None = None
 
 def _tested(run: FinishedRun) -> pa.Table:
     """Visible test images with their features, in the order in which the evaluation ranks ties."""
-    table = select(pq.read_table(run.manifest), split=TEST_SPLITS, modality="visible")
+    table = select(pq.read_table(run.here(run.manifest)), split=TEST_SPLITS, modality="visible")
     if get_protocol(run.config.evaluate.protocols[0]).images_per_camera is not None:
         table = table.sort_by([("pid", "ascending"), ("camid", "ascending"), ("image", "ascending")])
     names = table["image"].to_pylist()
-    raw = vector_column(FeatureTable.read(run.features).select(names))
+    raw = vector_column(FeatureTable.read(run.here(run.features)).select(names))
     return pa.table({"name": names, "id": names, "pid": table["pid"], "camid": table["camid"], "raw": raw})
 
 
@@ -184,7 +207,7 @@ class GalleryEncoder:
     """Actor: brings the vectors of both spaces to rows with pixels, or with the features that a run has of them."""
 
     def __init__(self, run: FinishedRun, cuda: bool) -> None:
-        self._model = TVILFM.from_pretrained(fetched(run.model, run.depot)).to("cuda" if cuda else "cpu").eval()
+        self._model = TVILFM.from_pretrained(run.here(run.model)).to("cuda" if cuda else "cpu").eval()
 
     def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> pa.Table:
         known = "raw" in batch

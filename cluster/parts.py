@@ -70,7 +70,7 @@ class Parts:
         return _once(table).sort_by(KEY) if table.num_columns else table
 
     def publish(self, path: str, schema: pa.Schema) -> None:
-        """Write every row, each image once, as one Parquet file, without ever holding more than a part.
+        """Write every row, each image once, as one Parquet file, holding no more than a part beside the file itself.
 
         Args:
             path: of the file, in this folder's filesystem.
@@ -173,7 +173,8 @@ def open_uri(uri: str) -> tuple[fs.FileSystem, str]:
         filesystem, path = fs.FileSystem.from_uri(uri)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise ValueError(
-            f"{shown(uri)}: expected a local path or a URI such as s3://bucket/folder, got an error: {error}. "
+            f"{shown(uri)}: expected a local path or a URI such as s3://bucket/folder, got an error: "
+            f"{str(error).replace(uri, shown(uri))}. "
             "Check the URI and the store's credentials in the environment."
         ) from None
     return filesystem, path.rstrip("/")

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from cluster.caption import caption_images
 from cluster.caption_train import fit_captioner
-from cluster.depot import below, depot_of
+from cluster.depot import below, runs_depot, stages_depot
 from cluster.events import Events
 from cluster.features import write_features, write_views
 from cluster.learning import Learning, Record, follow
@@ -141,7 +141,7 @@ class _Job:
         if self.written is not None:
             self.dataset["captions"] = fingerprint(self.written)
         self.events = Events(config.run.path / "events.jsonl", run=config.run.name, sweep=group)
-        self.depot = depot_of(config, config.stages_path, "stages")
+        self.depot = stages_depot(config, group)
         self.store = StageStore(config.stages_path, stage_fingerprints(config, self.dataset), self.depot)
 
     def _written_captions(self) -> pa.Table | None:
@@ -194,8 +194,7 @@ class _Job:
             page = (self.store.path("report") / "index.html").read_bytes()
             (path / "report" / "index.html").write_bytes(page)
         write_records(path / METRICS_FILE, learning.records())
-        depot = depot_of(self.config, self.config.run.dir, "runs", *([self.group] if self.group else []))
-        if depot is not None:
+        if (depot := runs_depot(self.config, self.group)) is not None:
             for file in (path.absolute() / name for name in RUN_FILES):
                 if file.exists():
                     depot.push(file)

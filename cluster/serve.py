@@ -36,7 +36,6 @@ from ray.serve.schema import LoggingConfig
 from ray.util.metrics import Counter, Histogram
 from rich.console import Console
 
-from cluster.depot import fetched
 from cluster.index import FinishedRun, finished_run, index
 from cluster.session import session
 from tvilfm.captioning.captioner import Captioner
@@ -72,11 +71,11 @@ class Encoder:
 
     def __init__(self, config: Config, run: FinishedRun, captioner: CaptionerSection | None) -> None:
         device = "cuda" if config.cluster.gpus_per_worker > 0 else "cpu"
-        self._model = TVILFM.from_pretrained(fetched(run.model, run.depot)).to(device).eval()
+        self._model = TVILFM.from_pretrained(run.here(run.model)).to(device).eval()
         self._captioner = None
         if captioner is not None:
-            fetched(Path(captioner.model), run.depot)
-            self._captioner = Captioner.load(captioner, device=device)
+            model = str(run.here(Path(captioner.model)))
+            self._captioner = Captioner.load(captioner.model_copy(update={"model": model}), device=device)
         data = run.config.data
         self._size = {"height": data.height, "width": data.width}
         self._encoder = QueryEncoder(
@@ -354,7 +353,7 @@ def application(args: dict[str, Any]) -> serve.Application:
     captioner = filter_captioner(config, run)
     if section.keys is not None:
         KeyFile(section.keys)
-    model = TVILFM.from_pretrained(run.model)
+    model = TVILFM.from_pretrained(run.here(run.model))
     space = space_id(model, height=run.config.data.height, width=run.config.data.width)
     Gallery.open(config.gallery_uri, space_id=space)
     facts = ModelFacts(

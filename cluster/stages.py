@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.depot import Depot
+from cluster.depot import UNFINISHED, Depot
 from tvilfm.config import Config, value_at
 
 FORMAT = 2  # raise when a stage's files or meaning change, so that older folders are not taken for new ones
@@ -121,10 +121,12 @@ class StageStore:
 
     def partial(self, name: str) -> Path:
         """Where the stage works until it is done."""
-        return self.path(name).with_name(f"{self.path(name).name}.partial")
+        return self.path(name).with_name(self.path(name).name + UNFINISHED)
 
     def has(self, name: str) -> bool:
-        return self.path(name).is_dir()
+        """Whether nothing is to be done: the stage is there, and where copies are kept, its copy."""
+        path = self.path(name)
+        return path.is_dir() and (self._depot is None or self._depot.has(path))
 
     def ensure(self, name: str, make: Callable[[Path], None]) -> bool:
         """Make the stage unless it is there, or fetch its copy.
@@ -137,7 +139,7 @@ class StageStore:
             True when it was made now.
         """
         target = self.path(name)
-        if target.is_dir() and self._depot is None:
+        if self.has(name):
             return False
         with self.lock(target.name):
             made = not self._there(target)
@@ -146,7 +148,7 @@ class StageStore:
                 partial.mkdir(parents=True, exist_ok=True)
                 make(partial)
                 partial.rename(target)
-            if self._depot is not None and not self._depot.has(target):
+            if self._depot is not None and not self.has(name):
                 self._depot.keep(target)
                 self._depot.drop(self.partial(name))
         return made

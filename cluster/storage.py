@@ -13,10 +13,11 @@ from pydantic import BaseModel
 from cluster.parts import open_uri, shown, write_whole
 from tvilfm.config import Config
 
-# Never part of a program: version control, environments, caches, builds, weights.
+# Never part of a program: version control, environments, caches, builds, weights, secrets.
 EXCLUDED = (
     *(".git", ".venv", "venv", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", "/build", "/dist"),
     *("*.pt", "*.pth", "*.ckpt", "*.safetensors", "*.onnx", "*.gguf", "*.npy"),
+    *(".env", ".env.*", "*.pem", "*.key", "id_rsa", "id_ed25519"),
 )
 # What a store's error says, and what to do about it; the first that fits.
 ADVICE = (
@@ -124,8 +125,10 @@ def absolute_paths(config: Config, base: Path | None) -> list[str]:
 
 
 def excluded(config: Config, folder: Path) -> list[str]:
-    """What of a folder does not travel to other machines, as gitignore patterns: `EXCLUDED`, data, runs, galleries."""
+    """What of a folder stays on this machine, as gitignore patterns: `EXCLUDED`, data, runs, galleries, keys."""
     here = folder.resolve()
-    paths = [(folder / path).resolve() for path in paths_of(config).values() if "://" not in path]
+    secrets = [path for path in (config.cluster.token_path, config.cluster.provider.ssh_key) if path is not None]
+    named = [path for path in paths_of(config).values() if "://" not in path]
+    paths = [(folder / path).expanduser().resolve() for path in (*secrets, *named)]
     inside = {f"/{path.relative_to(here)}" for path in paths if path != here and path.is_relative_to(here)}
     return [*EXCLUDED, *sorted(inside)]

@@ -31,7 +31,7 @@ from cluster.learning import Record
 from cluster.run import RESULTS_FILES, evaluator_of, learning_of, make_synthetic, run
 from cluster.session import session
 from cluster.trackers import check_trackers
-from tvilfm.config import ClusterSection, Config, load_config, to_yaml
+from tvilfm.config import ClusterSection, Config, known_keys, load_config, to_yaml, value_at
 from tvilfm.evaluation.ensemble_sweep import MODALITIES, SweptMetric, sweep_ensemble, weight_grid
 from tvilfm.evaluation.evaluator import Split
 from tvilfm.report.sweep import SweepData, TrialRecord, read_trials, write_sweep_report
@@ -101,14 +101,17 @@ def sweep_space(
 
     Raises:
         ValueError: a space that does not fit the run description, a sweep of that name that is there without
-            `resume` or not there with it.
+            `resume`, or with it is not there or began with other settings.
     """
     base = check_space(space, config_path, overrides, size=size)
     check_trackers(base.run.trackers)
     folder = (base.run.dir / name).absolute()
     _prepare(folder, config_path, resume=resume)
-    write_text_atomic(folder / SPACE_FILE, space.model_dump_json(indent=2))
-    write_text_atomic(folder / BASE_FILE, to_yaml(base))
+    if resume:
+        _check_same(folder, space, base)
+    else:
+        write_text_atomic(folder / SPACE_FILE, space.model_dump_json(indent=2))
+        write_text_atomic(folder / BASE_FILE, to_yaml(base))
     # A dataset that stands beside the runs is not beside the trials.
     sweep = Sweep(
         folder=folder,
@@ -171,6 +174,26 @@ def _prepare(folder: Path, config_path: Path, *, resume: bool) -> None:
     if not resume:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(config_path, folder / "ray_config.yaml")
+
+
+def _check_same(folder: Path, space: Space, base: Config) -> None:
+    """Refuse to go on with other settings than the sweep began with; where it runs may change."""
+    began = json.loads((folder / SPACE_FILE).read_text())
+    for name, value in space.model_dump(mode="json").items():
+        if name != "budget" and began[name] != value:
+            raise ValueError(
+                f"--resume: expected the space that the sweep began with, got another {name}: {value}, not "
+                f"{began[name]}. Give the same space and --seeds, or start a new sweep with --name."
+            )
+    noted = load_config(folder / BASE_FILE).model_dump(mode="json")
+    values = base.model_dump(mode="json")
+    for key in known_keys():
+        there, here = value_at(noted, key), value_at(values, key)
+        if there != here and not key.startswith(("run.", "cluster.")):
+            raise ValueError(
+                f"--resume: expected the settings that the sweep began with, got {key}={here}, not {there}. "
+                "Give the same --size and overrides, or start a new sweep with --name."
+            )
 
 
 def _tuner(sweep: Sweep, base: Config, *, resume: bool) -> Tuner:

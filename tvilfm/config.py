@@ -451,6 +451,7 @@ class ClusterSection(Section):
     def _storage_is_the_same_everywhere(self) -> ClusterSection:
         if self.storage is not None and "://" not in self.storage and not Path(self.storage).is_absolute():
             raise ValueError(f"storage: expected an absolute path or a URI, got {self.storage}. Begin it with a /.")
+        _check_no_keys("storage", self.storage)
         return self
 
 
@@ -466,6 +467,21 @@ class GallerySection(Section):
     probes: int = Field(32, ge=1, description="lists of the index that a search reads")
     refine: int = Field(10, ge=1, description="candidates a hit that are compared by their own vectors")
     thumbnail_height: int = Field(192, ge=16, description="pixels of the pictures that are kept with the vectors")
+
+    @model_validator(mode="after")
+    def _names_no_keys(self) -> GallerySection:
+        _check_no_keys("uri", self.uri)
+        return self
+
+
+def _check_no_keys(name: str, uri: str | None) -> None:
+    """The description is written into run folders, reports and rendered files."""
+    user = "" if uri is None else uri.partition("://")[2].partition("?")[0].rpartition("@")[0]
+    if user not in ("", "anonymous"):
+        raise ValueError(
+            f"{name}: expected a URI without keys, got one with. Set them in the environment of every machine "
+            "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, ...)."
+        )
 
 
 class ServeSection(Section):

@@ -35,8 +35,8 @@ QUICK = (
 def uri(s3_endpoint: str) -> str:
     """A place in an object store that no other test has."""
     options = {"endpoint_override": s3_endpoint, "scheme": "http"}
-    fs.S3FileSystem(access_key="key", secret_key="secret", allow_bucket_creation=True, **options).create_dir("kept")
-    return f"s3://key:secret@kept/{uuid.uuid4().hex}?" + "&".join(f"{key}={value}" for key, value in options.items())
+    fs.S3FileSystem(allow_bucket_creation=True, **options).create_dir("kept")
+    return f"s3://kept/{uuid.uuid4().hex}?" + "&".join(f"{key}={value}" for key, value in options.items())
 
 
 def test_a_copy_is_whole_or_not_there(uri: str, tmp_path: Path) -> None:
@@ -53,18 +53,42 @@ def test_a_copy_is_whole_or_not_there(uri: str, tmp_path: Path) -> None:
     there = Depot(uri, tmp_path / "there")
     copy = tmp_path / "there" / "base-1"
     assert fetched(copy / "model", there) == copy / "model"
-    assert (copy / "model" / "weights").stat().st_size == 5_000_000 and not (copy / "empty").exists()
-    shutil.rmtree(copy)
-    there.pull(copy)
+    # All of the stage: a part of it must not pass for the stage.
     assert {path.name for path in copy.iterdir()} == {"model", "empty"}
-    there.pull(copy / "model")  # another worker of the same machine was faster
+    assert (copy / "model" / "weights").stat().st_size == 5_000_000
+    there.pull(copy)  # another worker of the same machine was faster
     assert [path.name for path in copy.parent.iterdir()] == ["base-1"]
     with pytest.raises(FileNotFoundError):
         there.pull(tmp_path / "there" / "text-1")
     there.drop(copy)
     with pytest.raises(FileNotFoundError):
-        there.pull(copy / "model" / "weights")
+        there.pull(copy)
     assert fetched(tmp_path / "dataset", there) == tmp_path / "dataset"  # not a run's: it has to be on the machine
+
+
+def test_what_two_runs_work_on_lies_apart(uri: str, tmp_path: Path) -> None:
+    one, other = (Depot(uri, tmp_path, owner=name) for name in ("one", "other"))
+    half = tmp_path / "base-1.partial" / "captions.parquet"
+    half.parent.mkdir()
+    half.write_text("of one")
+    one.push(half)
+    half.unlink()
+    with pytest.raises(FileNotFoundError):
+        fetched(half, other)
+    assert fetched(half, one).read_text() == "of one"
+    one.drop(half.parent)
+    half.unlink()
+    with pytest.raises(FileNotFoundError):
+        fetched(half, one)
+
+
+def test_a_folder_by_its_uri_is_a_store_too(tmp_path: Path) -> None:
+    depot = Depot(f"file://{tmp_path}/store/runs", tmp_path / "here")
+    (tmp_path / "here" / "base-1").mkdir(parents=True)
+    (tmp_path / "here" / "base-1" / "model").write_text("made")
+    depot.keep(tmp_path / "here" / "base-1")
+    copy = tmp_path / "there" / "base-1"
+    assert fetched(copy / "model", Depot(depot.uri, tmp_path / "there")).read_text() == "made"
 
 
 def test_a_stage_is_made_once_among_machines_and_its_working_folder_does_not_stay(uri: str, tmp_path: Path) -> None:
@@ -129,9 +153,15 @@ def test_another_machine_goes_on_from_the_last_epoch_and_from_finished_stages(
     third = _config(uri, tmp_path / "third", tiny_benchmark)
     assert run(third).made == ()
     assert _numbers(third.run.path) == _numbers(second.run.path)
-    fourth = finished_run(_config(uri, tmp_path / "fourth", tiny_benchmark))
-    weights = [TVILFM.from_pretrained(model).state_dict() for model in (fourth.model, outcome.stages["text"] / "model")]
+    # A machine that only serves it fetches what it needs, and that does not pass for the run.
+    fourth = _config(uri, tmp_path / "fourth", tiny_benchmark)
+    served = finished_run(fourth)
+    models = (served.here(served.model), outcome.stages["text"] / "model")
+    weights = [TVILFM.from_pretrained(model).state_dict() for model in models]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert not fourth.stages_path.exists()
+    assert run(fourth).made == ()
+    assert (fourth.run.path / "metrics.jsonl").read_text() == (second.run.path / "metrics.jsonl").read_text()
 
 
 # A driver on a head without room for work, and one machine that works and sees nothing of the driver's disk.

@@ -120,10 +120,12 @@ def test_a_package_has_the_program_and_neither_data_nor_runs_nor_weights_nor_cac
     for name in ("ray_config.yaml", "cluster/__main__.py", "tvilfm/data/note.txt"):
         write(tmp_path / name, 3)
     gone = ("runs/a/config.yaml", "crops/1.jpg", "blip.safetensors", ".git/HEAD", ".venv/bin/python", "secret/key.txt")
+    gone += ("token", "mine/ssh", "certificate.pem", ".env")
     for name in (*gone, "cluster/__pycache__/a.pyc", ".ruff_cache/x", "deep/er/model.pt"):
         write(tmp_path / name, 1000)
     (tmp_path / ".gitignore").write_text("/secret/\n")
-    package = package_of(tmp_path, load_config(overrides=["data.name=folder", f"data.root={tmp_path}/crops"]))
+    keys = ["cluster.token_path=token", f"cluster.provider.ssh_key={tmp_path}/mine/ssh"]
+    package = package_of(tmp_path, load_config(overrides=["data.name=folder", f"data.root={tmp_path}/crops", *keys]))
     assert set(package.sizes) == {"ray_config.yaml", "cluster/__main__.py", "tvilfm/data/note.txt", ".gitignore"}
     package.check()
     assert str(package) == "4 files, 0.0 MB"

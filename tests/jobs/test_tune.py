@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster import tune
 from cluster.tune import SPACES, report_sweep, sweep_space
 from tvilfm.report.sweep import TrialRecord, read_trials
 from tvilfm.report.tables import Results
@@ -150,3 +151,29 @@ def test_a_sweep_that_is_there_is_not_started_again_and_one_that_is_not_cannot_g
         sweep_space(space, name="none", config_path=CONFIG, overrides=[f"run.dir={tmp_path}"], size="tiny", resume=True)
     with pytest.raises(ValueError, match=r"report: expected a sweep's folder, got .* without trials\.jsonl"):
         report_sweep(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "overrides", "size", "message"),
+    [
+        ([0, 1], [], "tiny", r"got another seeds: \[0, 1\], not \[0, 1, 2\]\. Give the same space and --seeds"),
+        ([0, 1, 2], ["train.p=2"], "tiny", r"got train\.p=2, not 4\. Give the same --size and overrides"),
+        ([0, 1, 2], [], None, r"got data\.height=288, not 48"),
+    ],
+)
+def test_a_sweep_does_not_go_on_with_other_settings(
+    seeds: list[int], overrides: list[str], size: str | None, message: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    where = [f"run.dir={tmp_path}", CAPTIONS]
+    began = load_space(SPACES / "ablations.yaml")
+    monkeypatch.setattr(tune, "_tuner", lambda *_, **__: pytest.fail("it started"))
+    monkeypatch.setattr(tune, "make_synthetic", lambda *_: pytest.fail("it is prepared"))
+    with pytest.raises(pytest.fail.Exception, match="it is prepared"):
+        sweep_space(began, name="sweep", config_path=CONFIG, overrides=where, size="tiny")
+    monkeypatch.setattr(tune.Tuner, "can_restore", lambda _: True)
+    with pytest.raises(pytest.fail.Exception, match="it is prepared"):
+        more = ["cluster.extract_workers=1"]
+        sweep_space(began, name="sweep", config_path=CONFIG, overrides=[*where, *more], size="tiny", resume=True)
+    with pytest.raises(ValueError, match=message):
+        again = began.model_copy(update={"seeds": tuple(seeds)})
+        sweep_space(again, name="sweep", config_path=CONFIG, overrides=[*where, *overrides], size=size, resume=True)

@@ -283,3 +283,11 @@ def test_a_value_that_cannot_work_is_refused_by_name(override: str, key: str) ->
 def test_each_dataset_brings_its_own_protocols() -> None:
     config = load_config(overrides=["data.name=regdb", "data.root=/x"])
     assert config.evaluate.protocols == ("regdb/infrared-visible", "regdb/visible-infrared")
+
+
+@pytest.mark.parametrize("key", ["cluster.storage", "gallery.uri"])
+def test_keys_of_a_store_have_no_place_in_the_description(key: str) -> None:
+    with pytest.raises(ValueError, match=f"{key}: expected a URI without keys, got one with") as caught:
+        load_config(overrides=[f"{key}=s3://AKIA:secret@bucket/x?scheme=http"])
+    assert "secret" not in str(caught.value)
+    load_config(overrides=[f"{key}=gs://anonymous@bucket/x"])
