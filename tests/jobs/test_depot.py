@@ -123,7 +123,7 @@ def _numbers(path: Path) -> list[object]:
     return results
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_another_machine_goes_on_from_the_last_epoch_and_from_finished_stages(
     uri: str, tiny_benchmark: Path, ray_session: None, tmp_path: Path
 ) -> None:
@@ -207,7 +207,7 @@ MAY_UNSHARE = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not MAY_UNSHARE, reason="needs the right to mount: a machine with a disk of its own is made so")
 def test_workers_on_a_machine_that_shares_no_disk_give_the_numbers_of_this_one(
     uri: str, tiny_benchmark: Path, ray_session: None, tmp_path: Path
