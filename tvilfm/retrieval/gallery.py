@@ -479,8 +479,9 @@ class Gallery:
     def _check_in_use(self) -> None:
         if not self.in_use:
             raise ValueError(
-                f"gallery: expected the table in use to compact, got that of {self.space_id} while {_current(self.uri)} "
-                "is in use. Serve the run that the gallery was indexed under last, and compact there."
+                f"gallery: expected the table in use to compact, got that of {self.space_id} while "
+                f"{_current(self.uri)} is in use. Serve the run that the gallery was indexed under last, and compact "
+                "there."
             )
 
     def _check_writer(self) -> None:
