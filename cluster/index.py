@@ -11,6 +11,7 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,7 +35,7 @@ from tvilfm.evaluation.extract import encode_pixels
 from tvilfm.evaluation.features import FeatureTable
 from tvilfm.evaluation.protocols import get_protocol
 from tvilfm.models import TVILFM
-from tvilfm.retrieval.gallery import METRIC, Gallery, column_of, table_schema, vector_column
+from tvilfm.retrieval.gallery import METRIC, Gallery, table_schema, vector_column
 from tvilfm.retrieval.spaces import gallery_vectors, space_id
 
 KEPT = "kept"  # in a run folder: what was fetched of a run that another machine made
@@ -236,38 +237,38 @@ def _fill(gallery: Gallery, people: ray.data.Dataset, *, rows_a_task: int) -> No
     gallery.reload()
 
 
-def build_index(gallery: Gallery, config: Config) -> None:
+def build_index(gallery: Gallery, config: Config, *, workers: bool = True) -> None:
     """Build what large galleries are searched by, or have it take up what is new; of both vectors of a row.
 
     Args:
         gallery: opened for writing.
         config: `gallery`, and the workers (`cluster`).
+        workers: build it on workers; else in this process.
 
     Raises:
         ValueError: `gallery.sub_vectors` does not divide the dimension.
     """
-    import lance_ray
-
     section, rows = config.gallery, len(gallery)
     if gallery.dim % section.sub_vectors:
         raise ValueError(
             f"gallery.sub_vectors: expected a divisor of the dimension {gallery.dim}, got {section.sub_vectors}."
         )
-    if gallery.dataset.describe_indices():
-        gallery.update_index()
-        return
+    gallery.update_index()
     if rows < FEWEST_INDEXED:
         return  # looking at all of them is quicker
     partitions = section.partitions or math.isqrt(rows)
-    for base in (False, True):
-        lance_ray.create_index(
-            gallery.table_uri,
-            column_of(base),
-            "IVF_PQ",
-            metric=METRIC,
-            num_partitions=partitions,
-            num_sub_vectors=section.sub_vectors,
-            sample_rate=min(SAMPLES, rows // max(SAMPLES, partitions)),
-            num_workers=config.cluster.extract_workers,
-        )
+    how: dict[str, Any] = {
+        "index_type": "IVF_PQ",
+        "metric": METRIC,
+        "num_partitions": partitions,
+        "num_sub_vectors": section.sub_vectors,
+        "sample_rate": min(SAMPLES, rows // max(SAMPLES, partitions)),
+    }
+    build: Callable[..., object] = gallery.dataset.create_index
+    if workers:
+        import lance_ray
+
+        build = partial(lance_ray.create_index, gallery.table_uri, num_workers=config.cluster.extract_workers)
+    for column in gallery.unindexed_columns():
+        build(column, **how)
     gallery.reload()

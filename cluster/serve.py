@@ -5,7 +5,8 @@
                                   ->  writer (one; a write is on disk before it is acknowledged)
 
 A part that is killed is replaced by Serve; what was under way there is tried once more here before a client hears of
-it, as every call may be repeated without harm.
+it, as every call may be repeated without harm. A compaction takes as long as it takes, so slowness is no sign of death
+there.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +37,8 @@ from ray.serve.schema import LoggingConfig
 from ray.util.metrics import Counter, Histogram
 from rich.console import Console
 
-from cluster.index import FinishedRun, finished_run, index
+from cluster.deploy.render import http_options
+from cluster.index import FinishedRun, build_index, finished_run, index
 from cluster.session import session
 from tvilfm.captioning.captioner import Captioner
 from tvilfm.captioning.colors import remove_colors
@@ -60,10 +62,12 @@ QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")  # the audit
 INGRESS_CPUS, ENCODER_CPUS, SEARCHER_CPUS, WRITER_CPUS = 0.1, 1.0, 0.2, 0.2
 UNDER_WAY = 1000  # requests of an ingress at once; the parts behind it say when it is too much
 HEALTH_S = 1.0  # a replica that died is noticed within this time
-PATIENCE_S = 40.0  # that a part may take to answer, its replacement included
+PATIENCE_S = 40.0  # that a part may take to answer anything but compact, its replacement included
 LOCK_S = 60.0  # that a new writer waits for the one before it to end
 RETENTION_S = 3600.0  # between two looks for people who have to leave the gallery
 BOUNDARIES_S = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
+
+T = TypeVar("T")
 
 
 class Encoder:
@@ -93,6 +97,9 @@ class Encoder:
         found = iter(await asyncio.to_thread(self._encoder.encode, [one for group in groups for one in group]))
         return [[next(found) for _ in group] for group in groups]
 
+    async def ready(self) -> None:
+        """Answers when there is an encoder."""
+
     def _caption(self, pictures: Sequence[Pixels]) -> list[str]:
         """What infrared pictures show, without colours."""
         assert self._captioner is not None
@@ -114,7 +121,7 @@ class SearcherReplica:
     def __init__(self, config: Config, space: str) -> None:
         gallery = Gallery.open(config.gallery_uri, space_id=space)
         device = "cuda" if config.cluster.gpus_per_worker > 0 else "cpu"
-        self._gallery, self._section = gallery, config.gallery
+        self._gallery = gallery
         self._searcher = Searcher(gallery, config.gallery, device=device)
         self._lock = threading.Lock()  # one refresh at a time; searches go on meanwhile
         self.search.set_max_batch_size(config.serve.batch)
@@ -138,21 +145,38 @@ class SearcherReplica:
         """What `Status` says of the gallery."""
         return await asyncio.to_thread(self._facts)
 
+    async def ready(self) -> None:
+        """Answers when there is a searcher."""
+
     def _search(self, queries: Sequence[Query], requests: Sequence[Request], min_version: int) -> list[Answer]:
         if self._searcher.gallery.version < min_version:
             self._refresh()
-        return self._searcher.search(queries, requests)
+        return self._read(lambda: self._searcher.search(queries, requests))
 
     def _facts(self) -> dict[str, Any]:
+        return self._read(self._facts_of_version)
+
+    def _facts_of_version(self) -> dict[str, Any]:
         searched = self._searcher.gallery
         cameras = pc.unique(searched.load(None, ["camid"])["camid"]).to_pylist()
         return {
             "images": len(searched),
             "version": searched.version,
-            "search": "exact" if len(searched) <= self._section.exact_limit else "index",
+            "search": self._searcher.kind,
             "cameras": sorted(cameras),
             "gallery_in_use": searched.in_use,
         }
+
+    def _read(self, read: Callable[[], T]) -> T:
+        """What is read from a version; once more from a later one, as compaction takes the files of earlier ones."""
+        version = self._searcher.gallery.version
+        try:
+            return read()
+        except Exception:
+            self._refresh()
+            if self._searcher.gallery.version == version:
+                raise
+            return read()
 
     def _refresh(self) -> None:
         with self._lock:
@@ -169,15 +193,16 @@ class Writer:
     """Replica, the only one of its kind: every change of the gallery goes through it."""
 
     def __init__(self, config: Config, space: str) -> None:
-        self._gallery = _open_for_writing(config.gallery_uri, space)
+        self._gallery, self._config = _open_for_writing(config.gallery_uri, space), config
         self._days = config.serve.retention_days
+        self._on_disk = True  # whether people who left may still be in files: a writer before may have been killed
         self._lock = threading.Lock()
         if self._days is not None:
             threading.Thread(target=self._retain, daemon=True).start()
 
     async def upsert(self, rows: pa.Table, space: str) -> Change:
         """Write rows."""
-        if self._days is not None:  # who has no time could never leave
+        if self._days is not None:  # who has no time could never leave; see also `_forget_before`
             now = pa.scalar(datetime.now(UTC), rows["time"].type)
             rows = rows.set_column(rows.column_names.index("time"), "time", pc.fill_null(rows["time"], now))
         return await self._alone(lambda: self._gallery.upsert(rows, space_id=space) and rows.num_rows)
@@ -191,7 +216,7 @@ class Writer:
         return await self._alone(lambda: self._gallery.delete_person(pid))
 
     async def compact(self) -> Change:
-        """Remove from disk what was removed."""
+        """Remove from disk what was removed, and have a large gallery indexed."""
         return await self._alone(self._compact)
 
     async def ready(self) -> None:
@@ -199,6 +224,9 @@ class Writer:
 
     def _compact(self) -> int:
         self._gallery.compact()
+        if len(self._gallery) > self._config.gallery.exact_limit:
+            with _going_on("the gallery could not be indexed"):  # compact it is
+                build_index(self._gallery, self._config, workers=False)
         return len(self._gallery)
 
     async def _alone(self, change: Callable[[], int]) -> Change:
@@ -210,15 +238,23 @@ class Writer:
             return Change(version=self._gallery.version, count=count)
 
     def _forget_before(self, time: datetime) -> int:
+        """Delete who came before, and then from files too; who has no time came now at the latest."""
+        self._gallery.date_undated(datetime.now(UTC))
         count = self._gallery.delete_before(time)
-        if count:
-            self._gallery.compact()
+        self._on_disk |= count > 0
+        if self._on_disk:
+            try:
+                self._compact()
+            except ValueError:
+                self._gallery.clean()  # tables of other models may show them; this one does not
+                raise
+            self._on_disk = False
         return count
 
     def _retain(self) -> None:
         while True:
             oldest = datetime.now(UTC) - timedelta(days=self._days)
-            with _going_on("people who have to leave could not be removed"):
+            with _going_on("people who have to leave could not be removed from every file"):
                 self._change(partial(self._forget_before, oldest))
             time.sleep(RETENTION_S)
 
@@ -273,19 +309,22 @@ class Ingress:
         return await self._call(self._writer.delete_person, pid)
 
     async def compact(self) -> Change:
-        return await self._call(self._writer.compact)
+        return await self._call(self._writer.compact, patience_s=None)
 
     async def picture(self, id: str) -> bytes | None:
         return await self._call(self._searcher.picture, id)
 
+    async def ready(self) -> None:
+        await asyncio.gather(*(self._call(part.ready) for part in (self._encoder, self._searcher, self._writer)))
+
     async def status(self) -> Status:
         return Status(**dict(self.facts), **await self._call(self._searcher.facts))
 
-    async def _call(self, method: DeploymentHandle, *arguments: Any) -> Any:
-        """What a part answers; once more if it dies meanwhile."""
+    async def _call(self, method: DeploymentHandle, *arguments: Any, patience_s: float | None = PATIENCE_S) -> Any:
+        """What a part answers; once more if it dies meanwhile, or takes longer than that (None = for ever)."""
         for last in (False, True):
             try:
-                async with asyncio.timeout(PATIENCE_S):
+                async with asyncio.timeout(patience_s):
                     return await method.remote(*arguments)
             except BackPressureError:
                 self._refusals.inc(tags={"why": "busy"})
@@ -408,10 +447,7 @@ def serving(config: Config) -> Iterator[str]:
         index(config)
     section = config.serve
     with session(config.cluster):
-        wanted = {"host": section.host, "port": section.port, "request_timeout_s": 2 * PATIENCE_S}
-        if section.tls_cert is not None:
-            wanted |= {"ssl_certfile": str(section.tls_cert), "ssl_keyfile": str(section.tls_key)}
-        serve.start(http_options=HTTPOptions(**wanted), logging_config=QUIET)
+        serve.start(http_options=HTTPOptions(**http_options(section)), logging_config=QUIET)
         try:
             app = application({"config": config.model_dump(mode="json")})
             serve.run(app, name=APPLICATION, route_prefix="/", logging_config=QUIET)

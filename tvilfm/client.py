@@ -96,16 +96,16 @@ class Client:
         return Written.model_validate(self._post("/v1/gallery/bulk", {"rows": [dict(one) for one in rows]}))
 
     def delete(self, id: str) -> Written:
-        """Remove a picture."""
+        """Remove a picture; `count` is 0 where there was none."""
         return Written.model_validate(self._call("DELETE", _row_path(id)))
 
     def delete_person(self, pid: int) -> Written:
         """Remove all pictures of a person; `compact` then removes them from disk."""
         return Written.model_validate(self._call("DELETE", f"/v1/people/{pid}"))
 
-    def compact(self) -> Written:
-        """Remove from disk what was deleted."""
-        return Written.model_validate(self._post("/v1/gallery/compact", None))
+    def compact(self, *, timeout_s: float = 3600.0) -> Written:
+        """Remove from disk what was deleted; of a large gallery that takes its time."""
+        return Written.model_validate(self._call("POST", "/v1/gallery/compact", timeout=timeout_s))
 
     def picture(self, id: str) -> bytes:
         """The thumbnail of a row, a JPEG."""
@@ -115,7 +115,7 @@ class Client:
         """What is served."""
         return Status.model_validate(self._call("GET", "/v1/status"))
 
-    def _post(self, path: str, body: Mapping[str, Any] | None) -> Any:
+    def _post(self, path: str, body: Mapping[str, Any]) -> Any:
         return self._call("POST", path, json=body)
 
     def _call(self, method: str, path: str, **body: Any) -> Any:

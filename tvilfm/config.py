@@ -504,7 +504,9 @@ class ServeSection(Section):
     batch_wait_ms: float = Field(2.0, ge=0, description="how long a batch waits for more, milliseconds")
     follow_s: float = Field(1.0, gt=0, description="how often searchers look for a new gallery version, seconds")
     max_body_mb: float = Field(16.0, gt=0, description="largest request body, megabytes (413)")
-    max_pixels: int = Field(16_000_000, ge=1, description="largest picture, pixels (422)")
+    max_pixels: int = Field(
+        16_000_000, ge=1, description="pixels of a picture, and of all of a request together, at most (422)"
+    )
     max_batch: int = Field(64, ge=1, description="queries of a batch search, and rows of a bulk write (422)")
     max_queued: int = Field(128, ge=1, description="requests that wait for a part of the service (429)")
     audit: Path | None = Field(None, description="folder of the audit trail; null = audit/ in the run folder")

@@ -17,7 +17,7 @@ import jinja2
 import yaml
 
 from cluster.storage import absolute_paths, excluded, storage_folder
-from tvilfm.config import Config, resolve, to_yaml
+from tvilfm.config import Config, ServeSection, resolve, to_yaml
 
 Document = dict[str, Any]
 
@@ -28,6 +28,8 @@ PROGRAM_FOLDER = "~/tvilfm"
 USER_ID = 1000  # of the Dockerfile's user
 # Ray reads a token there when RAY_AUTH_MODE=token says that there is one.
 TOKEN_FILE = "~/.ray/auth_token"
+# That a request to the service may take: the compaction of a large gallery. All others end earlier, by themselves.
+REQUEST_S = 3600.0
 # A job's cluster is gone so long after its end: time for a last look at its dashboard.
 KEPT_AFTER_END_S = 300
 # Has Docker, and no GPU driver; Ray's own default.
@@ -333,18 +335,27 @@ def _pod(config: Config, role: str, cpus: int, memory_gb: int, gpus: int, *, wit
 # What runs on a cluster
 
 
+def http_options(section: ServeSection) -> Document:
+    """How Serve listens, as its `HTTPOptions` and its config files have it."""
+    options = {"host": section.host, "port": section.port, "request_timeout_s": REQUEST_S}
+    if section.tls_cert is not None:
+        options |= {"ssl_certfile": str(section.tls_cert), "ssl_keyfile": str(section.tls_key)}
+    return options
+
+
 def serve_config(config: Config) -> Document:
     """The retrieval service for `serve deploy` and for a RayService."""
+    config = _on_the_cluster(config)
     return {
         "proxy_location": "EveryNode",
-        "http_options": {"host": config.serve.host, "port": config.serve.port},
+        "http_options": http_options(config.serve),
         "logging_config": {"encoding": "JSON"},
         "applications": [
             {
                 "name": "tvilfm",
                 "route_prefix": "/",
                 "import_path": "cluster.serve:application",
-                "args": {"config": _on_the_cluster(config).model_dump(mode="json")},
+                "args": {"config": config.model_dump(mode="json")},
             }
         ],
     }

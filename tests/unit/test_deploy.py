@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
-from cluster.deploy.render import CONFIG_PATH, TARGETS, render
+from cluster.deploy.render import CONFIG_PATH, REQUEST_S, TARGETS, render
 from cluster.storage import excluded
 from tvilfm.config import Config, load_config
 
@@ -194,6 +194,16 @@ def test_the_check_of_fields_finds_one_that_is_not_kuberays() -> None:
         ".headGroupSpec.rayStartParams.port: int",
         ".workerGroupSpecs[0].maxReplica",
     ]
+
+
+def test_a_rendered_service_listens_as_tvilfm_serve_does() -> None:
+    tls = ("serve.tls_cert=tls/cert.pem", "serve.tls_key=/etc/key.pem")
+    (document,) = rendered("serve-config", "cluster.storage=/mnt/shared", *tls)
+    options = ServeDeploySchema.model_validate(document).http_options
+    assert (options.ssl_certfile, options.ssl_keyfile) == ("/mnt/shared/tls/cert.pem", "/etc/key.pem")
+    assert options.request_timeout_s == REQUEST_S
+    (document,) = rendered("serve-config", "run.dir=/r")
+    assert "ssl_certfile" not in document["http_options"]
 
 
 def test_a_rayjob_brings_the_description_that_its_command_reads(tmp_path: Path) -> None:

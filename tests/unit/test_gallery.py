@@ -224,6 +224,49 @@ def test_after_compact_the_deleted_are_on_no_disk(gallery: Gallery, uri: str, mo
     assert len(Gallery.open(uri)) == 300
 
 
+def test_an_old_models_writer_leaves_the_gallery_in_use_alone(
+    gallery: Gallery, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gallery.upsert(rows(["old"]), space_id=SPACE)
+    new = Gallery.prepare(uri, space_id=OTHER, dim=DIM)
+    new.upsert(rows(["new"]), space_id=OTHER)
+    lock = gallery_module._lock
+
+    def locked_late(uri: str, space_id: str) -> object:
+        new.publish()  # between the first look and the lock
+        new.close()
+        return lock(uri, space_id)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gallery_module, "_lock", locked_late)
+        with pytest.raises(ValueError, match=f"got that of {SPACE} while {OTHER} is in use. Serve the run"):
+            gallery.compact()
+    with pytest.raises(ValueError, match="expected the table in use to compact"):
+        gallery.compact()
+    gallery.clean()  # its own files are its own
+    assert set(content(gallery)) == {"old"} and set(content(Gallery.open(uri))) == {"new"}
+    gallery.close()
+    Gallery.open(uri, write=True).compact()
+    assert Gallery.open(uri)._spaces() == {OTHER}
+
+
+def test_rows_without_a_time_are_given_one_once_and_keep_all_else(
+    gallery: Gallery, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gallery_module, "DATED_ROWS", 2)
+    seen, now = datetime(2024, 5, 1, 12, tzinfo=UTC), datetime(2026, 1, 1, tzinfo=UTC)
+    table = rows([f"r{n}" for n in range(5)]).append_column("time", [[None, seen, None, None, None]])
+    gallery.upsert(table, space_id=SPACE)
+    reader, columns = Gallery.open(uri), [field.name for field in gallery.dataset.schema if field.name != "time"]
+    before, stamps = reader.load(None, columns).sort_by("position"), reader.stamps()
+    assert (gallery.date_undated(now), gallery.date_undated(seen)) == (4, 0)
+    assert reader.refresh() and reader.load(None, columns).sort_by("position") == before
+    times = reader.load(None, ["time", "position"]).sort_by("position")["time"].to_pylist()
+    assert times == [now, seen, now, now, now]
+    assert len(set(reader.stamps().tolist()) - set(stamps.tolist())) == 4  # a searcher loads them again
+    assert gallery.delete_before(now) == 1 and len(gallery) == 4
+
+
 def test_small_writes_are_merged_now_and_then(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gallery_module, "SMALL_FRAGMENTS", 4)
     written = {}
@@ -305,9 +348,12 @@ def test_an_object_store_holds_a_gallery_and_two_writers_do_not_double_a_row(buc
     other.upsert(rows(["x"]), space_id=OTHER)
     other.publish()
     assert reader.refresh() and set(content(reader)) == {"x"}
+    with pytest.raises(ValueError, match=rf"got s3://people/gallery/{SPACE}.lance. Remove it"):
+        other.compact()  # no lock says whether somebody fills it
+    assert other._spaces() == {SPACE, OTHER}
+    lance.LanceDataset.drop(gallery.table_uri)
     other.compact()
     assert content(reader) == expected(rows(["x"])) and len(other.versions()) == 1
-    assert other._spaces() == {OTHER}
 
 
 def test_the_record_needs_neither_torch_nor_ray() -> None:

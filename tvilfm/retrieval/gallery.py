@@ -46,6 +46,7 @@ UNIT_TOLERANCE = 1e-3
 ALL_INDICES = 1 << 20  # more than an index ever has parts
 # A write a fragment: after so many, a look-up by id takes several times as long as in one piece.
 SMALL_FRAGMENTS, SMALL_ROWS = 128, 1024
+DATED_ROWS = 4096  # that are given a time in one write
 TIME = pa.timestamp("us", "UTC")
 METRIC = "cosine"  # of the index; the rows are unit, so it ranks as the similarity does
 OPTIONAL = ("pid", "time", "image", "thumbnail")
@@ -259,8 +260,24 @@ class Gallery:
         return self._delete_where(pc.field("pid") == pid)
 
     def delete_before(self, time: datetime) -> int:
-        """Delete every row whose picture was taken before that (aware) time; rows without a time stay."""
+        """Delete every row whose picture was taken before that (aware) time; rows without a time stay.
+
+        See `date_undated`.
+        """
         return self._delete_where(pc.field("time") < pa.scalar(time, TIME))
+
+    def date_undated(self, time: datetime) -> int:
+        """Give that (aware) time to every row that has none; returns how many there were."""
+        self._check_writer()
+        count = 0
+        undated = self.dataset.scanner(columns=["id"], filter=pc.field("time").is_null()).to_table()
+        for batch in undated.to_batches(max_chunksize=DATED_ROWS):
+            times = pa.array([time] * batch.num_rows, TIME)
+            dated = pa.table({"id": batch["id"], "time": times})
+            count += self._apply(lambda merge: merge.when_matched_update_all(), dated)["num_updated_rows"]
+        if count:
+            self.update_index()  # a row that is written anew has left it
+        return count
 
     def _delete_where(self, rows: pc.Expression) -> int:
         return self.delete(self.dataset.scanner(columns=["id"], filter=rows).to_table()["id"].to_pylist())
@@ -314,6 +331,16 @@ class Gallery:
         self._check_writer()
         _point(self.uri, self.space_id)
 
+    @property
+    def indexed(self) -> bool:
+        """Whether a search of either space finds an index."""
+        return not self.unindexed_columns()
+
+    def unindexed_columns(self) -> list[str]:
+        """Those columns of vectors that have no index."""
+        indexed = {name for index in self.dataset.describe_indices() for name in index.field_names}
+        return [name for name in map(column_of, (False, True)) if name not in indexed]
+
     def update_index(self) -> None:
         """Have the index, if there is one, take up new rows, searched one by one till then, and drop deleted ones."""
         self._check_writer()
@@ -328,18 +355,36 @@ class Gallery:
         self._writes = False
 
     def compact(self) -> None:
-        """Merge what was written piece by piece, and remove everything that is deleted from every file.
+        """`clean` this table and drop those of other models: a person who was deleted is on no disk of the gallery.
 
-        No version before this one is left, nor a table of another model, nor what a killed write left behind: a person
-        who was deleted is on no disk of the gallery. Readers of older versions have to refresh.
+        A table of another model may be just being filled. On a local disk its writer's lock says so. An object store
+        has no locks, so no table is dropped there: whoever knows that nobody fills it removes it.
 
         Raises:
-            ValueError: somebody writes to the table of another model, which may show a person who is deleted here.
+            ValueError: this table is not in use, somebody writes to that of another model, or there is one on an object
+                store; nothing was changed, but for tables of other models that nobody writes to.
         """
         self._check_writer()
+        self._check_in_use()
         for space_id in sorted(self._spaces() - {self.space_id}):
+            table = _table_uri(self.uri, space_id)
+            if _is_remote(self.uri):
+                raise ValueError(
+                    f"gallery: expected no table of another model on an object store, got {table}. Remove it and all "
+                    "below it when no tvilfm index fills it, and compact again."
+                )
             with closing(_lock(self.uri, space_id)):
-                lance.LanceDataset.drop(_table_uri(self.uri, space_id))
+                self._check_in_use()  # its writer may have put it in use before it let go of it
+                lance.LanceDataset.drop(table)
+        self.clean()
+
+    def clean(self) -> None:
+        """Merge what was written piece by piece, and remove everything that is deleted from every file of this table.
+
+        No version before this one is left, nor what a killed write left behind. Readers of older versions have to
+        refresh.
+        """
+        self._check_writer()
         self._merge({"materialize_deletions_threshold": 0.0})
         self.update_index()
         self.dataset.cleanup_old_versions(retain_versions=1, delete_unverified=True)
@@ -430,6 +475,14 @@ class Gallery:
         """Those that the gallery has a table of."""
         folders = [Path(prefix).name for prefix in LanceFileSession(self.uri).list_with_delimiter().common_prefixes]
         return {name.removesuffix(".lance") for name in folders if name.endswith(".lance")}
+
+    def _check_in_use(self) -> None:
+        if not self.in_use:
+            raise ValueError(
+                f"gallery: expected the table in use to compact, got that of {self.space_id} while "
+                f"{_current(self.uri)} is in use. Serve the run that the gallery was indexed under last, and compact "
+                "there."
+            )
 
     def _check_writer(self) -> None:
         if not self._writes:

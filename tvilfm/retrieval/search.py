@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from tvilfm.retrieval.ensemble import ensemble_query
 from tvilfm.retrieval.exact import FACTS, ExactIndex, Ranked, best_first, similarity, tensor_of
 from tvilfm.retrieval.gallery import Gallery, Where, column_of
 from tvilfm.retrieval.query import Query
+
+SearchKind = Literal["exact", "index", "scan"]
 
 MORE = 4  # times as many rows are ranked when those found show too few people
 
@@ -93,14 +96,23 @@ class Searcher:
         """The version that is searched now."""
         return self._state.gallery
 
+    @property
+    def kind(self) -> SearchKind:
+        """How that version is searched: in memory, by its index, or, for want of one, by reading every row."""
+        if self._state.exact is not None:
+            return "exact"
+        return "index" if self._state.gallery.indexed else "scan"
+
     def refresh(self) -> bool:
         """Search the latest version from now on, loading the rows that it adds; true if there was a new one.
 
         A search that is under way ends on the version it began with.
         """
-        if not self._gallery.refresh():
+        self._gallery.refresh()
+        searched = self._state.gallery  # behind also where the last load failed
+        same_table = self._gallery.space_id == searched.space_id
+        if same_table and self._gallery.version == searched.version:
             return False
-        same_table = self._gallery.space_id == self._state.gallery.space_id
         self._state = self._load(self._state.exact if same_table else None)
         return True
 

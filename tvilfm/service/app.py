@@ -1,7 +1,8 @@
 """The HTTP service: validates, checks who asks, hands the work to a `Backend`, and maps what goes wrong to a status.
 
-401 no key or a wrong one, 403 a key without that scope, 413 a body that is too large, 422 what cannot be understood,
-429 too many requests wait, 503 a part is being replaced; the last two say when to try again.
+401 no key or a wrong one, 403 a key without that scope or another site's page, 409 what does not fit the gallery as it
+is, 413 a body that is too large, 422 what cannot be understood, 429 too many requests wait, 503 a part is being
+replaced; the last two say when to try again.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tvilfm.config import ServeSection
-from tvilfm.datasets.pixels import decode
+from tvilfm.datasets.pixels import count_pixels, decode
 from tvilfm.retrieval import search
 from tvilfm.retrieval.gallery import Where, row_schema, vector_column
 from tvilfm.retrieval.pictures import Pixels, thumbnail
@@ -147,10 +148,8 @@ class _Handlers:
         return await self._write_rows(request, [row.id for row in bulk.rows], bulk.rows)
 
     async def delete(self, request: Request, id: Annotated[messages.RowId, Path()]) -> Written:
-        """Remove a picture; it stays in earlier versions until the gallery is compacted."""
+        """Remove a picture, if it is there; it stays in earlier versions until the gallery is compacted."""
         change = await self._timed("write", self._backend.delete([id]))
-        if not change.count:
-            raise HTTPException(404, f"id: expected one of the gallery, got {id}.")
         return self._written(request, "delete", change, [id])
 
     async def delete_person(self, request: Request, pid: Annotated[messages.Person, Path()]) -> Written:
@@ -160,7 +159,11 @@ class _Handlers:
 
     async def compact(self, request: Request) -> Written:
         """Remove from disk, and so from every version, whatever was deleted."""
-        return self._written(request, "compact", await self._timed("write", self._backend.compact()), [])
+        try:
+            change = await self._timed("write", self._backend.compact())
+        except ValueError as error:
+            raise HTTPException(409, str(error)) from None
+        return self._written(request, "compact", change, [])
 
     async def picture(self, id: Annotated[messages.RowId, Path()]) -> Response:
         """The small picture that is kept with a row."""
@@ -176,7 +179,7 @@ class _Handlers:
     async def readyz(self) -> dict[str, str]:
         """Whether every part of the service answers."""
         try:
-            await asyncio.wait_for(self._backend.status(), READY_S)
+            await asyncio.wait_for(self._backend.ready(), READY_S)
         except TimeoutError:
             raise Unavailable("service: expected an answer of every part, got none in time") from None
         return {"status": "ready"}
@@ -214,8 +217,16 @@ class _Handlers:
         return pixels
 
     def _decode(self, contents: Sequence[bytes | None]) -> list[Pixels | None]:
-        limits = {"max_pixels": self._section.max_pixels, "min_side": MIN_SIDE, "formats": FORMATS}
+        limit = self._section.max_pixels
+        limits = {"max_pixels": limit, "min_side": MIN_SIDE, "formats": FORMATS}
         try:
+            # A flat picture of few bytes may be a large one, and all of a request are in memory at once.
+            total = sum(count_pixels(content, name="image", formats=FORMATS) for content in contents if content)
+            if total > limit:
+                raise ValueError(
+                    f"image: expected at most {limit} pixels in the pictures of a request, got {total}. Send smaller "
+                    "pictures, or fewer at once."
+                )
             return [
                 decode(content, height=None, width=None, name="image", **limits) if content else None  # type: ignore[arg-type]
                 for content in contents
@@ -298,6 +309,8 @@ def _needs(scope: keys.Scope, key_file: keys.KeyFile | None) -> Callable[..., No
     if key_file is None:
 
         def anybody(request: Request) -> None:
+            if request.method != "GET" and _is_of_another_site(request):
+                raise HTTPException(403, "Origin: expected the service's own page or none, got another site's.")
             request.state.key = None
 
         return anybody
@@ -314,6 +327,13 @@ def _needs(scope: keys.Scope, key_file: keys.KeyFile | None) -> Callable[..., No
         request.state.key = key.name
 
     return check
+
+
+def _is_of_another_site(request: Request) -> bool:
+    """Whether a browser says that another site's page asks; it asks for that page's user, who knows nothing of it."""
+    origin, fetched = request.headers.get("Origin"), request.headers.get("Sec-Fetch-Site", "none")
+    own = origin is None or origin.partition("://")[2] == request.headers.get("Host")
+    return not own or fetched not in ("same-origin", "none")
 
 
 async def healthz() -> dict[str, str]:

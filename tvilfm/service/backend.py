@@ -52,16 +52,23 @@ class Backend(Protocol):
         """Write rows of `gallery.row_schema`; on disk when it returns."""
 
     async def delete(self, ids: Sequence[str]) -> Change:
-        """Remove rows."""
+        """Remove those of the rows that are there."""
 
     async def delete_person(self, pid: int) -> Change:
         """Remove all rows of an identity; on disk they stay until `compact`."""
 
     async def compact(self) -> Change:
-        """Remove from disk, and so from every version, what is deleted; count is how many rows are left."""
+        """Remove from disk, and so from every version, what is deleted; count is how many rows are left.
+
+        Raises:
+            ValueError: as of `Gallery.compact`.
+        """
 
     async def picture(self, id: str) -> bytes | None:
         """The thumbnail of a row, a JPEG; None if there is none."""
+
+    async def ready(self) -> None:
+        """Returns when every part answers."""
 
     async def status(self) -> Status:
         """What is served."""

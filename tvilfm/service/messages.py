@@ -6,12 +6,13 @@ Pictures travel as base64 in JSON, as a batch of queries needs it anyway and one
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import AfterValidator, AwareDatetime, Base64Bytes, BaseModel, ConfigDict, Field, model_validator
 
 from tvilfm.retrieval.gallery import MAX_ID
 from tvilfm.retrieval.query import FilterTextSource
+from tvilfm.retrieval.search import SearchKind
 
 MAX_HITS = 1000
 MAX_TEXT = 2000  # characters; the text tower reads 77 tokens
@@ -162,7 +163,10 @@ class Status(ModelFacts):
 
     images: int = Field(description="rows of the gallery")
     version: int = Field(description="of the gallery")
-    search: Literal["exact", "index"]
+    search: SearchKind = Field(
+        description="exact = all rows in memory; index = a part of the rows on disk; scan = all rows on disk, slowly, "
+        "as the gallery is large and has no index: compact it"
+    )
     cameras: list[int]
     gallery_in_use: bool = Field(description="false once the gallery was indexed again under another model")
 
