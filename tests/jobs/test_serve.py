@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import signal
@@ -10,19 +11,24 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
 import ray
+import torch
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from cluster import deploy
 from cluster.index import finished_run, index
-from cluster.serve import Writer, application, filter_captioner, serving
+from cluster.serve import Ingress, SearcherReplica, Writer, application, filter_captioner, serving
 from tests.processes import descendants
 from tests.unit.test_service import hostile
 from tests.untrained_run import UntrainedRun, evaluated_rankings
@@ -33,6 +39,9 @@ from tvilfm.config import Config
 from tvilfm.datasets.manifest import select
 from tvilfm.datasets.pixels import decode
 from tvilfm.retrieval.gallery import TIME, Gallery, vector_column
+from tvilfm.retrieval.query import Query
+from tvilfm.retrieval.search import Request
+from tvilfm.service.backend import Change, Unavailable
 
 BATCH = 28
 
@@ -212,6 +221,148 @@ def test_people_leave_the_gallery_and_its_files_after_their_time(untrained_run: 
     until(lambda: reader.refresh() and set(reader.load(None, ["id"])["id"].to_pylist()) == {"stays", "now"})
     until(lambda: not any(b"left-long-ago" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()))
     again._gallery.close()
+
+
+def small_gallery(config: Config, folder: Path, **serve: object) -> tuple[Config, pa.Table]:
+    """How an empty gallery in a folder is served, and rows for it, without a time."""
+    vector = vector_column(np.eye(4, dtype=np.float32)[:3])
+    rows = pa.table({"id": ["a", "b", "c"], "camid": [1, 2, 3], "vector": vector, "vector_base": vector})
+    gallery = Gallery.prepare(str(folder), space_id="space", dim=4)
+    gallery.publish()
+    gallery.close()
+    changes = {
+        "serve": config.serve.model_copy(update={"follow_s": 3600, **serve}),
+        "gallery": config.gallery.model_copy(update={"uri": str(folder)}),
+    }
+    return config.model_copy(update=changes), rows
+
+
+def ids(gallery: Gallery) -> set[str]:
+    return set(gallery.load(None, ["id"])["id"].to_pylist())
+
+
+def test_people_who_were_indexed_without_a_time_leave_too(untrained_run: UntrainedRun, tmp_path: Path) -> None:
+    config, rows = small_gallery(untrained_run.config, tmp_path, retention_days=30)
+    with closing(Gallery.open(str(tmp_path), write=True)) as indexed:
+        indexed.upsert(rows, space_id="space")
+    writer = Writer(config, "space")
+    reader = Gallery.open(str(tmp_path))
+    until(lambda: reader.refresh() and None not in reader.load(None, ["time"])["time"].to_pylist())
+    writer._change(lambda: writer._forget_before(datetime.now(UTC) - timedelta(days=30)))
+    assert len(writer._gallery) == 3  # they came now
+    writer._change(lambda: writer._forget_before(datetime.now(UTC)))
+    assert len(writer._gallery) == 0
+    writer._gallery.close()
+
+
+def test_people_leave_an_old_models_table_and_the_one_in_use_stays(
+    untrained_run: UntrainedRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, rows = small_gallery(untrained_run.config, tmp_path, retention_days=30)
+    times = pa.array([datetime.now(UTC) - timedelta(days=days) for days in (31, 29, 1)], TIME)
+    with closing(Gallery.open(str(tmp_path), write=True)) as old:
+        old.upsert(rows.append_column("time", times), space_id="space")
+    with closing(Gallery.prepare(str(tmp_path), space_id="another", dim=4)) as new:
+        new.upsert(rows, space_id="another")
+        new.publish()
+    logger = logging.getLogger("ray.serve")
+    logger.addHandler(caplog.handler)
+    writer = Writer(config, "space")
+    reader = Gallery.open(str(tmp_path), space_id="space")
+    until(lambda: reader.refresh() and ids(reader) == {"b", "c"})
+    until(lambda: len(reader.versions()) == 1)  # it is in no file of that table
+    until(lambda: "people who have to leave could not be removed from every file" in caplog.text)
+    logger.removeHandler(caplog.handler)
+    with pytest.raises(ValueError, match="expected the table in use to compact"):
+        asyncio.run(writer.compact())
+    assert ids(Gallery.open(str(tmp_path))) == {"a", "b", "c"}
+    writer._gallery.close()
+
+
+def test_a_searcher_behind_a_compaction_goes_on_with_the_latest_version(
+    untrained_run: UntrainedRun, tmp_path: Path
+) -> None:
+    config, rows = small_gallery(untrained_run.config, tmp_path)
+    config = config.model_copy(update={"gallery": config.gallery.model_copy(update={"exact_limit": 1})})
+    writer = Writer(config, "space")
+    asyncio.run(writer.upsert(rows.append_column("time", pa.nulls(3, TIME)), "space"))
+    searcher = SearcherReplica(config, "space")
+    asked = Query(parts={"text": torch.eye(4)[1]}, base=False, space_id="space", filter_text_source="none")
+
+    def compacted(id: str) -> int:
+        asyncio.run(writer.delete([id]))
+        return asyncio.run(writer.compact()).version
+
+    version = compacted("a")
+    (answer,) = searcher._search([asked], [Request(weights={})], 0)
+    assert answer.version == version and [hit.id for hit in answer.hits] == ["b", "c"]
+    version = compacted("c")
+    facts = asyncio.run(searcher.facts())
+    assert (facts["images"], facts["cameras"], facts["version"]) == (1, [2], version)
+    with pytest.raises(ValueError, match="space_id: expected vectors of space, got other"):
+        searcher._search([replace(asked, space_id="other")], [Request(weights={})], 0)
+    writer._gallery.close()
+
+
+def test_a_gallery_that_grew_large_is_scanned_till_a_compaction_indexes_it(
+    untrained_run: UntrainedRun, tmp_path: Path
+) -> None:
+    config, _ = small_gallery(untrained_run.config, tmp_path)
+    limits = {"exact_limit": 599, "sub_vectors": 2, "partitions": 2}
+    config = config.model_copy(update={"gallery": config.gallery.model_copy(update=limits)})
+    values = np.random.default_rng(0).standard_normal((600, 4)).astype(np.float32)
+    vector = vector_column(values / np.linalg.norm(values, axis=1, keepdims=True))
+    rows = {"id": [str(n) for n in range(600)], "camid": [1] * 600, "vector": vector, "vector_base": vector}
+    writer, searcher, said = Writer(config, "space"), SearcherReplica(config, "space"), []
+    for change in (lambda: writer.upsert(pa.table(rows), "space"), writer.compact, lambda: writer.delete(["0"])):
+        searcher._refresh()
+        said.append(asyncio.run(searcher.facts())["search"])
+        asyncio.run(change())
+    searcher._refresh()
+    assert [*said, asyncio.run(searcher.facts())["search"]] == ["exact", "scan", "index", "exact"]
+    writer._gallery.close()
+
+
+class Part:
+    """A method of a part of the service, that answers after a while or fails."""
+
+    def __init__(self, seconds: float = 0.0, error: Exception | None = None) -> None:
+        self.seconds, self.error, self.calls = seconds, error, 0
+
+    async def remote(self, *arguments: object) -> Change:
+        self.calls += 1
+        await asyncio.sleep(self.seconds)
+        if self.error is not None:
+            raise self.error
+        return Change(version=1, count=1)
+
+
+def ingress(config: Config, *, writer: Part, others: Part | None = None) -> Ingress:
+    answers = others or Part()
+    parts = [SimpleNamespace(ready=answers), SimpleNamespace(ready=answers)]
+    written = SimpleNamespace(ready=writer, compact=writer, delete=writer)
+    return Ingress(config, None, *parts, written)  # type: ignore[arg-type]
+
+
+def test_a_slow_compaction_is_waited_for_and_asked_for_once(
+    untrained_run: UntrainedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Ingress._call, "__kwdefaults__", {"patience_s": 0.05})
+    slow = Part(seconds=0.3)
+    service = ingress(untrained_run.config, writer=slow)
+    assert asyncio.run(service.compact()).count == 1 and slow.calls == 1
+    with pytest.raises(Unavailable):
+        asyncio.run(service.delete(["a"]))
+    assert slow.calls == 3
+
+
+def test_the_service_is_ready_when_every_part_answers(untrained_run: UntrainedRun) -> None:
+    writer, others = Part(), Part()
+    asyncio.run(ingress(untrained_run.config, writer=writer, others=others).ready())
+    assert (writer.calls, others.calls) == (1, 2)
+    gone = Part(error=DeploymentUnavailableError(DeploymentID("Writer")))
+    with pytest.raises(Unavailable):
+        asyncio.run(ingress(untrained_run.config, writer=gone).ready())
 
 
 @pytest.mark.slow
