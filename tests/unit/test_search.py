@@ -23,11 +23,12 @@ from tvilfm.evaluation.features import FeatureTable
 from tvilfm.evaluation.protocols import get_protocol
 from tvilfm.models import TVILFM, ModelSpec
 from tvilfm.retrieval import exact
-from tvilfm.retrieval.exact import ExactIndex, similarity
+from tvilfm.retrieval.exact import ExactIndex
 from tvilfm.retrieval.gallery import Gallery, Where, vector_column
 from tvilfm.retrieval.pictures import Pixels
 from tvilfm.retrieval.query import Query, QueryEncoder, Question
 from tvilfm.retrieval.search import Answer, Request, Searcher
+from tvilfm.retrieval.similarity import similarity
 from tvilfm.retrieval.spaces import gallery_vectors, space_id
 
 SPACE, DIM, NUM_ROWS = "feed-32x16", 24, 400
@@ -158,7 +159,7 @@ def test_the_first_pass_loses_no_row_that_ranks(gallery: Gallery, half: bool) ->
     gallery.upsert(table.set_column(table.schema.get_field_index("vector"), "vector", column), space_id=SPACE)
     index = ExactIndex.load(gallery.snapshot(), device=CPU, half=half)
     vectors_QD = torch.from_numpy(np.concatenate([3 * unit(rng, 20), near[:1]]))
-    order_QG = (vectors_QD @ torch.from_numpy(near).T).sort(dim=1, descending=True, stable=True).indices
+    order_QG = similarity(vectors_QD, torch.from_numpy(near)).sort(dim=1, descending=True, stable=True).indices
     for count in (1, 10, 399):
         for best, order_G in zip(index.rank(vectors_QD, [Where()] * 21, count, base=False), order_QG, strict=True):
             assert best.facts["id"].to_pylist() == [f"r{place}" for place in order_G[:count]]
@@ -168,10 +169,12 @@ def test_a_lone_query_adds_up_as_many_do() -> None:
     generator = torch.Generator().manual_seed(0)
     gallery_GD = torch.nn.functional.normalize(torch.randn(301, 2048, generator=generator), dim=1)
     query_QD = torch.nn.functional.normalize(torch.randn(60, 2048, generator=generator), dim=1)
-    together = (query_QD @ gallery_GD.T).numpy()
+    together = similarity(query_QD, gallery_GD).numpy()
+    np.testing.assert_array_equal(together, (query_QD.numpy().astype(float) @ gallery_GD.numpy().T).astype(np.float32))
     for rows in (slice(0, 1), slice(3, 6), slice(0, 60)):
         for places in ([0], [300], [7, 8, 9], list(range(0, 301, 7))):
-            np.testing.assert_array_equal(similarity(query_QD[rows], gallery_GD[places]), together[rows, places])
+            alone = similarity(query_QD[rows], gallery_GD[places]).numpy()
+            np.testing.assert_array_equal(alone, together[rows, places])
 
 
 def test_a_reader_loads_what_is_new_and_sees_what_a_new_one_sees(

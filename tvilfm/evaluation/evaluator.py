@@ -39,6 +39,7 @@ from tvilfm.evaluation.rerank import expand_queries, k_reciprocal_rerank
 from tvilfm.models import TVILFM
 from tvilfm.models.fusion import semantic_filtered_fusion
 from tvilfm.retrieval.ensemble import ensemble_query
+from tvilfm.retrieval.similarity import similarity
 
 Split = Literal["test", "val"]
 Similarity = npt.NDArray[np.float32]
@@ -219,7 +220,7 @@ class Evaluator:
         """(Q, G) similarity of query vectors to gallery images, after the second look that `rerank` asks for."""
         rerank, gallery_GD = self._section.rerank, self.image_vectors(gallery, base=base)
         if rerank.method == "none":
-            similarity_QG = vectors_QD @ gallery_GD.T
+            similarity_QG = similarity(vectors_QD, gallery_GD)
         else:
             unit_QD = F.normalize(vectors_QD, dim=1)  # an ensemble is a sum
             if rerank.method == "k_reciprocal":
@@ -227,7 +228,8 @@ class Evaluator:
                     unit_QD, gallery_GD, k1=rerank.k1, k2=rerank.k2, lambda_value=rerank.lambda_value
                 )
             else:
-                similarity_QG = expand_queries(unit_QD, gallery_GD, k=rerank.k, alpha=rerank.alpha) @ gallery_GD.T
+                expanded_QD = expand_queries(unit_QD, gallery_GD, k=rerank.k, alpha=rerank.alpha)
+                similarity_QG = similarity(expanded_QD, gallery_GD)
         return _numbers(similarity_QG)
 
     def votes(self, parts: Mapping[str, Tensor], gallery: pa.Table) -> dict[str, Tensor]:
@@ -238,10 +240,10 @@ class Evaluator:
             gallery: rows of the manifest.
         """
         gallery_GD, temperature = self.image_vectors(gallery, base=False), self._section.ensemble.temperature
-        similarity = {name: vectors @ gallery_GD.T for name, vectors in parts.items()}
+        votes = {name: similarity(vectors, gallery_GD) for name, vectors in parts.items()}
         if temperature is None:
-            return similarity
-        return {name: (of_part / temperature).softmax(dim=1) for name, of_part in similarity.items()}
+            return votes
+        return {name: (of_part / temperature).softmax(dim=1) for name, of_part in votes.items()}
 
     def ensemble_similarity(self, parts: Mapping[str, Tensor], gallery: pa.Table) -> Similarity:
         """(Q, G) similarity of the ensemble: one search with the summed vectors, or a sum of soft votes.

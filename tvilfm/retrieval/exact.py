@@ -1,9 +1,8 @@
 """Exact search in memory, with the evaluation's own arithmetic.
 
 A first pass, one matrix product in the fastest arithmetic there is (half precision on a GPU), finds everything that
-could be among the best; a second computes these few in float32. A bound on the rounding of both makes the result that
-of the second alone. The second pass is also what keeps a lone query's ranking that of the evaluation: a product with a
-handful of rows adds up in another order than a large one, which moves near ties and parts equal images.
+could be among the best; a second computes these few by `similarity`, as the evaluation does. A bound on the rounding of
+both makes the result that of the second alone.
 
 The table's rows lie in chunks that are never changed: a new version adds one and marks what is gone, so that loading
 it costs what it brings, and a search that is under way is not disturbed.
@@ -21,15 +20,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tvilfm.retrieval.gallery import Gallery, Where, column_of, vectors_of
+from tvilfm.retrieval.similarity import similarity
 
 FACTS = ("id", "pid", "camid", "time", "image", "position")
 CHUNK_ROWS = 1 << 18
-# Rows of either side from which on the libraries in use add up a product as they do a large one.
-LARGE = 16
 # Rounding of a product with a unit vector, over the length of the other: of inputs and sums in half precision (four
 # roundings of 2^-11 and a reserve for sums split over a GPU), and of float32 sums per summand.
 HALF_ERROR, FLOAT_ERROR = 2.0**-8, 2.0**-24
@@ -82,16 +79,6 @@ def tensor_of(column: pa.ChunkedArray) -> Tensor:
 def best_first(scores: npt.NDArray[np.float32], position: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """The order of rows by score, and by position where that is equal."""
     return np.lexsort((position, -scores))
-
-
-def similarity(query_QD: Tensor, gallery_RD: Tensor) -> npt.NDArray[np.float32]:
-    """(Q, R) products that are, bit for bit, those entries of a product of many queries with many rows.
-
-    Source: METHOD 8 as `Evaluator.similarity` computes it. Differs: none known, for the CPU libraries of PyTorch.
-    """
-    enough_QD, enough_RD = (F.pad(part, (0, 0, 0, max(0, LARGE - len(part)))) for part in (query_QD, gallery_RD))
-    product: npt.NDArray[np.float32] = (enough_QD @ enough_RD.T)[: len(query_QD), : len(gallery_RD)].numpy()
-    return product
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +168,7 @@ class ExactIndex:
             keep.append(keep_QN[:, rows_R].numpy())
             facts.append(chunk.facts.take(rows_R.numpy()))
             vectors.append(vectors_RD)
-            scores.append(similarity(vectors_QD, vectors_RD))
+            scores.append(similarity(vectors_QD, vectors_RD).numpy())
         candidates, candidates_RD = pa.concat_tables(facts), torch.cat(vectors)
         position_R = candidates["position"].to_numpy()
         found = []

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from tvilfm.config import GallerySection
 from tvilfm.retrieval.ensemble import ensemble_query
-from tvilfm.retrieval.exact import FACTS, ExactIndex, Ranked, best_first, similarity, tensor_of
+from tvilfm.retrieval.exact import FACTS, ExactIndex, Ranked, best_first, tensor_of
 from tvilfm.retrieval.gallery import Gallery, Where, column_of
 from tvilfm.retrieval.query import Query
+from tvilfm.retrieval.similarity import similarity
 
 SearchKind = Literal["exact", "index", "scan"]
 
@@ -173,7 +174,7 @@ class Searcher:
         for vector_D, where in zip(vectors_QD, wheres, strict=True):
             table = state.gallery.nearest(vector_D.numpy(), FACTS, base=base, k=count, where=where, **how)
             vectors_KD = tensor_of(table[column_of(base)])
-            scores_K = similarity(vector_D[None], vectors_KD)[0]
+            scores_K = similarity(vector_D[None], vectors_KD)[0].numpy()
             ranked = Ranked(facts=table.select(FACTS), vectors_KD=vectors_KD, scores_K=scores_K)
             found.append(ranked.take(best_first(scores_K, table["position"].to_numpy())))
         return found
