@@ -51,7 +51,7 @@ class Chunk:
 class Encoder:
     """Actor: loads the model once, then encodes chunks."""
 
-    def __init__(self, model: Path, pixels: Path, pad: int, seed: int, cuda: bool, depot: Depot | None) -> None:
+    def __init__(self, model: Path, pixels: Path, pad: int, seed: int, cuda: bool, depot: Depot | None = None) -> None:
         self._model = TVILFM.from_pretrained(fetched(model, depot)).to("cuda" if cuda else "cpu").eval()
         self._pixels = open_pixels(fetched(pixels, depot))
         self._pad, self._seed = pad, seed
