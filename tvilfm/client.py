@@ -4,8 +4,9 @@
         answer = client.search(image=Path("query.jpg").read_bytes(), sentence="a woman in a red coat", k=5)
         print(answer.hits[0].id, answer.hits[0].shares)
 
-What the service asks to try again (429, 503), and what got no answer, is tried again: every request may be repeated
-without harm, as a write names the row that it writes.
+What the service asks to try again (429, 503), and what got no answer of the service, is tried again: every request may
+be repeated without harm, as a write names the row that it writes. Where the machine dies that a request had reached,
+whoever stands before it answers with an error of its own: Serve's proxy with a bare 500, a load balancer with 502 or 504.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import httpx
 from tvilfm.service.app import HEADER, RETRY_S
 from tvilfm.service.messages import BatchAnswer, SearchAnswer, Status, Written
 
-AGAIN = (429, 503)
+AGAIN = (408, 429, 502, 503, 504)
 
 
 class ServiceError(Exception):
@@ -132,7 +133,7 @@ class Client:
             else:
                 if response.is_success:
                     return response
-                if response.status_code not in AGAIN or not tries_left:
+                if not _worth_another(response) or not tries_left:
                     raise ServiceError(response.status_code, _said(response))
                 wait_s = float(response.headers.get("Retry-After", RETRY_S))
             time.sleep(wait_s)
@@ -156,8 +157,18 @@ def _row_path(id: str) -> str:
     return f"/v1/gallery/{quote(id, safe='')}"
 
 
+def _worth_another(response: httpx.Response) -> bool:
+    """A 500 of the service's own says what is wrong, and would again."""
+    return response.status_code in AGAIN or (response.status_code == 500 and _error(response) is None)
+
+
 def _said(response: httpx.Response) -> str:
+    return _error(response) or response.text[:200]
+
+
+def _error(response: httpx.Response) -> str | None:
+    """What the service itself says is wrong."""
     try:
         return str(response.json()["error"])
     except (ValueError, KeyError, TypeError):
-        return response.text[:200]
+        return None
