@@ -61,6 +61,7 @@ QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")  # the audit
 # CPUs that each part reserves; together they fit on two, and a part that computes has its threads beside them.
 INGRESS_CPUS, ENCODER_CPUS, SEARCHER_CPUS, WRITER_CPUS = 0.1, 1.0, 0.2, 0.2
 UNDER_WAY = 1000  # requests of an ingress at once; the parts behind it say when it is too much
+AT_A_PART = 32  # likewise of another part, at least: the router waits ever longer for a part that is full
 HEALTH_S = 1.0  # a replica that died is noticed within this time
 PATIENCE_S = 40.0  # that a part may take to answer anything but compact, its replacement included
 LOCK_S = 60.0  # that a new writer waits for the one before it to end
@@ -409,7 +410,7 @@ def application(args: dict[str, Any]) -> serve.Application:
             name=of.__name__,
             ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
             max_queued_requests=section.max_queued,
-            max_ongoing_requests=2 * section.batch,
+            max_ongoing_requests=max(2 * section.batch, AT_A_PART),
             health_check_period_s=HEALTH_S,
             graceful_shutdown_timeout_s=5,
             **scale,
