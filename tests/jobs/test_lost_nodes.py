@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,22 +21,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from cluster.index import index
 from cluster.pixels import decode_dataset
 from cluster.train import fit_stage
 from cluster.tune import sweep_space
-from tests.jobs.test_serve import free_port
 from tests.processes import alive, descendants
-from tests.untrained_run import UntrainedRun
-from tvilfm.client import Client
 from tvilfm.config import Config, load_config
 from tvilfm.datasets import read_dataset
 from tvilfm.datasets.captions import read_published
-from tvilfm.datasets.manifest import select
 from tvilfm.datasets.synthetic import Size, write_sysu_layout
 from tvilfm.models import TVILFM
 from tvilfm.report.sweep import read_trials
-from tvilfm.retrieval.gallery import Gallery
 from tvilfm.tuning import Space
 
 REPOSITORY = Path(__file__).parents[2]
@@ -79,14 +72,6 @@ sweep_space(
     Space.model_validate(job["space"]), name="rows", config_path=Path("ray_config.yaml"), overrides=job["overrides"],
     size="tiny",
 )
-"""
-SERVE = """
-from cluster.serve import serving
-from tvilfm.config import Config
-
-with serving(Config.model_validate(job["config"])) as address:
-    print(address, flush=True)
-    sys.stdin.readline()
 """
 END = """
 ray.shutdown()
@@ -153,7 +138,6 @@ def start(
         [sys.executable, "-c", NODES + body + END, json.dumps({**job, "nodes": nodes, "cpus": cpus})],
         cwd=REPOSITORY,
         env={**plain, "PYTHONPATH": str(REPOSITORY), "RAY_BACKEND_LOG_LEVEL": "fatal"},
-        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -249,89 +233,3 @@ def test_a_node_lost_in_a_sweep_leaves_its_table_as_it_is(
         (record.setting, record.status, record.metrics) for record in before
     ]
     assert {record.status for record in after} == {"done"}
-
-
-def to_serve(run: UntrainedRun, folder: Path) -> Config:
-    """The run's service, with a gallery of its own."""
-    changes = {
-        "gallery": run.config.gallery.model_copy(update={"uri": str(folder / "gallery")}),
-        "serve": run.config.serve.model_copy(update={"port": free_port(), "audit": folder / "audit"}),
-    }
-    config = run.config.model_copy(update=changes)
-    index(config)
-    return config
-
-
-class Load:
-    """Clients that write and search without end, and what came of it."""
-
-    def __init__(self, run: UntrainedRun, address: str, *, retries: int) -> None:
-        names = select(run.manifest, split="gallery", modality="visible")["image"].to_pylist()
-        self._picture, self._address, self._retries = (run.root / names[0]).read_bytes(), address, retries
-        self.indexed, self.acknowledged, self.searches, self.errors = names, list[str](), 0, list[Exception]()
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._write, args=(n,)) for n in range(2)]
-        self._threads.append(threading.Thread(target=self._search))
-        for thread in self._threads:
-            thread.start()
-
-    def _write(self, worker: int) -> None:
-        with Client(self._address, retries=self._retries) as client:
-            number = 0
-            while not self._stop.is_set():
-                number += 1
-                try:
-                    client.put(f"{worker}-{number}", image=self._picture, camid=1)
-                    self.acknowledged.append(f"{worker}-{number}")
-                except Exception as error:
-                    self.errors.append(error)
-                    time.sleep(0.5)
-
-    def _search(self) -> None:
-        with Client(self._address, retries=self._retries) as client:
-            while not self._stop.is_set():
-                try:
-                    client.search(image=self._picture, sentence="a coat", k=3)
-                    self.searches += 1
-                except Exception as error:
-                    self.errors.append(error)
-                    time.sleep(0.5)
-
-    def goes_on(self) -> Callable[[], bool]:
-        """Whether some writes and searches were answered from now on."""
-        writes, searches = len(self.acknowledged), self.searches
-        return lambda: len(self.acknowledged) > writes + 10 and self.searches > searches + 5
-
-    def end(self) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(200)
-
-    def check(self, gallery: str) -> None:
-        """Every write that was acknowledged is there, once."""
-        found = Gallery.open(gallery).load(None, ["id"])["id"].to_pylist()
-        assert len(found) == len(set(found)) and {*self.acknowledged, *self.indexed} <= set(found)
-
-
-@pytest.mark.long
-@pytest.mark.timeout(900)
-def test_a_node_lost_under_serving_shows_no_client_an_error_and_loses_no_write(
-    untrained_run: UntrainedRun, ray_session: None, processes: list[subprocess.Popen[str]], tmp_path: Path
-) -> None:
-    config = to_serve(untrained_run, tmp_path)
-    driver, raylets = start(SERVE, {"config": config.model_dump(mode="json")}, processes, nodes=2, cpus=2)
-    assert driver.stdout is not None
-    load = Load(untrained_run, driver.stdout.readline().strip(), retries=2)
-    try:
-        wait_for(load.goes_on(), driver, "the service does not answer")
-        (busy,) = (raylet for raylet in raylets if named(raylet, b"ray::ServeReplica:tvilfm:Encoder"))
-        (left,) = (raylet for raylet in raylets if raylet != busy)
-        lose(busy)
-        wait_for(lambda: named(left, b"ray::ServeReplica:tvilfm:Encoder"), driver, "the encoder is not replaced")
-        wait_for(load.goes_on(), driver, "the service does not answer again")
-    finally:
-        load.end()
-    assert load.errors == []
-    load.check(str(config.gallery.uri))
-    driver.communicate("\n", timeout=120)
-    assert driver.returncode == 0
