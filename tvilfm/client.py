@@ -6,7 +6,8 @@
 
 What the service asks to try again (429, 503), and what got no answer of the service, is tried again: every request may
 be repeated without harm, as a write names the row that it writes. Where the machine dies that a request had reached,
-whoever stands before it answers with an error of its own: Serve's proxy with a bare 500, a load balancer with 502 or 504.
+whoever stands before it answers with an error of its own: Serve's proxy with a bare 500, a load balancer with 502 or
+504.
 """
 
 from __future__ import annotations
