@@ -32,6 +32,11 @@ TOKEN_FILE = "~/.ray/auth_token"
 REQUEST_S = 3600.0
 # A job's cluster is gone so long after its end: time for a last look at its dashboard.
 KEPT_AFTER_END_S = 300
+# So long workers go on without a head whose state a Redis keeps, as KubeRay has it; Ray's own minute starts no machine.
+HEAD_AWAY_S = 600
+# A replica that answers a proxy through Ray stands still, for everybody, from that proxy's loss till a head knows of it
+# (Ray 2.60: its event loop waits in `WaitAllObjectsReported`). Through gRPC it does not; gRPC's own limit is 4 MB.
+SERVE_ENV = {"RAY_SERVE_PROXY_USE_GRPC": "1", "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1)}
 # Has Docker, and no GPU driver; Ray's own default.
 GCP_IMAGE = "projects/deeplearning-platform-release/global/images/family/common-cpu"
 
@@ -147,6 +152,7 @@ def _launcher(
         mounts[TOKEN_FILE] = str(section.token_path)
     environment = "export RAY_AUTH_MODE=token; " if section.token_path is not None else ""
     redis = f"RAY_REDIS_ADDRESS={section.redis} " if section.redis else ""
+    patient = f"RAY_gcs_rpc_server_reconnect_timeout_s={HEAD_AWAY_S} " if section.redis else ""
     ports = section.ports
     start = f"ulimit -n 65536; {environment}"
     document: Document = {
@@ -188,7 +194,7 @@ def _launcher(
         ],
         "worker_start_ray_commands": [
             "ray stop",
-            f"{start}ray start --address=$RAY_HEAD_IP:{ports.gcs} --metrics-export-port={ports.metrics}",
+            f"{start}{patient}ray start --address=$RAY_HEAD_IP:{ports.gcs} --metrics-export-port={ports.metrics}",
         ],
     }
 
@@ -349,6 +355,7 @@ def serve_config(config: Config) -> Document:
     return {
         "proxy_location": "EveryNode",
         "http_options": http_options(config.serve),
+        "controller_options": {"runtime_env": {"env_vars": dict(SERVE_ENV)}},  # proxies and replicas inherit them
         "logging_config": {"encoding": "JSON"},
         "applications": [
             {

@@ -16,9 +16,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.serve._private import constants
 from ray.serve.schema import ServeDeploySchema
 
-from cluster.deploy.render import CONFIG_PATH, REQUEST_S, TARGETS, render
+from cluster.deploy.render import CONFIG_PATH, REQUEST_S, SERVE_ENV, TARGETS, render
 from cluster.storage import excluded
 from tvilfm.config import Config, load_config
 
@@ -123,6 +124,8 @@ def test_launcher_files_pass_rays_own_validation(target: str, more: tuple[str, .
         validate_config(prepare_config(document | {"max_worker": 2}))
     start = " ".join(document["head_start_ray_commands"])
     assert ("RAY_REDIS_ADDRESS=r:6379 ray start" in start) == bool(more)
+    joins = " ".join(document["worker_start_ray_commands"])
+    assert ("RAY_gcs_rpc_server_reconnect_timeout_s=600 ray start" in joins) == bool(more)
     for commands in ("head_start_ray_commands", "worker_start_ray_commands"):
         assert ("RAY_AUTH_MODE=token" in " ".join(document[commands])) == bool(more)
     assert document["file_mounts"].get("~/.ray/auth_token") == ("/t" if more else None)
@@ -232,6 +235,9 @@ def test_the_service_passes_serves_validation_and_names_an_application_that_ther
     module, _, name = application.import_path.partition(":")
     source = ast.parse((REPOSITORY / f"{module.replace('.', '/')}.py").read_text())
     assert name in {node.name for node in source.body if isinstance(node, ast.FunctionDef)}
+    assert schema.controller_options is not None and schema.controller_options.runtime_env == {"env_vars": SERVE_ENV}
+    for name in SERVE_ENV:  # no other release has to know them
+        assert hasattr(constants, name)
     with pytest.raises(ValidationError):
         ServeDeploySchema.model_validate(document | {"applications": [{"name": "tvilfm"}]})
 
