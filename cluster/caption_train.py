@@ -14,7 +14,8 @@ import ray.train.torch
 import torch
 
 from cluster.depot import Depot, fetched
-from cluster.train import METRICS_FILE, Record, Reporter, last_checkpoint, trainer_of, write_records
+from cluster.learning import METRICS_FILE, Record, write_records
+from cluster.train import Reporter, last_checkpoint, trainer_of
 from tvilfm.captioning.captioner import Captioner
 from tvilfm.captioning.conv_captioner import NAME, build_conv_captioner
 from tvilfm.captioning.finetune import Modality, Pairs, caption_pairs, finetune, mean_loss

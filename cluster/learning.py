@@ -1,4 +1,4 @@
-"""The learning records of a run while it trains: read from the files that rank 0 of each stage writes.
+"""The learning records of a run while it trains: a file a stage, replaced after every epoch.
 
 A file rather than messages, because it is also there after a kill, for a stage that another trial trains, and for one
 that was finished long ago: whoever follows a run always sees every epoch, once, in order.
@@ -8,16 +8,29 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from cluster.stages import StageStore
 from tvilfm.config import Config
+from tvilfm.report.tables import write_text_atomic
 
 Record = dict[str, float | int | str]
 
+METRICS_FILE = "metrics.jsonl"  # a line an epoch, of a stage or of a whole run
 TRAINED = ("base", "text")
 INTERVAL_S = 0.5
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records in a file; a last line without its newline is still being written."""
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def write_records(path: Path, records: Sequence[Record]) -> None:
+    """Replace a file by these records, a JSON line each; a reader never sees half of them."""
+    write_text_atomic(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 class Learning:
@@ -37,15 +50,11 @@ class Learning:
         """Every record so far: stage, epoch, step (epochs of both stages, from 1), losses, validation metrics."""
         records: list[Record] = []
         for name in TRAINED:
-            paths = (self._store.path(name) / "metrics.jsonl", self._store.partial(name) / "metrics.jsonl")
+            paths = (self._store.path(name) / METRICS_FILE, self._store.partial(name) / METRICS_FILE)
             path = next((path for path in paths if path.exists()), None)
-            # Without its newline the last line is still being written.
-            lines = path.read_text().splitlines(keepends=True) if path else []
-            for line in lines:
-                if line.endswith("\n"):
-                    record = json.loads(line)
-                    step = self._offset[name] + record["epoch"] + 1
-                    records.append({"stage": name, "step": step, **record})
+            for record in read_records(path) if path else ():
+                step = self._offset[name] + int(record["epoch"]) + 1
+                records.append({"stage": name, "step": step, **record})
         return records
 
     def new(self) -> list[Record]:

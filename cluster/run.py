@@ -22,14 +22,14 @@ from cluster.caption_train import fit_captioner
 from cluster.depot import below, runs_depot, stages_depot
 from cluster.events import Events
 from cluster.features import write_features, write_views
-from cluster.learning import Learning, Record, follow
+from cluster.learning import METRICS_FILE, Learning, Record, follow, write_records
 from cluster.pixels import decode_dataset
 from cluster.progress import ProgressFile, watch
 from cluster.rephrase import rephrase_table
 from cluster.session import session
 from cluster.stages import STAGES, StageStore, stage_fingerprints, stages_of
 from cluster.trackers import check_trackers, log_record, log_results, trackers
-from cluster.train import METRICS_FILE, fit_stage, write_records
+from cluster.train import fit_stage
 from tvilfm.captioning.finetune import Modality
 from tvilfm.captioning.scores import Marks
 from tvilfm.config import Config, to_yaml
@@ -46,7 +46,7 @@ from tvilfm.evaluation.features import FeatureTable
 from tvilfm.models import TVILFM
 from tvilfm.report.build import RunFacts, build_report, build_results
 from tvilfm.report.page import write_report
-from tvilfm.report.tables import Results
+from tvilfm.report.tables import Results, write_text_atomic
 
 UNITS = {
     "pixels": "images",
@@ -395,14 +395,14 @@ class _Job:
     def _write_run_folder(self) -> None:
         path = self.config.run.path
         path.mkdir(parents=True, exist_ok=True)
-        _write(path / "config.yaml", to_yaml(self.config))
+        write_text_atomic(path / "config.yaml", to_yaml(self.config))
         info = {
             "seed": self.config.run.seed,
             "versions": self._versions(),
             "fingerprints": self.dataset,
             "stages": {name: os.path.relpath(self.store.path(name), path) for name in self._wanted("report")},
         }
-        _write(path / "run.json", json.dumps(info, indent=2))
+        write_text_atomic(path / "run.json", json.dumps(info, indent=2))
 
     def _versions(self) -> dict[str, str]:
         return {"python": platform.python_version()} | {
@@ -422,9 +422,3 @@ def make_synthetic(config: Config, console: Console) -> None:
     console.print(f"data: rendering the synthetic benchmark ({size}) into {config.data_root}", highlight=False)
     config.data_root.parent.mkdir(parents=True, exist_ok=True)
     write_sysu_layout(config.data_root, SIZES[size], seed=config.data.synthetic.seed)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from ray.train.torch import TorchTrainer
 from safetensors.torch import load_file, save
 
 from cluster.depot import Depot, fetched
+from cluster.learning import METRICS_FILE, Record, read_records, write_records
 from cluster.progress import ProgressFile
 from tvilfm.config import ClusterSection, Config
 from tvilfm.datasets.pixels import open_pixels
@@ -28,10 +28,6 @@ from tvilfm.models import TVILFM
 from tvilfm.models.backbone import DualStemResNet
 from tvilfm.training import stages
 from tvilfm.training.pretrain import attribute_labels, pretrain
-
-Record = dict[str, float | int]
-
-METRICS_FILE = "metrics.jsonl"  # of a training stage: a line an epoch
 
 
 def fit_stage(name: str, folder: Path, config: Config, inputs: dict[str, str], depot: Depot | None = None) -> None:
@@ -123,13 +119,6 @@ class _Epochs(UserCallback):
         write_records(self._path, metrics[0]["records"])
 
 
-def write_records(path: Path, records: Sequence[Record]) -> None:
-    """Replace a file of JSON lines by these records."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
-    os.replace(temporary, path)
-
-
 @contextmanager
 def last_checkpoint() -> Iterator[Path | None]:
     """A worker's checkpoint to go on from; None at the start."""
@@ -158,7 +147,7 @@ class Reporter:
         self._epochs = epochs
         self.records: list[Record] = []
         if resume is not None:
-            self.records = [json.loads(line) for line in (resume / METRICS_FILE).read_text().splitlines()]
+            self.records = read_records(resume / METRICS_FILE)
 
     def on_step(self, record: Record) -> None:
         if self._rank == 0:

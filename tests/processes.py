@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 
 def descendants(pid: int) -> list[int]:
@@ -26,11 +30,32 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def command_line(pid: int) -> bytes:
+    """What a process calls itself; nothing once it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def kill_all(pids: Iterable[int]) -> None:
+    """Kill processes, some of which may be gone."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def kill_tree(process: subprocess.Popen[Any]) -> None:
+    """Kill a process and all that it started, at once."""
+    kill_all([process.pid, *descendants(process.pid)])
+    process.wait()
+
+
 def alive(pid: int) -> bool:
     """Running, and not one of the node's two agents, which write nothing of the run and take a minute to leave."""
     try:
         zombie = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-        return not zombie and b"Agent" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return not zombie and b"Agent" not in command_line(pid)
     except OSError:
         return False
 

@@ -19,7 +19,7 @@ from cluster.depot import COMPLETE, Depot, below, fetched
 from cluster.index import finished_run
 from cluster.run import run
 from cluster.stages import StageStore, stages_of
-from tests.processes import descendants, kill
+from tests.processes import kill, kill_tree
 from tvilfm.config import Config, load_config
 from tvilfm.models import TVILFM
 
@@ -227,9 +227,7 @@ def test_workers_on_a_machine_that_shares_no_disk_give_the_numbers_of_this_one(
         out, error = driver.communicate(timeout=400)
         assert driver.returncode == 0, error[-3000:]
     finally:
-        for pid in descendants(driver.pid):
-            os.kill(pid, 9)
-        driver.kill()
+        kill_tree(driver)
     assert json.loads(out.splitlines()[-1]) == stages_of(apart)
     here = load_config(
         REPOSITORY / "ray_config.yaml", [*QUICK, f"run.dir={tmp_path}", f"data.root={tiny_benchmark}"], size="tiny"

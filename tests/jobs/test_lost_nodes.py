@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ import torch
 from cluster.pixels import decode_dataset
 from cluster.train import fit_stage
 from cluster.tune import sweep_space
-from tests.processes import alive, descendants
+from tests.processes import alive, command_line, descendants, kill_all, kill_tree
 from tvilfm.config import Config, load_config
 from tvilfm.datasets import read_dataset
 from tvilfm.datasets.captions import read_published
@@ -85,25 +84,14 @@ def processes() -> Iterator[list[subprocess.Popen[str]]]:
     started: list[subprocess.Popen[str]] = []
     yield started
     for process in started:
-        children = descendants(process.pid)
-        process.kill()
+        kill_tree(process)
         process.communicate()
-        for child in children:
-            _kill(child)
-
-
-def _kill(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
 
 
 def lose(raylet: int) -> None:
     """A machine goes: its raylet and every process that it started, at once."""
     lost = [raylet, *descendants(raylet)]
-    for pid in lost:
-        _kill(pid)
+    kill_all(lost)
     deadline = time.monotonic() + 60
     while any(alive(pid) for pid in lost):
         assert time.monotonic() < deadline
@@ -112,13 +100,7 @@ def lose(raylet: int) -> None:
 
 def named(raylet: int, title: bytes) -> bool:
     """Whether a node runs a process of that title."""
-    for pid in descendants(raylet):
-        try:
-            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(title):
-                return True
-        except OSError:
-            continue
-    return False
+    return any(command_line(pid).startswith(title) for pid in descendants(raylet))
 
 
 def wait_for(condition: Callable[[], bool], driver: subprocess.Popen[str], what: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from cluster.index import index
 from tests.jobs.test_lost_nodes import named
 from tests.jobs.test_serve import free_port
 from tests.jobs.test_submit import TOKEN, free_ports, plain_environment, wait_for
-from tests.processes import descendants
+from tests.processes import command_line, descendants, kill_tree
 from tests.untrained_run import UntrainedRun
 from tvilfm.client import Client, as_json
 from tvilfm.config import Config
@@ -45,16 +44,6 @@ ADDRESS = "127.0.0.2"  # Ray takes another one of this machine where it reads 12
 RETRIES = 2  # the client's default
 
 
-def kill_tree(process: subprocess.Popen[bytes]) -> None:
-    """A process and all that it started, at once."""
-    for pid in [process.pid, *descendants(process.pid)]:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    process.wait()
-
-
 def parts_on(machine: subprocess.Popen[bytes]) -> set[str]:
     """Parts of the service that a machine runs."""
     return {part for part in PARTS if named(machine.pid, f"ray::ServeReplica:tvilfm:{part}".encode())}
@@ -63,13 +52,6 @@ def parts_on(machine: subprocess.Popen[bytes]) -> set[str]:
 def replicas(machine: subprocess.Popen[bytes]) -> set[int]:
     """Processes of the service that a machine runs."""
     return {pid for pid in descendants(machine.pid) if b"ServeReplica:tvilfm:" in command_line(pid)}
-
-
-def command_line(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
 
 
 class Machines:

@@ -29,7 +29,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from cluster import deploy
 from cluster.index import finished_run, index
 from cluster.serve import Ingress, SearcherReplica, Writer, application, filter_captioner, serving
-from tests.processes import descendants
+from tests.processes import command_line, descendants
 from tests.unit.test_service import hostile
 from tests.untrained_run import UntrainedRun, evaluated_rankings
 from tvilfm.captioning.captioner import Captioner
@@ -185,14 +185,8 @@ def test_parts_are_killed_under_load_and_nobody_who_tries_twice_sees_it(
 
 def replicas(part: str) -> list[int]:
     """Processes of a part of the service."""
-    found = []
-    for pid in descendants(os.getpid()):
-        try:
-            if f"ServeReplica:tvilfm:{part}" in Path(f"/proc/{pid}/cmdline").read_text():
-                found.append(pid)
-        except OSError:
-            continue
-    return found
+    title = f"ServeReplica:tvilfm:{part}".encode()
+    return [pid for pid in descendants(os.getpid()) if title in command_line(pid)]
 
 
 def until(true: object, deadline_s: float = 120) -> None:

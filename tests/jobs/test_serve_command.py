@@ -19,7 +19,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 from cluster.index import index
 from tests.jobs.test_serve import free_port, until
-from tests.processes import descendants
+from tests.processes import descendants, kill_tree
 from tests.untrained_run import UntrainedRun
 from tvilfm.client import Client, ServiceError
 from tvilfm.datasets.manifest import select
@@ -58,22 +58,12 @@ def served(run: UntrainedRun, folder: Path, *overrides: str) -> Iterator[tuple[s
             try:
                 process.wait(60)
             finally:
-                kill_all(process)
+                kill_tree(process)
 
 
 def make_gallery(run: UntrainedRun, folder: Path) -> None:
     gallery = run.config.gallery.model_copy(update={"uri": str(folder / "gallery")})
     index(run.config.model_copy(update={"gallery": gallery}))
-
-
-def kill_all(process: subprocess.Popen[str]) -> None:
-    """Kill a command and all of its Ray at once."""
-    for pid in [process.pid, *descendants(process.pid)]:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    process.wait()
 
 
 @pytest.mark.slow
@@ -177,7 +167,7 @@ def test_everything_is_killed_while_clients_write_and_no_acknowledged_write_is_l
                 writer.start()
             until(lambda before=before: len(acknowledged) > before + 20)
             time.sleep(0.05 * life)
-            kill_all(process)
+            kill_tree(process)
             for writer in writers:
                 writer.join(60)
         found = Gallery.open(str(tmp_path / "gallery")).load(None, ["id"])["id"].to_pylist()

@@ -23,7 +23,7 @@ from ray.job_submission import JobStatus
 from cluster import submit
 from cluster.__main__ import app
 from cluster.submit import DATA_PARAMETERS, connect, exit_status, job_paths, on_this_machine, package_of, parse
-from tests.processes import descendants
+from tests.processes import descendants, kill_all
 from tvilfm.config import load_config
 
 REPOSITORY = Path(__file__).parents[2]
@@ -257,11 +257,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
             children = descendants(process.pid)
             process.terminate()
             process.wait(60)
-            for child in children:
-                try:
-                    os.kill(child, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
+            kill_all(children)
 
 
 def answers(address: str, process: subprocess.Popen[Any]) -> bool:
