@@ -356,7 +356,7 @@ class _Ends(Callback):
     """Says what happens to the runs, a line an event, and writes down how each ended."""
 
     def __init__(self, folder: Path, total: int) -> None:
-        self._folder, self._left = folder, total
+        self._folder, self._total = folder, total
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         _say(trial, "started")
@@ -369,20 +369,20 @@ class _Ends(Callback):
         _say(trial, f"{where}: {', '.join(numbers)}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._end(trial, "done" if trial.last_result.get(DONE) else "stopped", "")
+        self._end(trials, trial, "done" if trial.last_result.get(DONE) else "stopped")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         path = self._folder / "trials" / _name(trial) / ERROR_FILE
         # The last line of an error is what was raised; the others are the way there.
         lines = [line.strip() for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
-        self._end(trial, "failed", lines[-1] if lines else "its process died")
+        self._end(trials, trial, "failed", lines[-1] if lines else "its process died")
 
-    def _end(self, trial: Any, status: Status, reason: str) -> None:
+    def _end(self, trials: list[Any], trial: Any, status: Status, reason: str = "") -> None:
         end = {"name": _name(trial), "params": trial.config, "status": status, "reason": reason}
         with (self._folder / ENDED_FILE).open("a") as file:
             file.write(json.dumps(end) + "\n")
-        self._left -= 1
-        _say(trial, f"{status}{': ' + reason if reason else ''}; {self._left} left")
+        left = self._total - 1 - sum(other.is_finished() for other in trials if other is not trial)
+        _say(trial, f"{status}{': ' + reason if reason else ''}; {left} left")
 
 
 def _name(trial: Any) -> str:

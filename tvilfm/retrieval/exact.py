@@ -7,7 +7,8 @@ both makes the result that of the second alone.
 The table's rows lie in chunks that are never changed: a new version adds one and marks what is gone, so that loading
 it costs what it brings, and a search that is under way is not disturbed.
 
-Shapes: Q queries, N rows of a chunk, R of them that are looked at twice, K ranked rows, D feature.
+Shapes: Q queries, N rows of a chunk, R of them that are looked at twice, K ranked rows, P pairs of
+a query and a row, D feature.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from tvilfm.retrieval.similarity import similarity
 
 FACTS = ("id", "pid", "camid", "time", "image", "position")
 CHUNK_ROWS = 1 << 18
+SPARE = 64  # rows that the first pass ranks beyond those wanted
 # Rounding of a product with a unit vector, over the length of the other: of inputs and sums in half precision (four
 # roundings of 2^-11 and a reserve for sums split over a GPU), and of float32 sums per summand.
 HALF_ERROR, FLOAT_ERROR = 2.0**-8, 2.0**-24
@@ -98,7 +100,7 @@ class _Chunk:
         expression = where.expression()
         if expression is None:
             return self.alive
-        numbered = self.facts.append_column("row", pa.array(np.arange(len(self))))
+        numbered = self.facts.select(("camid", "time")).append_column("row", pa.array(np.arange(len(self))))
         mask = np.zeros(len(self), dtype=bool)
         mask[numbered.filter(expression)["row"].to_numpy()] = True
         return mask & self.alive
@@ -160,12 +162,11 @@ class ExactIndex:
         """
         keep, facts, vectors, scores = [], [], [], []
         for chunk in self._chunks:
-            keep_QN = self._first_pass(chunk, vectors_QD, wheres, count, base=base)
-            rows_R = torch.nonzero(keep_QN.any(dim=0)).flatten()
+            rows_R, keep_QR = self._first_pass(chunk, vectors_QD, wheres, count, base=base)
             vectors_RD = chunk.vectors[base]
             if len(rows_R) < len(chunk):
                 vectors_RD = vectors_RD[rows_R]
-            keep.append(keep_QN[:, rows_R].numpy())
+            keep.append(keep_QR.numpy())
             facts.append(chunk.facts.take(rows_R.numpy()))
             vectors.append(vectors_RD)
             scores.append(similarity(vectors_QD, vectors_RD).numpy())
@@ -186,22 +187,32 @@ class ExactIndex:
 
     def _first_pass(
         self, chunk: _Chunk, vectors_QD: Tensor, wheres: Sequence[Where], count: int, *, base: bool
-    ) -> Tensor:
-        """(Q, N) bool, rows that may be among the best: no row that ranks in float32 is missing."""
+    ) -> tuple[Tensor, Tensor]:
+        """(R) rows that may be among the best of a query, and (Q, R) bool of which: none that ranks is missing."""
         coarse = chunk.coarse[base]
         coarse_QN = (vectors_QD.to(coarse) @ coarse.T).float()
-        allowed = {where: torch.from_numpy(chunk.allowed(where)) for where in set(wheres)}
-        if not all(mask.all() for mask in allowed.values()):
-            allowed_QN = torch.stack([allowed[where] for where in wheres]).to(coarse.device)
-            coarse_QN.masked_fill_(~allowed_QN, -torch.inf)
+        masks = {where: torch.from_numpy(chunk.allowed(where)) for where in set(wheres)}
+        if not all(mask.all() for mask in masks.values()):
+            # One mask for all queries, if they agree, is read from the cache.
+            masks_QN = torch.stack([masks[where] for where in (wheres if len(masks) > 1 else wheres[:1])])
+            coarse_QN.masked_fill_(~masks_QN.to(coarse.device), -torch.inf)
         lowest = torch.finfo(torch.float32).min  # above minus infinity
-        least_Q = torch.full((len(vectors_QD),), lowest, device=coarse.device)
+        least_Q1 = torch.full((len(vectors_QD), 1), lowest, device=coarse.device)
+        best = coarse_QN.topk(min(count + SPARE, len(chunk)), dim=1)
         if count < len(chunk):
             # Either pass may be off by its error, for the row in question and for the last of the best.
             error = 2 * FLOAT_ERROR * vectors_QD.shape[1] + (HALF_ERROR if self._half else 0.0)
             slack_Q = (2 * error * vectors_QD.norm(dim=1)).to(coarse.device)
-            least_Q = (coarse_QN.topk(count, dim=1).values[:, -1] - slack_Q).clamp(min=lowest)
-        return (coarse_QN >= least_Q[:, None]).cpu()
+            least_Q1 = (best.values[:, count - 1] - slack_Q).clamp(min=lowest)[:, None]
+        if best.values.shape[1] < len(chunk) and (best.values[:, -1:] >= least_Q1).any():  # more near ties than spare
+            query_P, row_P = torch.nonzero(coarse_QN >= least_Q1, as_tuple=True)
+        else:
+            query_P, place_P = torch.nonzero(best.values >= least_Q1, as_tuple=True)
+            row_P = best.indices[query_P, place_P]
+        rows_R, place_P = row_P.unique(return_inverse=True)
+        keep_QR = torch.zeros(len(vectors_QD), len(rows_R), dtype=torch.bool, device=coarse.device)
+        keep_QR[query_P, place_P] = True
+        return rows_R.cpu(), keep_QR.cpu()
 
     def _chunk(self, stamps: npt.NDArray[np.void], facts: pa.Table, vectors: dict[bool, Tensor]) -> _Chunk:
         coarse = vectors
