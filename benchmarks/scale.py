@@ -111,14 +111,16 @@ def _drive(folder: Path, workers: int, simulated: bool) -> dict[str, float]:
         nodes = Cluster()
         nodes.add_node(num_cpus=0, include_dashboard=False)
         for _ in range(workers):
-            nodes.add_node(num_cpus=1, include_dashboard=False, object_store_memory=200 * 1024**2)
+            # As many CPUs as processes, or Ray would end an idle decoder and start another, at seconds of CPU each.
+            nodes.add_node(num_cpus=4, num_gpus=1, include_dashboard=False, object_store_memory=200 * 1024**2)
         ray.init(address=nodes.address, **options)
     else:
         ray.init(address="local", num_cpus=2 * workers, include_dashboard=False, **options)
     batches = BATCHES_A_WORKER if simulated else REAL_BATCHES_A_WORKER
+    section = ClusterSection(extract_workers=workers, gpus_per_worker=int(simulated))
     jobs: dict[str, Callable[[], None]] = {
-        "captioning": lambda: _caption(folder, logs / "out", workers, batches),
-        "extraction": lambda: _extract(folder, workers, batches),
+        "captioning": lambda: _caption(folder, logs / "out", section, batches),
+        "extraction": lambda: _extract(folder, section, batches),
     }
     rates = {}
     for name, job in jobs.items():
@@ -132,29 +134,29 @@ def _drive(folder: Path, workers: int, simulated: bool) -> dict[str, float]:
     return rates
 
 
-def _caption(folder: Path, out: Path, workers: int, batches: int) -> None:
+def _caption(folder: Path, out: Path, cluster: ClusterSection, batches: int) -> None:
     from cluster.caption import caption_images
     from cluster.session import session
 
+    workers = cluster.extract_workers
     names = [f"{number:05d}.jpg" for number in range(workers * batches * BATCH)]
     captioner = CaptionerSection(model=str(folder / "captioner"), max_new_tokens=20)
     section = CaptionSection(visible=captioner, batch=BATCH, workers=workers)
     rows = pa.table({"image": names, "modality": ["visible"] * len(names)})
-    with session(ClusterSection()):
-        caption_images(rows, str(folder / "images"), str(out), section, ClusterSection(), seed=0)
+    with session(cluster):
+        caption_images(rows, str(folder / "images"), str(out), section, cluster, seed=0)
 
 
-def _extract(folder: Path, workers: int, batches: int) -> None:
+def _extract(folder: Path, cluster: ClusterSection, batches: int) -> None:
     from cluster.features import encode_chunks, image_chunks
     from cluster.progress import ProgressFile
     from cluster.session import session
 
-    rows = [number % CROPS for number in range(workers * batches * BATCH)]
+    rows = [number % CROPS for number in range(cluster.extract_workers * batches * BATCH)]
     pool: dict[str, Any] = {"model": folder / "model", "pixels": folder / "pixels.npy", "pad": 0, "seed": 0}
-    section = ClusterSection(extract_workers=workers)
     chunks = image_chunks("visible", rows, "visible", size=BATCH)
-    with session(section):
-        for _ in encode_chunks(chunks, section=section, progress=ProgressFile(folder / "progress.json"), **pool):
+    with session(cluster):
+        for _ in encode_chunks(chunks, section=cluster, progress=ProgressFile(folder / "progress.json"), **pool):
             pass
 
 

@@ -2,10 +2,11 @@
 
     make demo && python -m benchmarks.serve_load
 
-Starts `tvilfm serve` on the demo's run as a process of its own, twice, and asks it over the loopback from this one
-with 1, 8 and 32 clients that each wait for an answer before they ask again. Every request is an infrared picture, a
-sentence and the infrared caption. Writes `benchmarks/results/serve_load.json` and `.md`. On two cores the clients, the
-proxy, the ingress, the encoder and the searchers share them. Not part of `make bench`: it takes some minutes.
+Starts `tvilfm serve` on the demo's run as a process of its own, with and without in turn, several times each, as one
+start differs from the next by more than a request from another. Asks it over the loopback from this process with 1, 8
+and 32 clients that each wait for an answer before they ask again. Every request is an infrared picture, a sentence and
+the infrared caption. Writes `benchmarks/results/serve_load.json` and `.md`. On two cores the clients, the
+proxy, the ingress, the encoder and the searchers share them. Not part of `make bench`: it takes six minutes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import platform
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -44,12 +46,13 @@ def main() -> None:
     """Measure, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="small", help="recipe of the run that is served")
-    parser.add_argument("--seconds", type=float, default=20.0, help="that each number of clients is measured for")
+    parser.add_argument("--seconds", type=float, default=10.0, help="that each number of clients is measured for")
+    parser.add_argument("--starts", type=int, default=3, help="of the service with batching, and without")
     arguments = parser.parse_args()
     config = load_config(Path("ray_config.yaml"), size=arguments.size)
     bodies = _bodies(config)
     rows = []
-    for batch in (config.serve.batch, 1):
+    for batch in (config.serve.batch, 1) * arguments.starts:
         with _served(arguments.size, f"serve.batch={batch}") as address:
             with Client(address) as client:
                 images = client.status().images
@@ -142,17 +145,23 @@ def _load(address: str, bodies: Sequence[dict[str, Any]], clients: int, seconds:
 def _markdown(record: dict[str, Any]) -> str:
     lines = [
         f"`python -m benchmarks.serve_load`, {record['date']}, {record['machine']}; {record['gallery']} images in the "
-        f"gallery, {record['seconds']:g} s a row. Every request: an infrared picture, a sentence, a caption.",
+        f"gallery, {record['seconds']:g} s a row. Every request: an infrared picture, a sentence, a caption. Medians "
+        "of several starts of the service; in brackets the lowest and the highest.",
         "",
         "| batch at most | clients | requests/s | p50 ms | p99 ms | errors |",
         "|---:|---:|---:|---:|---:|---:|",
     ]
+    starts: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for row in record["rows"]:
-        lines.append(
-            f"| {row['batch']} | {row['clients']} | {row['requests_s']} | {row['p50_ms']} | {row['p99_ms']} "
-            f"| {row['errors']} |"
-        )
+        starts.setdefault((row["batch"], row["clients"]), []).append(row)
+    for (batch, clients), rows in starts.items():
+        shown = " | ".join(_spread([row[name] for row in rows]) for name in ("requests_s", "p50_ms", "p99_ms"))
+        lines.append(f"| {batch} | {clients} | {shown} | {sum(row['errors'] for row in rows)} |")
     return "\n".join(lines) + "\n"
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.0f} ({min(values):.0f}-{max(values):.0f})"
 
 
 if __name__ == "__main__":

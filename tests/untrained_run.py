@@ -92,15 +92,14 @@ def write_untrained_run(folder: Path, benchmark: Path) -> UntrainedRun:
     return UntrainedRun(config=config, model=model, evaluator=evaluator, manifest=manifest, root=benchmark)
 
 
-def evaluated_rankings(run: UntrainedRun) -> Iterator[Ranking]:
+def evaluated_rankings(config: Config, evaluator: Evaluator) -> Iterator[Ranking]:
     """Every query of every protocol: infrared alone, and the ensemble with every text source."""
-    evaluator = run.evaluator
-    for name in run.config.evaluate.protocols:
+    for name in config.evaluate.protocols:
         protocol = get_protocol(name)
         asking, drawn = evaluator.query(protocol), evaluator.gallery(protocol, 0)
         image_G, camid_G = drawn["image"].to_pylist(), drawn["camid"].to_pylist()
         camids = asking["camid"].to_pylist()
-        contents = [(run.root / image).read_bytes() for image in asking["image"].to_pylist()]
+        contents = [(config.data_root / image).read_bytes() for image in asking["image"].to_pylist()]
 
         def ranking(
             row: int,
@@ -124,7 +123,7 @@ def evaluated_rankings(run: UntrainedRun) -> Iterator[Ranking]:
 
         alone_QG = evaluator.similarity(evaluator.image_vectors(asking, base=True), drawn, base=True)
         yield from (ranking(row, None, None, alone_QG[row]) for row in range(len(contents)))
-        for source in run.config.evaluate.text_sources:
+        for source in config.evaluate.text_sources:
             texts = evaluator.texts(protocol, source)
             if texts is None:
                 continue

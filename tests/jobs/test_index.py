@@ -48,7 +48,7 @@ def test_a_runs_gallery_ranks_as_its_evaluation_and_a_second_index_changes_nothi
     data = untrained_run.config.data
     encoder = QueryEncoder(untrained_run.model, height=data.height, width=data.width)
     searcher, compared = Searcher(gallery, untrained_run.config.gallery), 0
-    for ranking in evaluated_rankings(untrained_run):
+    for ranking in evaluated_rankings(untrained_run.config, untrained_run.evaluator):
         question = Question(
             infrared=decode(ranking.image, height=None, width=None, name=""),
             sentence=ranking.sentence,

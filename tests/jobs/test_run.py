@@ -134,7 +134,7 @@ def test_published_fidelity_trains_on_pixels_and_says_that_it_chose_on_the_test_
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_killed_at_any_stage_it_goes_on_and_ends_with_the_same_numbers(finished: Path, tmp_path: Path) -> None:
     # The dataset is the same files, so that nothing but the kills differs.
     data = finished / "data" / "synthetic-tiny-0"

@@ -18,26 +18,31 @@ import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
 from cluster.index import index
-from tests.jobs.test_serve import free_port, until
+from cluster.run import evaluator_of
+from tests.jobs.test_serve import assert_ranks_as_evaluated, free_port, until
 from tests.processes import descendants, kill_tree
-from tests.untrained_run import UntrainedRun
+from tests.untrained_run import UntrainedRun, evaluated_rankings
 from tvilfm.client import Client, ServiceError
+from tvilfm.config import Config, load_config
 from tvilfm.datasets.manifest import select
 from tvilfm.retrieval.gallery import Gallery
 from tvilfm.service.keys import add_key
 
+REPOSITORY = Path(__file__).parents[2]
 # Twenty take ten minutes: TVILFM_LIVES=20 pytest tests/jobs/test_serve_command.py -k killed
 LIVES = int(os.environ.get("TVILFM_LIVES", "2"))
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @contextmanager
-def served(run: UntrainedRun, folder: Path, *overrides: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def served(
+    config: Config, folder: Path, *overrides: str, size: str = "tiny"
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The command, ready to answer, and its address."""
     port = free_port()
-    where = [f"run.dir={run.config.run.dir}", f"run.name={run.config.run.name}", f"gallery.uri={folder / 'gallery'}"]
+    where = [f"run.dir={config.run.dir}", f"run.name={config.run.name}", f"gallery.uri={folder / 'gallery'}"]
     where += [f"serve.port={port}", f"serve.audit={folder / 'audit'}", "cluster.extract_workers=1", *overrides]
-    command = [sys.executable, "-m", "cluster", "serve", "--size", "tiny", *where]
+    command = [sys.executable, "-m", "cluster", "serve", "--size", size, *where]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
     address = f"http://127.0.0.1:{port}"
@@ -61,19 +66,30 @@ def served(run: UntrainedRun, folder: Path, *overrides: str) -> Iterator[tuple[s
                 kill_tree(process)
 
 
-def make_gallery(run: UntrainedRun, folder: Path) -> None:
-    gallery = run.config.gallery.model_copy(update={"uri": str(folder / "gallery")})
-    index(run.config.model_copy(update={"gallery": gallery}))
+def make_gallery(config: Config, folder: Path) -> None:
+    gallery = config.gallery.model_copy(update={"uri": str(folder / "gallery")})
+    index(config.model_copy(update={"gallery": gallery}))
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not (REPOSITORY / "runs" / "demo" / "results.json").exists(), reason="needs the run of `make demo`")
+def test_every_query_of_the_demo_ranks_over_http_as_its_evaluation_ranks_it(ray_session: None, tmp_path: Path) -> None:
+    config = load_config(REPOSITORY / "ray_config.yaml", size="small")
+    make_gallery(config, tmp_path)
+    rankings = list(evaluated_rankings(config, evaluator_of(config)))
+    with served(config, tmp_path, size="small") as (_, address), Client(address, timeout_s=120) as client:
+        # A network computes a row with others than in the evaluation, and rounds it otherwise.
+        assert_ranks_as_evaluated(client, rankings, rounding=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
 def test_a_browser_signs_in_and_searches(untrained_run: UntrainedRun, ray_session: None, tmp_path: Path) -> None:
-    make_gallery(untrained_run, tmp_path)
+    make_gallery(untrained_run.config, tmp_path)
     token = add_key(tmp_path / "keys", "desk", ["read"])
     (name, *_) = select(untrained_run.manifest, split="query", modality="infrared")["image"].to_pylist()
     with (
-        served(untrained_run, tmp_path, f"serve.keys={tmp_path / 'keys'}") as (process, address),
+        served(untrained_run.config, tmp_path, f"serve.keys={tmp_path / 'keys'}") as (process, address),
         sync_playwright() as playwright,
     ):
         with pytest.raises(ServiceError, match="401"), Client(address) as stranger:
@@ -145,12 +161,12 @@ def _sign_in_and_search(page: Page, token: str, picture: Path) -> None:
 def test_everything_is_killed_while_clients_write_and_no_acknowledged_write_is_lost_or_doubled(
     untrained_run: UntrainedRun, ray_session: None, tmp_path: Path
 ) -> None:
-    make_gallery(untrained_run, tmp_path)
+    make_gallery(untrained_run.config, tmp_path)
     names = select(untrained_run.manifest, split="gallery", modality="visible")["image"].to_pylist()
     picture = (untrained_run.root / names[0]).read_bytes()
     acknowledged: list[str] = []
     for life in range(LIVES):
-        with served(untrained_run, tmp_path) as (process, address):
+        with served(untrained_run.config, tmp_path) as (process, address):
 
             def write(worker: int, life: int = life, address: str = address) -> None:
                 with Client(address, retries=0) as client:
