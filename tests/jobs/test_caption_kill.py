@@ -178,7 +178,7 @@ def test_after_every_kill_of_the_driver_the_next_run_captions_what_is_missing(la
     lab.check_table()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_actor_costs_the_batch_under_way(lab: Lab) -> None:
     driver = lab.start(seconds=0.15)
     lab.wait_for(lambda: len(lab.calls()) >= 3, driver)
@@ -189,7 +189,7 @@ def test_a_killed_actor_costs_the_batch_under_way(lab: Lab) -> None:
     lab.check_table()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_node_costs_its_batch_under_way(lab: Lab) -> None:
     driver = lab.start(seconds=0.3, workers=2, nodes=2)
     assert driver.stdout is not None

@@ -192,7 +192,7 @@ def test_an_endpoint_that_does_not_serve_is_named(
         gone.rephrase(["a man."], ["visible"], seed=0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_after_a_kill_of_the_driver_only_what_is_missing_is_asked_for(endpoint: Endpoint, tmp_path: Path) -> None:
     endpoint.seconds = 0.2
     captions, out, count = tmp_path / "in.parquet", tmp_path / "out", 96
