@@ -55,6 +55,7 @@ from tvilfm.service.audit import Audit
 from tvilfm.service.backend import Busy, Change, Unavailable
 from tvilfm.service.keys import KeyFile
 from tvilfm.service.messages import ModelFacts, Status, Weights
+from tvilfm.service.writer import GalleryWriter
 
 APPLICATION = "tvilfm"
 QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")  # the audit trail says who asked
@@ -195,30 +196,30 @@ class Writer:
 
     def __init__(self, config: Config, space: str) -> None:
         self._gallery, self._config = _open_for_writing(config.gallery_uri, space), config
+        self._writer = GalleryWriter(self._gallery, Audit(config.audit_path, days=config.serve.audit_days))
         self._days = config.serve.retention_days
         self._on_disk = True  # whether people who left may still be in files: a writer before may have been killed
-        self._lock = threading.Lock()
         if self._days is not None:
             threading.Thread(target=self._retain, daemon=True).start()
 
-    async def upsert(self, rows: pa.Table, space: str) -> Change:
+    async def upsert(self, rows: pa.Table, space: str, by: str | None) -> Change:
         """Write rows."""
         if self._days is not None:  # who has no time could never leave; see also `_forget_before`
             now = pa.scalar(datetime.now(UTC), rows["time"].type)
             rows = rows.set_column(rows.column_names.index("time"), "time", pc.fill_null(rows["time"], now))
-        return await self._alone(lambda: self._gallery.upsert(rows, space_id=space) and rows.num_rows)
+        return await asyncio.to_thread(self._writer.upsert, rows, space_id=space, by=by)
 
-    async def delete(self, ids: Sequence[str]) -> Change:
+    async def delete(self, ids: Sequence[str], by: str | None) -> Change:
         """Remove rows."""
-        return await self._alone(lambda: self._gallery.delete(ids))
+        return await asyncio.to_thread(self._writer.delete, ids, by=by)
 
-    async def delete_person(self, pid: int) -> Change:
+    async def delete_person(self, pid: int, by: str | None) -> Change:
         """Remove the rows of a person."""
-        return await self._alone(lambda: self._gallery.delete_person(pid))
+        return await asyncio.to_thread(self._writer.delete_person, pid, by=by)
 
-    async def compact(self) -> Change:
+    async def compact(self, by: str | None) -> Change:
         """Remove from disk what was removed, and have a large gallery indexed."""
-        return await self._alone(self._compact)
+        return await asyncio.to_thread(self._writer.change, "compact", self._compact, by=by)
 
     async def ready(self) -> None:
         """Answers when there is a writer."""
@@ -229,14 +230,6 @@ class Writer:
             with _going_on("the gallery could not be indexed"):  # compact it is
                 build_index(self._gallery, self._config, workers=False)
         return len(self._gallery)
-
-    async def _alone(self, change: Callable[[], int]) -> Change:
-        return await asyncio.to_thread(self._change, change)
-
-    def _change(self, change: Callable[[], int]) -> Change:
-        with self._lock:
-            count = change()
-            return Change(version=self._gallery.version, count=count)
 
     def _forget_before(self, time: datetime) -> int:
         """Delete who came before, and then from files too; who has no time came now at the latest."""
@@ -256,7 +249,7 @@ class Writer:
         while True:
             oldest = datetime.now(UTC) - timedelta(days=self._days)
             with _going_on("people who have to leave could not be removed from every file"):
-                self._change(partial(self._forget_before, oldest))
+                self._writer.change("retention", partial(self._forget_before, oldest), by=None)
             time.sleep(RETENTION_S)
 
 
@@ -300,17 +293,17 @@ class Ingress:
     ) -> list[Answer]:
         return await self._call(self._searcher.search, (queries, requests, min_version))
 
-    async def upsert(self, rows: pa.Table, *, space_id: str) -> Change:
-        return await self._call(self._writer.upsert, rows, space_id)
+    async def upsert(self, rows: pa.Table, *, space_id: str, by: str | None) -> Change:
+        return await self._call(self._writer.upsert, rows, space_id, by)
 
-    async def delete(self, ids: Sequence[str]) -> Change:
-        return await self._call(self._writer.delete, ids)
+    async def delete(self, ids: Sequence[str], *, by: str | None) -> Change:
+        return await self._call(self._writer.delete, ids, by)
 
-    async def delete_person(self, pid: int) -> Change:
-        return await self._call(self._writer.delete_person, pid)
+    async def delete_person(self, pid: int, *, by: str | None) -> Change:
+        return await self._call(self._writer.delete_person, pid, by)
 
-    async def compact(self) -> Change:
-        return await self._call(self._writer.compact, patience_s=None)
+    async def compact(self, *, by: str | None) -> Change:
+        return await self._call(self._writer.compact, by, patience_s=None)
 
     async def picture(self, id: str) -> bytes | None:
         return await self._call(self._searcher.picture, id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import re
@@ -141,6 +142,30 @@ def test_the_runs_captioner_says_what_fusion_subtracts_where_the_client_does_not
 
 
 @pytest.mark.slow
+def test_a_write_whose_client_hangs_up_is_audited_if_it_is_made(
+    address: str, config: Config, untrained_run: UntrainedRun
+) -> None:
+    (picture, *_) = (ranking.image for ranking in evaluated_rankings(untrained_run.config, untrained_run.evaluator))
+    body, hung_up = as_json(image=picture, camid=1), 0
+    ids = {f"gone-{number}" for number in range(30)}
+    for number, id in enumerate(sorted(ids)):
+        try:
+            httpx.put(f"{address}/v1/gallery/{id}", json=body, timeout=0.005 * (1 + number), trust_env=False)
+        except httpx.TimeoutException:
+            hung_up += 1
+    assert hung_up
+    time.sleep(3.0)  # what was under way is made, or not
+    found = Gallery.open(config.gallery_uri).load(None, ["id"])["id"].to_pylist()
+    (path,) = config.audit_path.iterdir()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    audited = [id for line in lines if line["action"] == "upsert" for id in line["ids"] if id in ids]
+    assert sorted(audited) == sorted(ids.intersection(found))
+    with Client(address) as client:
+        for id in ids:
+            client.delete(id)
+
+
+@pytest.mark.slow
 def test_parts_are_killed_under_load_and_nobody_who_tries_twice_sees_it(
     address: str, config: Config, untrained_run: UntrainedRun
 ) -> None:
@@ -216,7 +241,7 @@ def test_people_leave_the_gallery_and_its_files_after_their_time(untrained_run: 
     times = pa.array([now - timedelta(days=31), now - timedelta(days=29), None], TIME)
     rows = {"id": ["left-long-ago", "stays", "now"], "camid": [1, 1, 1], "vector": vector, "vector_base": vector}
     writer = Writer(config.model_copy(update={"serve": serve, "gallery": where}), "space")
-    asyncio.run(writer.upsert(pa.table({**rows, "time": times}), "space"))
+    asyncio.run(writer.upsert(pa.table({**rows, "time": times}), "space", None))
     writer._gallery.close()
     reader = Gallery.open(str(tmp_path))
     assert None not in reader.load(None, ["time"])["time"].to_pylist()  # who comes without a time comes now
@@ -251,9 +276,9 @@ def test_people_who_were_indexed_without_a_time_leave_too(untrained_run: Untrain
     writer = Writer(config, "space")
     reader = Gallery.open(str(tmp_path))
     until(lambda: reader.refresh() and None not in reader.load(None, ["time"])["time"].to_pylist())
-    writer._change(lambda: writer._forget_before(datetime.now(UTC) - timedelta(days=30)))
+    writer._writer.change("retention", lambda: writer._forget_before(datetime.now(UTC) - timedelta(days=30)), by=None)
     assert len(writer._gallery) == 3  # they came now
-    writer._change(lambda: writer._forget_before(datetime.now(UTC)))
+    writer._writer.change("retention", lambda: writer._forget_before(datetime.now(UTC)), by=None)
     assert len(writer._gallery) == 0
     writer._gallery.close()
 
@@ -277,7 +302,7 @@ def test_people_leave_an_old_models_table_and_the_one_in_use_stays(
     until(lambda: "people who have to leave could not be removed from every file" in caplog.text)
     logger.removeHandler(caplog.handler)
     with pytest.raises(ValueError, match="expected the table in use to compact"):
-        asyncio.run(writer.compact())
+        asyncio.run(writer.compact(None))
     assert ids(Gallery.open(str(tmp_path))) == {"a", "b", "c"}
     writer._gallery.close()
 
@@ -288,13 +313,13 @@ def test_a_searcher_behind_a_compaction_goes_on_with_the_latest_version(
     config, rows = small_gallery(untrained_run.config, tmp_path)
     config = config.model_copy(update={"gallery": config.gallery.model_copy(update={"exact_limit": 1})})
     writer = Writer(config, "space")
-    asyncio.run(writer.upsert(rows.append_column("time", pa.nulls(3, TIME)), "space"))
+    asyncio.run(writer.upsert(rows.append_column("time", pa.nulls(3, TIME)), "space", None))
     searcher = SearcherReplica(config, "space")
     asked = Query(parts={"text": torch.eye(4)[1]}, base=False, space_id="space", filter_text_source="none")
 
     def compacted(id: str) -> int:
-        asyncio.run(writer.delete([id]))
-        return asyncio.run(writer.compact()).version
+        asyncio.run(writer.delete([id], None))
+        return asyncio.run(writer.compact(None)).version
 
     version = compacted("a")
     (answer,) = searcher._search([asked], [Request(weights={})], 0)
@@ -317,7 +342,11 @@ def test_a_gallery_that_grew_large_is_scanned_till_a_compaction_indexes_it(
     vector = vector_column(values / np.linalg.norm(values, axis=1, keepdims=True))
     rows = {"id": [str(n) for n in range(600)], "camid": [1] * 600, "vector": vector, "vector_base": vector}
     writer, searcher, said = Writer(config, "space"), SearcherReplica(config, "space"), []
-    for change in (lambda: writer.upsert(pa.table(rows), "space"), writer.compact, lambda: writer.delete(["0"])):
+    for change in (
+        lambda: writer.upsert(pa.table(rows), "space", None),
+        lambda: writer.compact(None),
+        lambda: writer.delete(["0"], None),
+    ):
         searcher._refresh()
         said.append(asyncio.run(searcher.facts())["search"])
         asyncio.run(change())

@@ -8,7 +8,6 @@ import json
 import os
 import random
 import struct
-import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -39,6 +38,7 @@ from tvilfm.service.audit import Audit
 from tvilfm.service.backend import Busy, Change, Unavailable
 from tvilfm.service.keys import KeyFile, add_key, remove_key
 from tvilfm.service.messages import ModelFacts, Status, Weights
+from tvilfm.service.writer import GalleryWriter
 
 WEIGHTS = EvaluateSection().ensemble.weights
 
@@ -46,11 +46,11 @@ WEIGHTS = EvaluateSection().ensemble.weights
 class DirectBackend:
     """The parts of the service, called where they stand."""
 
-    def __init__(self, run: UntrainedRun, gallery: Gallery) -> None:
+    def __init__(self, run: UntrainedRun, gallery: Gallery, audit: Audit) -> None:
         data = run.config.data
         self._model, self._size = run.model, {"height": data.height, "width": data.width}
         self._encoder = QueryEncoder(run.model, **self._size)
-        self._gallery, self._lock = gallery, threading.Lock()
+        self._gallery, self._writer = gallery, GalleryWriter(gallery, audit)
         self._searcher = Searcher(Gallery.open(gallery.uri, space_id=self._encoder.space_id), GallerySection())
         self.facts = ModelFacts(
             model="untrained",
@@ -77,18 +77,21 @@ class DirectBackend:
         self._searcher.refresh()
         return self._searcher.search(queries, requests)
 
-    async def upsert(self, rows: pa.Table, *, space_id: str) -> Change:
-        return Change(version=self._gallery.upsert(rows, space_id=space_id), count=rows.num_rows)
+    async def upsert(self, rows: pa.Table, *, space_id: str, by: str | None) -> Change:
+        return self._writer.upsert(rows, space_id=space_id, by=by)
 
-    async def delete(self, ids: Sequence[str]) -> Change:
-        return Change(count=self._gallery.delete(ids), version=self._gallery.version)
+    async def delete(self, ids: Sequence[str], *, by: str | None) -> Change:
+        return self._writer.delete(ids, by=by)
 
-    async def delete_person(self, pid: int) -> Change:
-        return Change(count=self._gallery.delete_person(pid), version=self._gallery.version)
+    async def delete_person(self, pid: int, *, by: str | None) -> Change:
+        return self._writer.delete_person(pid, by=by)
 
-    async def compact(self) -> Change:
-        self._gallery.compact()
-        return Change(count=len(self._gallery), version=self._gallery.version)
+    async def compact(self, *, by: str | None) -> Change:
+        def compact() -> int:
+            self._gallery.compact()
+            return len(self._gallery)
+
+        return self._writer.change("compact", compact, by=by)
 
     async def ready(self) -> None:
         if self.fails is not None:
@@ -128,12 +131,13 @@ class Service:
         )
         gallery.publish()
         self.names, self.folder = names, folder
-        self.backend = DirectBackend(run, gallery)
+        audit = Audit(folder / "audit")
+        self.backend = DirectBackend(run, gallery, audit)
         self.stages: list[str] = []
         self.app = create_app(
             self.backend,
             ServeSection(**section),
-            audit=Audit(folder / "audit"),
+            audit=audit,
             thumbnail_height=64,
             observe=lambda stage, seconds: self.stages.append(stage),
         )

@@ -149,21 +149,18 @@ class _Handlers:
 
     async def delete(self, request: Request, id: Annotated[messages.RowId, Path()]) -> Written:
         """Remove a picture, if it is there; it stays in earlier versions until the gallery is compacted."""
-        change = await self._timed("write", self._backend.delete([id]))
-        return self._written(request, "delete", change, [id])
+        return _written(await self._timed("write", self._backend.delete([id], by=request.state.key)))
 
     async def delete_person(self, request: Request, pid: Annotated[messages.Person, Path()]) -> Written:
         """Remove every picture of a person; they stay in earlier versions until the gallery is compacted."""
-        change = await self._timed("write", self._backend.delete_person(pid))
-        return self._written(request, "delete person", change, [], pid=pid)
+        return _written(await self._timed("write", self._backend.delete_person(pid, by=request.state.key)))
 
     async def compact(self, request: Request) -> Written:
         """Remove from disk, and so from every version, whatever was deleted."""
         try:
-            change = await self._timed("write", self._backend.compact())
+            return _written(await self._timed("write", self._backend.compact(by=request.state.key)))
         except ValueError as error:
             raise HTTPException(409, str(error)) from None
-        return self._written(request, "compact", change, [])
 
     async def picture(self, id: Annotated[messages.RowId, Path()]) -> Response:
         """The small picture that is kept with a row."""
@@ -263,14 +260,10 @@ class _Handlers:
         ]
         table = pa.table({field.name: pa.array(columns[field.name], field.type) for field in schema})
         try:
-            change = await self._timed("write", self._backend.upsert(table, space_id=space))
+            writing = self._backend.upsert(table, space_id=space, by=request.state.key)
+            return _written(await self._timed("write", writing))
         except ValueError as error:
             raise HTTPException(422, str(error)) from None
-        return self._written(request, "upsert", change, ids)
-
-    def _written(self, request: Request, action: str, change: Change, ids: Sequence[str], **facts: int) -> Written:
-        self._audit.note(action, key=request.state.key, version=change.version, ids=ids, **facts)
-        return Written(version=change.version, count=change.count)
 
     async def _timed(self, stage: str, work: Awaitable[T]) -> T:
         started = time.perf_counter()
@@ -278,6 +271,10 @@ class _Handlers:
             return await work
         finally:
             self._observe(stage, time.perf_counter() - started)
+
+
+def _written(change: Change) -> Written:
+    return Written(version=change.version, count=change.count)
 
 
 def _request(query: SearchQuery, weights: messages.Weights) -> search.Request:

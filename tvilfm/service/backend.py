@@ -33,7 +33,11 @@ class Change:
 
 
 class Backend(Protocol):
-    """Encodes, searches and writes. Each method may raise `Busy` and `Unavailable`, and ValueError for its input."""
+    """Encodes, searches and writes. Each method may raise `Busy` and `Unavailable`, and ValueError for its input.
+
+    A change is noted in the audit trail under `by`, the name of the API key (None = no keys are asked for), also when
+    nobody waits for its end any more.
+    """
 
     facts: ModelFacts
 
@@ -48,16 +52,16 @@ class Backend(Protocol):
     ) -> list[Answer]:
         """One answer a query, as of `Searcher.search`, of that version or a later one if there is one."""
 
-    async def upsert(self, rows: pa.Table, *, space_id: str) -> Change:
+    async def upsert(self, rows: pa.Table, *, space_id: str, by: str | None) -> Change:
         """Write rows of `gallery.row_schema`; on disk when it returns."""
 
-    async def delete(self, ids: Sequence[str]) -> Change:
+    async def delete(self, ids: Sequence[str], *, by: str | None) -> Change:
         """Remove those of the rows that are there."""
 
-    async def delete_person(self, pid: int) -> Change:
+    async def delete_person(self, pid: int, *, by: str | None) -> Change:
         """Remove all rows of an identity; on disk they stay until `compact`."""
 
-    async def compact(self) -> Change:
+    async def compact(self, *, by: str | None) -> Change:
         """Remove from disk, and so from every version, what is deleted; count is how many rows are left.
 
         Raises:
