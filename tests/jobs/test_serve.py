@@ -382,9 +382,9 @@ def test_a_slow_compaction_is_waited_for_and_asked_for_once(
     monkeypatch.setattr(Ingress._call, "__kwdefaults__", {"patience_s": 0.05})
     slow = Part(seconds=0.3)
     service = ingress(untrained_run.config, writer=slow)
-    assert asyncio.run(service.compact()).count == 1 and slow.calls == 1
+    assert asyncio.run(service.compact(by=None)).count == 1 and slow.calls == 1
     with pytest.raises(Unavailable):
-        asyncio.run(service.delete(["a"]))
+        asyncio.run(service.delete(["a"], by=None))
     assert slow.calls == 3
 
 

@@ -209,7 +209,7 @@ class ExactIndex:
         else:
             query_P, place_P = torch.nonzero(best.values >= least_Q1, as_tuple=True)
             row_P = best.indices[query_P, place_P]
-        rows_R, place_P = row_P.unique(return_inverse=True)
+        rows_R, place_P = torch.unique(row_P, return_inverse=True)
         keep_QR = torch.zeros(len(vectors_QD), len(rows_R), dtype=torch.bool, device=coarse.device)
         keep_QR[query_P, place_P] = True
         return rows_R.cpu(), keep_QR.cpu()
