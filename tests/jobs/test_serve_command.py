@@ -158,6 +158,7 @@ def _sign_in_and_search(page: Page, token: str, picture: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(180 + 60 * LIVES)
 def test_everything_is_killed_while_clients_write_and_no_acknowledged_write_is_lost_or_doubled(
     untrained_run: UntrainedRun, ray_session: None, tmp_path: Path
 ) -> None:

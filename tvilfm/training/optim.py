@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tvilfm.config import OptimSection
 from tvilfm.models import TVILFM
+from tvilfm.training.distributed import world_size
 
 TOKEN_EMBEDDING = "text.tower.token_embedding.weight"
 
@@ -87,6 +88,8 @@ class StageOptimizer:
         self._tokens: nn.Parameter | None = None
         if model.text is not None and section.keep_unused_tokens:
             self._tokens = model.text.tower.token_embedding.weight
+            # A dense gradient would be as large as the vocabulary; DDP's all-reduce, however, wants one.
+            model.text.tower.token_embedding.sparse = world_size() == 1
             self._optimizers.append(torch.optim.SparseAdam([self._tokens], lr=section.lr, betas=(0.9, 0.999)))
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
@@ -118,7 +121,12 @@ class StageOptimizer:
 
 def _touched_rows(gradient: Tensor) -> Tensor:
     """The same gradient as a sparse tensor of its non-zero rows."""
-    rows = gradient.any(dim=1).nonzero()[:, 0]
+    if gradient.is_sparse:
+        gradient = gradient.coalesce()
+        rows, values = gradient.indices()[0], gradient.values()
+    else:
+        rows, values = torch.arange(len(gradient), device=gradient.device), gradient
+    touched = values.any(dim=1)
     return torch.sparse_coo_tensor(
-        rows[None], gradient[rows], gradient.shape, is_coalesced=True, check_invariants=False
+        rows[touched][None], values[touched], gradient.shape, is_coalesced=True, check_invariants=False
     )
