@@ -66,7 +66,7 @@ def _train(rank: int, world_size: int, port: int, root: Path, stage: str, target
             optimizer.zero_grad()
             terms = wrapped(dataset[batch])
             torch.stack(list(terms.values())).sum().backward()
-            gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            gradients = {name: p.grad.to_dense().clone() for name, p in model.named_parameters() if p.grad is not None}
             record.append(({name: term.item() for name, term in terms.items()}, gradients))
             optimizer.step(torch.amp.GradScaler("cpu", enabled=False))
         if rank == 0:
