@@ -280,7 +280,7 @@ def test_captions_are_cut_to_the_longest_of_the_batch() -> None:
     table = pa.Table.from_pylist(
         [{"image": str(i), "caption": text, "rephrased": text} for i, text in enumerate(texts)], schema=CAPTION_SCHEMA
     )
-    captions = Captions(table, ["0", "1", "2"])
+    captions = Captions(table, ["0", "1", "2"], with_rephrases=True)
     never = np.zeros(2, dtype=bool)
     for picked, length in (([0, 0], 3), ([0, 1], 8), ([1, 2], 77)):
         tokens = captions.batch(np.array(picked), never)

@@ -90,12 +90,18 @@ class Batch:
 
 
 class Captions:
-    """Tokenised captions and rephrases of some images, cut to a batch's longest sentence when asked for."""
+    """Tokenised captions and rephrases of some images, cut to a batch's longest sentence when asked for.
 
-    def __init__(self, captions: pa.Table, images: list[str]) -> None:
-        plain, rephrased = texts_of(captions, images)
+    Args:
+        captions: caption table.
+        images: their keys.
+        with_rephrases: whether `batch` will ask for rephrases.
+    """
+
+    def __init__(self, captions: pa.Table, images: list[str], *, with_rephrases: bool) -> None:
+        sentences = texts_of(captions, images)[: 2 if with_rephrases else 1]
         # int32 halves what every loader process holds.
-        self._tokens = torch.stack([tokenize(texts, pad_to_context=True).int() for texts in (plain, rephrased)])
+        self._tokens = torch.stack([tokenize(texts, pad_to_context=True).int() for texts in sentences])
         self._lengths = self._tokens.argmax(dim=2) + 1
 
     def batch(self, rows: npt.NDArray[np.int64], rephrased: npt.NDArray[np.bool_]) -> Tensor:
@@ -142,8 +148,10 @@ class TriModalDataset(Dataset[Batch]):
         self._views = views
         self._visible_captions = self._infrared_captions = None
         if captions is not None:
-            self._visible_captions = Captions(captions, rows.visible["image"].to_pylist())
-            self._infrared_captions = Captions(captions, rows.infrared["image"].to_pylist())
+            self._visible_captions, self._infrared_captions = (
+                Captions(captions, part["image"].to_pylist(), with_rephrases=llm_probability > 0)
+                for part in (rows.visible, rows.infrared)
+            )
 
     def __getitem__(self, batch: PKBatch) -> Batch:
         count = len(batch.labels)

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A ResNet as data: torchvision's block, blocks a layer, channels of the stem."""
+    """A ResNet as data: torchvision's block and its expansion, blocks a layer, channels of the stem."""
 
-    block: type[BasicBlock] | type[Bottleneck]
+    block: str
+    expansion: int
     depths: tuple[int, int, int, int]
     width: int
 
     @property
     def dim(self) -> int:
-        return self.width * 8 * int(self.block.expansion)
+        return self.width * 8 * self.expansion
 
 
 ARCHITECTURES = {
-    "resnet50": Architecture(block=Bottleneck, depths=(3, 4, 6, 3), width=64),
-    "resnet18_half": Architecture(block=BasicBlock, depths=(1, 1, 1, 1), width=32),
+    "resnet50": Architecture(block="Bottleneck", expansion=4, depths=(3, 4, 6, 3), width=64),
+    "resnet18_half": Architecture(block="BasicBlock", expansion=1, depths=(1, 1, 1, 1), width=32),
 }
 
 
@@ -51,8 +52,12 @@ class DualStemResNet(nn.Module):
     """
 
     def __init__(self, name: str) -> None:
+        # Imported here: torchvision takes seconds to import, which a process without a network need not spend.
+        from torchvision.models import resnet
+
         super().__init__()
         architecture = ARCHITECTURES[name]
+        block = getattr(resnet, architecture.block)
         self.dim = architecture.dim
         self.visible_stem = Stem(architecture.width)
         self.infrared_stem = Stem(architecture.width)
@@ -60,7 +65,7 @@ class DualStemResNet(nn.Module):
         for index, depth in enumerate(architecture.depths):
             planes = architecture.width * 2**index
             stride = 2 if index in (1, 2) else 1
-            layer, in_planes = _layer(architecture.block, in_planes, planes, depth, stride)
+            layer, in_planes = _layer(block, in_planes, planes, depth, stride)
             self.add_module(f"layer{index + 1}", layer)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -89,9 +94,7 @@ class DualStemResNet(nn.Module):
         return x
 
 
-def _layer(
-    block: type[BasicBlock] | type[Bottleneck], in_planes: int, planes: int, depth: int, stride: int
-) -> tuple[nn.Sequential, int]:
+def _layer(block: Any, in_planes: int, planes: int, depth: int, stride: int) -> tuple[nn.Sequential, int]:
     out_planes = planes * block.expansion
     downsample = None
     if stride != 1 or in_planes != out_planes:
