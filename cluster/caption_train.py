@@ -18,10 +18,10 @@ from cluster.learning import METRICS_FILE, Record, write_records
 from cluster.train import Reporter, last_checkpoint, trainer_of
 from tvilfm.captioning.captioner import Captioner
 from tvilfm.captioning.conv_captioner import NAME, build_conv_captioner
-from tvilfm.captioning.finetune import Modality, Pairs, caption_pairs, finetune, mean_loss
+from tvilfm.captioning.finetune import Pairs, caption_pairs, finetune, mean_loss
 from tvilfm.captioning.scores import Marks, attribute_scores, colour_share, language_scores
 from tvilfm.config import CaptionerSection, Config
-from tvilfm.datasets.manifest import column
+from tvilfm.datasets.manifest import Modality, column
 from tvilfm.datasets.pixels import open_pixels
 from tvilfm.training.loop import AUTOCAST_DTYPES
 

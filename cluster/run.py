@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from cluster.caption import caption_images
-from cluster.caption_train import fit_captioner
 from cluster.depot import below, runs_depot, stages_depot
 from cluster.events import Events
 from cluster.features import write_features, write_views
@@ -30,12 +29,11 @@ from cluster.session import session
 from cluster.stages import STAGES, StageStore, stage_fingerprints, stages_of
 from cluster.trackers import check_trackers, log_record, log_results, trackers
 from cluster.train import fit_stage
-from tvilfm.captioning.finetune import Modality
 from tvilfm.captioning.scores import Marks
 from tvilfm.config import Config, to_yaml
 from tvilfm.datasets import read_dataset
 from tvilfm.datasets.captions import read_captions
-from tvilfm.datasets.manifest import MODALITIES, fingerprint, rows_of, select
+from tvilfm.datasets.manifest import MODALITIES, Modality, fingerprint, rows_of, select
 from tvilfm.datasets.pixels import open_pixels
 from tvilfm.datasets.splits import TEST_SPLITS
 from tvilfm.datasets.synthetic import SIZES, Size, write_sysu_layout
@@ -232,6 +230,9 @@ class _Job:
         self._fit_captioner(folder, "infrared")
 
     def _fit_captioner(self, folder: Path, modality: Modality) -> None:
+        # Imported here: transformers takes seconds to import, and most runs train no captioner.
+        from cluster.caption_train import fit_captioner
+
         pq.write_table(self.written, folder / "captions.parquet")
         inputs = {"pixels": self.store.path("pixels"), "captions": folder.absolute() / "captions.parquet"}
         if self.config.data.name == "synthetic":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +36,8 @@ CAPTION_SCHEMA = pa.schema(
         pa.field("revision", pa.string()),
     ]
 )
-MODALITIES = ("visible", "infrared")
+Modality = Literal["visible", "infrared"]
+MODALITIES: tuple[Modality, ...] = ("visible", "infrared")
 
 
 def build_manifest(rows: Iterable[Mapping[str, object]]) -> pa.Table:

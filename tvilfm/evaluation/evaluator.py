@@ -152,6 +152,7 @@ class Evaluator:
         self._model, self._manifest, self._captions = model, manifest, captions
         self._images, self._texts, self._section = images, texts, section
         self._filter_text, self._seed, self._split = filter_text, seed, split
+        self._galleries: dict[tuple[str, int], pa.Table] = {}  # every query of a protocol meets the same draws
 
     @property
     def section(self) -> EvaluateSection:
@@ -161,7 +162,10 @@ class Evaluator:
         return select_query(self._manifest, protocol, split=self._split)
 
     def gallery(self, protocol: Protocol, trial: int) -> pa.Table:
-        return select_gallery(self._manifest, protocol, trial=trial, split=self._split)
+        key = protocol.name, trial
+        if key not in self._galleries:
+            self._galleries[key] = select_gallery(self._manifest, protocol, trial=trial, split=self._split)
+        return self._galleries[key]
 
     def texts(self, protocol: Protocol, source: TextSource) -> QueryTexts | None:
         return query_texts(self._manifest, self._captions, protocol, source, seed=self._seed, split=self._split)

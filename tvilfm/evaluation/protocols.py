@@ -17,10 +17,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from tvilfm.datasets.captions import BY_IDENTITY
-from tvilfm.datasets.manifest import column
+from tvilfm.datasets.manifest import Modality, column
 from tvilfm.evaluation.metrics import MetricRule
 
-Modality = Literal["visible", "infrared"]
 Split = Literal["test", "val"]
 TextSource = Literal["witness", "witness-heldout", "own", "none"]
 
