@@ -232,6 +232,7 @@ def _tuner(sweep: Sweep, base: Config, *, resume: bool) -> Tuner:
         tune_config=TuneConfig(
             num_samples=space.budget.num_samples if space.searcher == "optuna" else 1,
             max_concurrent_trials=space.budget.max_concurrent or _room(base.cluster),
+            reuse_actors=True,  # else every trial's process imports torch again
             time_budget_s=space.budget.time_limit_s,
             search_alg=search,
             scheduler=scheduler,
