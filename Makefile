@@ -13,8 +13,9 @@ demo: $(STAMP)
 demo-full: $(STAMP)
 	$(BIN)/tvilfm run --size small run.name=demo-full caption.source=finetuned
 
+# Two at a time: the tests of jobs, which share one Ray and wait often, and beside them the others.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long
