@@ -24,6 +24,9 @@ from tvilfm.evaluation.extract import encode_pixels, encode_texts
 from tvilfm.evaluation.features import FeatureTable
 from tvilfm.models import TVILFM
 
+Images = Mapping[str, tuple[Sequence[str], Sequence[int]]]  # modality -> image names and their pixel rows
+IMAGES_FILE = "images.parquet"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
@@ -162,16 +165,21 @@ def write_views(
     folder: Path,
     rows: Mapping[Recipe, Sequence[int]],
     num_views: int,
+    images: Images,
     *,
     chunk_size: int,
     **pool: Any,
 ) -> None:
-    """Write `<recipe>.npy`, float32 (V, N, D): raw features of augmented views of every training image.
+    """Write what a frozen visual part makes of all images: training ones augmented, the others as they are.
+
+    `<recipe>.npy`, float32 (V, N, D), holds raw features of augmented views of every training image; `IMAGES_FILE`
+    holds those of `images`.
 
     Args:
         folder: where to.
         rows: recipe -> pixel rows of its modality's training images.
         num_views: V.
+        images: to be evaluated.
         chunk_size: images encoded together.
         pool: see `encode_chunks`.
     """
@@ -189,6 +197,8 @@ def write_views(
         )
     ]
     dim = TVILFM.from_pretrained(pool["model"]).spec.dim
+    evaluated = _Images(images, dim)
+    chunks += evaluated.chunks(chunk_size)
     arrays = {
         recipe: np.lib.format.open_memmap(
             folder / f"{recipe}.npy", mode="w+", dtype=np.float32, shape=(num_views, len(pixel_rows), dim)
@@ -197,43 +207,61 @@ def write_views(
     }
     progress = ProgressFile(folder / "progress.json")
     for target, index, vectors in encode_chunks(chunks, progress=progress, **pool):
-        recipe, view = target.split("/")
-        arrays[recipe][int(view), index] = vectors  # type: ignore[index]
+        if target in images:
+            evaluated.vectors[target][index] = vectors
+        else:
+            recipe, view = target.split("/")
+            arrays[recipe][int(view), index] = vectors  # type: ignore[index]
     for array in arrays.values():
         array.flush()
+    evaluated.write(folder)
 
 
 def write_features(
     folder: Path,
-    images: Mapping[str, tuple[Sequence[str], Sequence[int]]],
+    images: Images | None,
     texts: Sequence[str],
     *,
     chunk_size: int,
     **pool: Any,
 ) -> None:
-    """Write `images.parquet` and `texts.parquet`: raw features of test images and of the sentences they meet.
+    """Write `IMAGES_FILE` and `texts.parquet`: raw features of test images and of the sentences they meet.
 
     Args:
         folder: where to.
-        images: modality -> image names and their pixel rows.
+        images: to be evaluated; None = their features are there.
         texts: sentences; none for a model without text tower.
         chunk_size: images or sentences encoded together.
         pool: see `encode_chunks`.
     """
-    sizes = {modality: len(names) for modality, (names, _) in images.items()} | {"text": len(texts)}
-    chunks = [
-        chunk
-        for modality, (_, rows) in images.items()
-        for chunk in image_chunks(modality, rows, modality, size=chunk_size)
-    ]
-    chunks += text_chunks("text", texts, size=chunk_size)
     dim = TVILFM.from_pretrained(pool["model"]).spec.dim
-    vectors = {target: np.empty((size, dim), dtype=np.float32) for target, size in sizes.items()}
+    evaluated = _Images(images or {}, dim)
+    chunks = evaluated.chunks(chunk_size) + text_chunks("text", texts, size=chunk_size)
+    vectors = evaluated.vectors | {"text": np.empty((len(texts), dim), dtype=np.float32)}
     for target, index, part in encode_chunks(chunks, progress=ProgressFile(folder / "progress.json"), **pool):
         vectors[target][index] = part
-    names = tuple(name for modality in images for name in images[modality][0])
-    FeatureTable(keys=names, vectors_ND=np.concatenate([vectors[modality] for modality in images])).write(
-        folder / "images.parquet"
-    )
+    if images:
+        evaluated.write(folder)
     if texts:
         FeatureTable(keys=tuple(texts), vectors_ND=vectors["text"]).write(folder / "texts.parquet")
+
+
+class _Images:
+    """Images to be evaluated, and their features as they come."""
+
+    def __init__(self, images: Images, dim: int) -> None:
+        self._images = images
+        self.vectors = {
+            modality: np.empty((len(names), dim), dtype=np.float32) for modality, (names, _) in images.items()
+        }
+
+    def chunks(self, size: int) -> list[Chunk]:
+        return [
+            chunk
+            for modality, (_, rows) in self._images.items()
+            for chunk in image_chunks(modality, rows, modality, size=size)
+        ]
+
+    def write(self, folder: Path) -> None:
+        names = tuple(name for names, _ in self._images.values() for name in names)
+        FeatureTable(keys=names, vectors_ND=np.concatenate(list(self.vectors.values()))).write(folder / IMAGES_FILE)

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -20,7 +21,7 @@ from rich.console import Console
 from cluster.caption import caption_images
 from cluster.depot import below, runs_depot, stages_depot
 from cluster.events import Events
-from cluster.features import write_features, write_views
+from cluster.features import IMAGES_FILE, Images, write_features, write_views
 from cluster.learning import METRICS_FILE, Learning, Record, follow, write_records
 from cluster.pixels import decode_dataset
 from cluster.progress import ProgressFile, watch
@@ -293,17 +294,18 @@ class _Job:
             recipe: rows_of(self.manifest, rows.infrared if recipe == "infrared" else rows.visible).tolist()
             for recipe in RECIPES
         }
-        write_views(folder, pixel_rows, self.config.train.text.cache_views, **self._pool("base"))
+        write_views(
+            folder, pixel_rows, self.config.train.text.cache_views, self._evaluated_images(), **self._pool("base")
+        )
 
     def _make_text(self, folder: Path) -> None:
         inputs = self._inputs("pixels", "base", "views", captions=folder)
         fit_stage("text", folder, self.config, inputs, self.depot)
 
     def _make_features(self, folder: Path) -> None:
-        images = {}
-        for modality in ("visible", "infrared"):
-            subset = select(self.manifest, split=("val", *TEST_SPLITS), modality=modality)
-            images[modality] = (subset["image"].to_pylist(), rows_of(self.manifest, subset).tolist())
+        images = None if "views" in stages_of(self.config) else self._evaluated_images()
+        if images is None:
+            shutil.copy(self.store.path("views") / IMAGES_FILE, folder)
         texts = {
             text
             for split in self._splits()
@@ -312,6 +314,13 @@ class _Job:
             )
         }
         write_features(folder, images, sorted(texts), **self._pool("text"))
+
+    def _evaluated_images(self) -> Images:
+        images = {}
+        for modality in MODALITIES:
+            subset = select(self.manifest, split=("val", *TEST_SPLITS), modality=modality)
+            images[modality] = (subset["image"].to_pylist(), rows_of(self.manifest, subset).tolist())
+        return images
 
     def _make_results(self, folder: Path) -> None:
         for split in self._splits():
@@ -350,7 +359,7 @@ class _Job:
             TVILFM.from_pretrained(self.store.path("text") / "model").eval(),
             self.manifest,
             self.captions,
-            FeatureTable.read(features / "images.parquet"),
+            FeatureTable.read(features / IMAGES_FILE),
             FeatureTable.read(features / "texts.parquet"),
             self.config.evaluate,
             filter_text=self.config.loss.filter_text,

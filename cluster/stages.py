@@ -20,7 +20,7 @@ from pathlib import Path
 from cluster.depot import UNFINISHED, Depot
 from tvilfm.config import Config, value_at
 
-FORMAT = 2  # raise when a stage's files or meaning change, so that older folders are not taken for new ones
+FORMAT = 3  # raise when a stage's files or meaning change, so that older folders are not taken for new ones
 
 
 @dataclass(frozen=True, kw_only=True)

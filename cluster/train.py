@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from ray.train.torch import TorchTrainer
 from safetensors.torch import load_file, save
 
 from cluster.depot import Depot, fetched
+from cluster.features import IMAGES_FILE
 from cluster.learning import METRICS_FILE, Record, read_records, write_records
 from cluster.progress import ProgressFile
 from tvilfm.config import ClusterSection, Config
 from tvilfm.datasets.pixels import open_pixels
 from tvilfm.datasets.tri_modal import RECIPES
+from tvilfm.evaluation.features import FeatureTable
 from tvilfm.models import TVILFM
 from tvilfm.models.backbone import DualStemResNet
 from tvilfm.training import stages
@@ -189,6 +192,7 @@ def _worker(job: dict[str, Any]) -> bytes | list[Record]:
         else:
             views = None
             if "views" in inputs:
+                data = replace(data, images=FeatureTable.read(inputs["views"] / IMAGES_FILE))
                 views = {recipe: np.load(inputs["views"] / f"{recipe}.npy", mmap_mode="r") for recipe in RECIPES}
             base = TVILFM.from_pretrained(inputs["base"] / "model")
             stages.train_text(config, data, base=base, views=views, device=device, listener=reporter, resume=resume)

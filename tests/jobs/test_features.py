@@ -72,7 +72,8 @@ def test_cached_views_equal_the_plain_call_and_differ_from_each_other(
     lab: SimpleNamespace, ray_session: None, tmp_path: Path
 ) -> None:
     rows = {"visible": list(range(10)), "infrared": list(range(10, NUM_IMAGES))}
-    write_views(tmp_path, rows, 2, **_pool(lab, 2))  # type: ignore[arg-type]
+    images = {"visible": (["a", "b"], [2, 0]), "infrared": (["c"], [20])}
+    write_views(tmp_path, rows, 2, images, **_pool(lab, 2))  # type: ignore[arg-type]
 
     plain = Encoder(lab.model, lab.pixels, pad=2, seed=5, cuda=False)
     for recipe, of_recipe in rows.items():
@@ -83,3 +84,7 @@ def test_cached_views_equal_the_plain_call_and_differ_from_each_other(
             expected = np.concatenate([plain.encode(chunk) for chunk in chunks])
             np.testing.assert_array_equal(views[view], expected)
         assert not np.array_equal(views[0], views[1])
+    found = FeatureTable.read(tmp_path / "images.parquet")
+    for modality, (names, of_images) in images.items():
+        (chunk,) = image_chunks("", of_images, modality, size=CHUNK)
+        np.testing.assert_array_equal(found.select(names), plain.encode(chunk))

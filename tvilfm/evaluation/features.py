@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +41,11 @@ class FeatureTable:
         Raises:
             KeyError: when a key has no vector.
         """
-        rows = {key: row for row, key in enumerate(self.keys)}
-        return self.vectors_ND[[rows[key] for key in keys]]
+        return self.vectors_ND[[self._rows[key] for key in keys]]
+
+    @cached_property
+    def _rows(self) -> dict[str, int]:
+        return {key: row for row, key in enumerate(self.keys)}
 
     def write(self, path: Path) -> None:
         """Write columns `key` and `vector` as Parquet."""

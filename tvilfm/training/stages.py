@@ -32,11 +32,13 @@ class StageData:
         manifest: all rows, in the order of `pixels`.
         pixels: uint8 (N, H, W, 3), memory-mapped.
         captions: caption table.
+        images: raw features of the images that are evaluated, where the visual part is frozen and they are known.
     """
 
     manifest: pa.Table
     pixels: npt.NDArray[np.uint8]
     captions: pa.Table
+    images: FeatureTable | None = None
 
 
 def train_base(
@@ -164,7 +166,7 @@ def _validator(
     splits = ("query", "gallery", "test") if split == "test" else (split,)
     table = select(data.manifest, split=splits)
     texts = all_texts(data.manifest, data.captions, section, seed=config.run.seed, split=split) if with_text else []
-    frozen: list[FeatureTable] = []
+    frozen = [] if data.images is None else [data.images]
 
     def validate(model: TVILFM) -> dict[str, float]:
         images = frozen[0] if frozen else _encode_images(model, data, table, batch=section.batch)
