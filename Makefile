@@ -13,9 +13,8 @@ demo: $(STAMP)
 demo-full: $(STAMP)
 	$(BIN)/tvilfm run --size small run.name=demo-full caption.source=finetuned
 
-# Two at a time: the tests of jobs, which share one Ray and wait often, and beside them the others.
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long
