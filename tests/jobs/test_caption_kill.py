@@ -156,7 +156,7 @@ def finish(driver: subprocess.Popen[str]) -> dict[str, int]:
     return json.loads(next(line for line in out.splitlines() if "captioned" in line))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_after_every_kill_of_the_driver_the_next_run_captions_what_is_missing(lab: Lab) -> None:
     before, workers = 0, 2
     for kills, moment in enumerate((2 * BATCH, IMAGES - 4 * BATCH), start=1):  # early, late
