@@ -21,11 +21,10 @@ from tvilfm.config import ClusterSection
 from tvilfm.datasets.pixels import open_pixels
 from tvilfm.datasets.transforms import Recipe, draw
 from tvilfm.evaluation.extract import encode_pixels, encode_texts
-from tvilfm.evaluation.features import FeatureTable
+from tvilfm.evaluation.features import IMAGES_FILE, FeatureTable
 from tvilfm.models import TVILFM
 
 Images = Mapping[str, tuple[Sequence[str], Sequence[int]]]  # modality -> image names and their pixel rows
-IMAGES_FILE = "images.parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +218,7 @@ def write_views(
 
 def write_features(
     folder: Path,
-    images: Images | None,
+    images: Images,
     texts: Sequence[str],
     *,
     chunk_size: int,
@@ -229,13 +228,13 @@ def write_features(
 
     Args:
         folder: where to.
-        images: to be evaluated; None = their features are there.
+        images: to be evaluated; none where their features are there already.
         texts: sentences; none for a model without text tower.
         chunk_size: images or sentences encoded together.
         pool: see `encode_chunks`.
     """
     dim = TVILFM.from_pretrained(pool["model"]).spec.dim
-    evaluated = _Images(images or {}, dim)
+    evaluated = _Images(images, dim)
     chunks = evaluated.chunks(chunk_size) + text_chunks("text", texts, size=chunk_size)
     vectors = evaluated.vectors | {"text": np.empty((len(texts), dim), dtype=np.float32)}
     for target, index, part in encode_chunks(chunks, progress=ProgressFile(folder / "progress.json"), **pool):

@@ -32,7 +32,7 @@ from tvilfm.config import Config, load_config
 from tvilfm.datasets.manifest import select
 from tvilfm.datasets.splits import TEST_SPLITS
 from tvilfm.evaluation.extract import encode_pixels
-from tvilfm.evaluation.features import FeatureTable
+from tvilfm.evaluation.features import IMAGES_FILE, FeatureTable
 from tvilfm.evaluation.protocols import get_protocol
 from tvilfm.models import TVILFM
 from tvilfm.retrieval.gallery import METRIC, Gallery, table_schema, vector_column
@@ -97,7 +97,7 @@ def finished_run(config: Config) -> FinishedRun:
     found = FinishedRun(
         config=load_config(path / "config.yaml"),
         model=made["text"] / "model",
-        features=made["features"] / "images.parquet",
+        features=made["features"] / IMAGES_FILE,
         manifest=made["pixels"] / "manifest.parquet",
         captioner=made["captioner_infrared"] / "captioner" if "captioner_infrared" in made else None,
         stages=made["text"].parent,

@@ -21,7 +21,7 @@ from rich.console import Console
 from cluster.caption import caption_images
 from cluster.depot import below, runs_depot, stages_depot
 from cluster.events import Events
-from cluster.features import IMAGES_FILE, Images, write_features, write_views
+from cluster.features import Images, write_features, write_views
 from cluster.learning import METRICS_FILE, Learning, Record, follow, write_records
 from cluster.pixels import decode_dataset
 from cluster.progress import ProgressFile, watch
@@ -41,7 +41,7 @@ from tvilfm.datasets.synthetic import SIZES, Size, write_sysu_layout
 from tvilfm.datasets.transforms import Recipe
 from tvilfm.datasets.tri_modal import RECIPES, TrainingRows
 from tvilfm.evaluation.evaluator import Evaluator, Split, all_texts
-from tvilfm.evaluation.features import FeatureTable
+from tvilfm.evaluation.features import IMAGES_FILE, FeatureTable
 from tvilfm.models import TVILFM
 from tvilfm.report.build import RunFacts, build_report, build_results
 from tvilfm.report.page import write_report
@@ -303,9 +303,11 @@ class _Job:
         fit_stage("text", folder, self.config, inputs, self.depot)
 
     def _make_features(self, folder: Path) -> None:
-        images = None if "views" in stages_of(self.config) else self._evaluated_images()
-        if images is None:
+        images: Images = {}
+        if "views" in stages_of(self.config):
             shutil.copy(self.store.path("views") / IMAGES_FILE, folder)
+        else:
+            images = self._evaluated_images()
         texts = {
             text
             for split in self._splits()

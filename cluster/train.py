@@ -20,13 +20,12 @@ from ray.train.torch import TorchTrainer
 from safetensors.torch import load_file, save
 
 from cluster.depot import Depot, fetched
-from cluster.features import IMAGES_FILE
 from cluster.learning import METRICS_FILE, Record, read_records, write_records
 from cluster.progress import ProgressFile
 from tvilfm.config import ClusterSection, Config
 from tvilfm.datasets.pixels import open_pixels
 from tvilfm.datasets.tri_modal import RECIPES
-from tvilfm.evaluation.features import FeatureTable
+from tvilfm.evaluation.features import IMAGES_FILE, FeatureTable
 from tvilfm.models import TVILFM
 from tvilfm.models.backbone import DualStemResNet
 from tvilfm.training import stages

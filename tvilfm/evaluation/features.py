@@ -12,6 +12,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+IMAGES_FILE = "images.parquet"  # of a stage: the features of the images that are evaluated
+
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureTable:
