@@ -232,7 +232,9 @@ def _tuner(sweep: Sweep, base: Config, *, resume: bool) -> Tuner:
         tune_config=TuneConfig(
             num_samples=space.budget.num_samples if space.searcher == "optuna" else 1,
             max_concurrent_trials=space.budget.max_concurrent or _room(base.cluster),
-            reuse_actors=True,  # else every trial's process imports torch again
+            # A new process imports torch again; but one whose trial was stopped early still works on it, and Tune would
+            # lose the next trial there.
+            reuse_actors=scheduler is None,
             time_budget_s=space.budget.time_limit_s,
             search_alg=search,
             scheduler=scheduler,
