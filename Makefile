@@ -13,8 +13,10 @@ demo: $(STAMP)
 demo-full: $(STAMP)
 	$(BIN)/tvilfm run --size small run.name=demo-full caption.source=finetuned
 
+# Units two at a time; jobs, which share one Ray of all cores, one after the other.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests/unit --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest tests/jobs
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long
