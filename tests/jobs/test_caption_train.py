@@ -125,7 +125,7 @@ def test_killed_between_epochs_it_goes_on_and_ends_with_the_weights_of_the_plain
     assert {"top_colour", "garments"} <= marks.attributes.keys()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command_trains_once_on_two_workers_and_prints_the_marks(
     lab: tuple[Path, dict[str, str]],
     tmp_path: Path,
