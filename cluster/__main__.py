@@ -283,7 +283,7 @@ def submit_command(
     parsed = submit.parse(app, command, DEFAULT_CONFIG)
     folder = Path.cwd()
     package = submit.package_of(folder, parsed.config)
-    package.check()
+    package.check(parsed)
     client = submit.connect(parsed.config.cluster)
     same_machine = submit.on_this_machine(client.get_address())
     overrides = submit.job_paths(parsed, folder, same_machine=same_machine)

@@ -34,8 +34,9 @@ from cluster.storage import absolute_paths, excluded, is_relative, storage_folde
 from tvilfm.config import ClusterSection, Config, load_config
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-# Parameters of commands that name data or results; files of the program (--config, a search space) travel with it.
+# Parameters of commands that name data or results, and those that name files of the program, which travel with it.
 DATA_PARAMETERS = ("out", "images", "captions", "gallery", "folder", "run", "file")
+PROGRAM_PARAMETERS = ("config", "space")
 LARGEST_SHOWN = 5
 TAIL_LINES = 20
 POLL_S = 0.5
@@ -71,8 +72,19 @@ class Package:
     excludes: list[str]
     sizes: Mapping[str, int]
 
-    def check(self) -> None:
-        """Raises ValueError, naming the largest files, when Ray would refuse it."""
+    def check(self, command: Command) -> None:
+        """Refuse what could not run there.
+
+        Raises:
+            ValueError: it is larger than Ray takes, or lacks the description or search space that the command names.
+        """
+        for name in PROGRAM_PARAMETERS:
+            path = str(command.parameters.get(name) or "")
+            if path.endswith((".yaml", ".yml")) and is_relative(path) and os.path.normpath(path) not in self.sizes:
+                raise ValueError(
+                    f"{name}: expected a file that travels with {self.folder}, got {path}. Copy it there, outside data "
+                    "and runs and not ignored by git, or give a path that every machine sees."
+                )
         if (total := sum(self.sizes.values())) < GCS_STORAGE_MAX_SIZE:
             return
         largest = sorted(self.sizes, key=lambda path: -self.sizes[path])[:LARGEST_SHOWN]

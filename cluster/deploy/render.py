@@ -244,6 +244,12 @@ def kuberay_service(config: Config) -> Document:
             f"serve.host: expected 0.0.0.0 for a service on Kubernetes, got {config.serve.host}. Set "
             "serve.host=0.0.0.0 and serve.keys, which it then needs."
         )
+    if config.serve.tls_cert is not None:
+        # KubeRay asks a pod's proxy for its health by plain HTTP.
+        raise ValueError(
+            f"serve.tls_cert: expected null for a service on Kubernetes, got {config.serve.tls_cert}. Let the "
+            "cluster's ingress end TLS."
+        )
     spec = {
         "serveConfigV2": _yaml(serve_config(config)),
         "rayClusterConfig": _ray_cluster(config),
@@ -386,6 +392,7 @@ def slurm(config: Config, command: str) -> str:
         token=None if section.token_path is None else shlex.quote(str(section.token_path)),
         description=to_yaml(resolve(config.model_dump(mode="json"), ["cluster.address=null"])),
         entrypoint=_entrypoint(config, command, '"$description"', quoted=True),
+        sweep=shlex.split(command)[0] == "tune",
     )
 
 

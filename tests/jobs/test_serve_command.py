@@ -116,6 +116,7 @@ def ray_lets_in(process: subprocess.Popen[str]) -> bool:
     (address,) = {word.partition("=")[2] for line in words for word in line if word.startswith("--gcs-address=")}
     code = f"import ray; ray.init({address!r}, log_to_driver=False); print(ray.get(ray.remote(lambda: 'in').remote()))"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment["RAY_NUM_REDIS_GET_RETRIES"] = "3"  # 20 by default, a second each, and no other answer
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout or "ConnectionError" in done.stderr or "Auth" in done.stderr
     return "in" in done.stdout

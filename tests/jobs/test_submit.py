@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -127,7 +127,7 @@ def test_a_package_has_the_program_and_neither_data_nor_runs_nor_weights_nor_cac
     keys = ["cluster.token_path=token", f"cluster.provider.ssh_key={tmp_path}/mine/ssh"]
     package = package_of(tmp_path, load_config(overrides=["data.name=folder", f"data.root={tmp_path}/crops", *keys]))
     assert set(package.sizes) == {"ray_config.yaml", "cluster/__main__.py", "tvilfm/data/note.txt", ".gitignore"}
-    package.check()
+    package.check(parse(app, ("run",), DEFAULT))
     assert str(package) == "4 files, 0.0 MB"
 
 
@@ -138,11 +138,23 @@ def test_a_package_above_rays_limit_is_refused_with_its_largest_files(
         write(tmp_path / f"film-{number}.mp4", 100_000 * (number + 1))
     monkeypatch.setattr(submit, "GCS_STORAGE_MAX_SIZE", 3_000_000)
     with pytest.raises(ValueError) as caught:
-        package_of(tmp_path, load_config()).check()
+        package_of(tmp_path, load_config()).check(parse(app, ("run",), DEFAULT))
     message = str(caught.value)
     assert "expected less than Ray's 3.0 MB to send, got 3.6 MB" in message
     assert [f"film-{number}.mp4" in message for number in range(8)] == [False] * 3 + [True] * 5
     assert message.index("film-7") < message.index("film-6")
+
+
+@pytest.mark.parametrize("there", ["runs/old/config.yaml", "none.yaml", "../outside.yaml"])
+def test_a_description_that_stays_behind_is_refused_and_one_that_travels_is_not(tmp_path: Path, there: str) -> None:
+    for name in ("runs/old/config.yaml", "mine/ray.yaml"):
+        write(tmp_path / name, 3)
+    package, command = package_of(tmp_path, load_config()), parse(app, ("run",), DEFAULT)
+    with pytest.raises(ValueError, match=f"config: expected a file that travels with {tmp_path}, got {there}"):
+        package.check(replace(command, parameters={"config": Path(there)}))
+    for name in ("./mine/ray.yaml", "/mnt/shared/ray.yaml"):
+        package.check(replace(command, parameters={"config": Path(name)}))
+    package.check(replace(command, parameters={"space": "ablations"}))
 
 
 def test_requirements_and_variables_travel_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -286,6 +286,12 @@ def test_the_slurm_script_starts_every_machine_and_ends_with_the_commands_status
     assert f"python -m cluster tune ablations --config {tmp_path}/ray_config.7.yaml" in log
     assert load_config(tmp_path / "log.yaml") == config
 
+    # Requeued, a sweep goes on; another command has no such option.
+    environment["SLURM_RESTART_COUNT"] = "1"
+    subprocess.run(["bash", str(script)], env=environment, capture_output=True, timeout=60, check=False)
+    assert f"--config {tmp_path}/ray_config.7.yaml --resume\n" in (tmp_path / "log").read_text()
+    assert "--resume" not in render("slurm", config, command="run")
+
 
 @pytest.mark.parametrize(
     ("target", "overrides", "message"),
@@ -309,6 +315,11 @@ def test_the_slurm_script_starts_every_machine_and_ends_with_the_commands_status
         ),
         ("kuberay-job", (IMAGE,), r"run\.dir: expected an absolute path for other machines, got runs"),
         ("kuberay-service", KUBERNETES, r"serve\.host: expected 0\.0\.0\.0"),
+        (
+            "kuberay-service",
+            (*KUBERNETES, *SERVED, "serve.tls_cert=/c", "serve.tls_key=/k"),
+            r"serve\.tls_cert: expected null for a service on Kubernetes",
+        ),
     ],
 )
 def test_what_a_target_lacks_is_named(target: str, overrides: tuple[str, ...], message: str) -> None:
@@ -339,6 +350,11 @@ def test_the_dockerfile_copies_what_there_is_and_runs_as_nobody_special() -> Non
     assert {line.split()[-1] for line in lines if line.startswith("FROM")} == {"program", "cpu", "cuda"}
     assert any("--constraint program/constraints.txt" in line for line in lines)
     assert not any("://" in line for line in lines)
+    # KubeRay's probes, and the PATH of the login shells that Ray is started from.
+    assert any("apt-get install" in line and "wget" in line.split() for line in lines)
+    (profile,) = (line.split("'")[1] for line in lines if "/etc/profile.d/" in line)
+    shell = ["bash", "-c", f"PATH=/usr/bin; {profile}; echo $PATH"]
+    assert subprocess.check_output(shell, text=True) == "/opt/tvilfm/bin:/usr/bin\n"
 
 
 def test_what_does_not_travel_names_the_descriptions_own_folders(tmp_path: Path) -> None:
