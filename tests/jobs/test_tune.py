@@ -21,6 +21,7 @@ from tvilfm.tuning import Space, load_space
 
 CONFIG = Path("ray_config.yaml")
 SHORT = (
+    "model.weights=random",  # no pre-training
     "cluster.cpus_per_train_worker=1",
     "cluster.extract_workers=1",
     "train.base.epochs=1",
