@@ -73,8 +73,12 @@ class Sweep:
 
     def config(self, trial: Trial) -> Config:
         """A trial's run: in the sweep's folder, and with its stages beside those of the other trials."""
-        own = [f"run.dir={self.folder / 'trials'}", f"run.name={trial.name}", f"run.stages_dir={self.stages}"]
-        return load_config(self.folder / "ray_config.yaml", [*trial.overrides, *own], size=self.size)
+        own = {
+            "run.dir": str(self.folder / "trials"),
+            "run.name": trial.name,  # of an Optuna trial eight hexadecimal digits, which may all be decimal ones
+            "run.stages_dir": str(self.stages),
+        }
+        return load_config(self.folder / "ray_config.yaml", [*trial.overrides, *written(own)], size=self.size)
 
 
 def sweep_space(
@@ -117,7 +121,7 @@ def sweep_space(
         folder=folder,
         stages=(base.run.stages_dir or folder / "stages").absolute(),
         space=space,
-        overrides=(*overrides, f"data.root={base.data_root.absolute()}"),
+        overrides=(*overrides, *written({"data.root": str(base.data_root.absolute())})),
         size=size,
     )
     make_synthetic(base, Console(stderr=True))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 import yaml
 
 from cluster import tune
-from cluster.tune import SPACES, report_sweep, sweep_space
+from cluster.tune import SPACES, Sweep, report_sweep, sweep_space
 from tvilfm.report.sweep import TrialRecord, read_trials
 from tvilfm.report.tables import Results
 from tvilfm.tuning import Space, load_space
@@ -144,6 +146,20 @@ def test_a_killed_sweep_goes_on_and_ends_with_the_table_of_the_unbroken_one(
     assert {record.setting: (record.status, record.metrics) for record in records} == {
         record.setting: (record.status, record.metrics) for record in unbroken
     }
+
+
+def _prepared(space: Space, folder: Path) -> Sweep:
+    """A sweep of the space as its trials see it."""
+    folder.mkdir(parents=True)
+    shutil.copy(CONFIG, folder / "ray_config.yaml")
+    return Sweep(folder=folder, stages=folder / "stages", space=space, overrides=(CAPTIONS,), size="tiny")
+
+
+@pytest.mark.parametrize("name", ["12345678", "0000-seed0"])
+def test_a_trial_keeps_its_name_and_its_folder_whatever_yaml_makes_of_them(name: str, tmp_path: Path) -> None:
+    sweep = _prepared(load_space(SPACES / "ablations.yaml"), tmp_path / "lr: 1 #2")
+    run = sweep.config(replace(sweep.space.trials()[0], name=name)).run
+    assert (run.name, run.dir, run.stages_dir) == (name, sweep.folder / "trials", sweep.stages)
 
 
 def test_a_sweep_that_is_there_is_not_started_again_and_one_that_is_not_cannot_go_on(tmp_path: Path) -> None:
