@@ -131,7 +131,7 @@ def sweep_space(
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are told of by name, and go into the table
     with session(base.cluster):
         _tuner(sweep, base, resume=resume).fit()
-    # A trial that failed and ran again after --resume ended twice; the last time counts.
+    # A trial that ran again after --resume ended twice; the last time counts.
     ended = {end["name"]: end for end in map(json.loads, (folder / ENDED_FILE).read_text().splitlines())}
     records = [record for end in ended.values() for record in _records(sweep, **end)]
     records.sort(key=lambda record: record.name)
@@ -215,7 +215,8 @@ def _tuner(sweep: Sweep, base: Config, *, resume: bool) -> Tuner:
         runs = sorted(_runs(sweep))
         param_space, total = {"trial": tune.grid_search(runs)}, len(runs)
     if resume:
-        return Tuner.restore(path, trainable, param_space=param_space, restart_errored=True)
+        # Under the id that it had, which is all that Optuna knows it by; it goes on from its stages.
+        return Tuner.restore(path, trainable, param_space=param_space, resume_errored=True)
     search = None
     if space.searcher == "optuna":
         search = OptunaSearch(metric=space.metric, mode=space.mode, seed=space.seeds[0])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 
 from cluster import tune
@@ -99,6 +100,32 @@ def test_asha_stops_bad_trials_and_their_epochs_show_it(shared: tuple[str, ...],
     # One epoch of base, then of eight of text as many as were trained before the stop arrived.
     assert all(epochs[record.name] < 1 + 8 and not record.metrics for record in stopped)
     assert all(epochs[record.name] == 1 + 8 for record in records if record.status == "done")
+
+
+def test_a_trial_of_optuna_that_failed_runs_again_under_its_name(
+    tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails_at_first(params: dict[str, Any], *, sweep: Sweep) -> None:
+        mark = sweep.folder / ray.tune.get_context().get_trial_id()
+        if not mark.exists():
+            mark.touch()
+            raise ValueError("a full disk")
+        ray.tune.report({sweep.space.metric: params["optim.text_lr"], tune.DONE: True})
+
+    def record(sweep: Sweep, *, name: str, params: object, status: tune.Status, reason: str) -> list[TrialRecord]:
+        return [TrialRecord(name=name, setting="", seed=0, query="fusion", status=status)]
+
+    monkeypatch.setattr(tune, "_trial", fails_at_first)
+    monkeypatch.setattr(tune, "_records", record)
+    where = {"config_path": CONFIG, "overrides": [f"run.dir={tmp_path}", CAPTIONS], "size": "tiny"}
+    values = {"searcher": "optuna", "budget": {"num_samples": 2}, "parameters": {"optim.text_lr": [1e-3, 1e-2]}}
+    space = Space.model_validate({"name": "rates", "description": "trials that fail at first", **values})
+    failed, done = (
+        read_trials(sweep_space(space, name="rates", resume=resume, **where) / "trials.jsonl")
+        for resume in (False, True)
+    )
+    assert [record.status for record in failed] == ["failed"] * 2
+    assert done == [replace(record, status="done") for record in failed]
 
 
 @pytest.mark.long
