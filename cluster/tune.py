@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -105,7 +105,8 @@ def sweep_space(
 
     Raises:
         ValueError: a space that does not fit the run description, a sweep of that name that is there without
-            `resume`, or with it is not there or began with other settings.
+            `resume`, or with it is not there or began with other settings; or fewer runs ended than were planned, for
+            another reason than `budget.time_limit_s` (those that did end are in `trials.jsonl`).
     """
     base = check_space(space, config_path, overrides, size=size)
     check_trackers(base.run.trackers)
@@ -113,6 +114,7 @@ def sweep_space(
     _prepare(folder, config_path, resume=resume)
     if resume:
         _check_same(folder, space, base)
+        space = _space(folder)  # Tune keeps to the budget that it began with
     else:
         write_text_atomic(folder / SPACE_FILE, space.model_dump_json(indent=2))
         write_text_atomic(folder / BASE_FILE, to_yaml(base))
@@ -132,10 +134,12 @@ def sweep_space(
     with session(base.cluster):
         _tuner(sweep, base, resume=resume).fit()
     # A trial that ran again after --resume ended twice; the last time counts.
-    ended = {end["name"]: end for end in map(json.loads, (folder / ENDED_FILE).read_text().splitlines())}
+    lines = (folder / ENDED_FILE).read_text().splitlines() if (folder / ENDED_FILE).exists() else []
+    ended = {end["name"]: end for end in map(json.loads, lines)}
     records = [record for end in ended.values() for record in _records(sweep, **end)]
     records.sort(key=lambda record: record.name)
     write_text_atomic(folder / TRIALS_FILE, "".join(json.dumps(asdict(record)) + "\n" for record in records))
+    _check_ended(sweep, ended)
     return folder
 
 
@@ -155,7 +159,7 @@ def report_sweep(folder: Path) -> SweepData:
         )
     base = load_config(folder / BASE_FILE)
     data = SweepData(
-        space=Space.model_validate_json((folder / SPACE_FILE).read_text()),
+        space=_space(folder),
         records=read_trials(folder / TRIALS_FILE),
         dataset=base.data.name,
         facts={
@@ -200,6 +204,29 @@ def _check_same(folder: Path, space: Space, base: Config) -> None:
             )
 
 
+def _space(folder: Path) -> Space:
+    return Space.model_validate_json((folder / SPACE_FILE).read_text())
+
+
+def _check_ended(sweep: Sweep, ended: Collection[str]) -> None:
+    """Tell of runs that did not end: interrupted, or lost by Tune, which says nothing of either."""
+    lacking = [name for name in _runs(sweep) if name not in ended]  # of optuna, no name is known
+    total = _total(sweep)
+    if len(ended) >= total:
+        return
+    without = f", without {', '.join(lacking[:3])}{', ...' if lacking[3:] else ''}" if lacking else ""
+    found = f"tune: expected {total} runs to end, got {len(ended)}{without}."
+    limit_s = sweep.space.budget.time_limit_s
+    if limit_s is None:
+        raise ValueError(f"{found} Go on with --resume; `tvilfm report {sweep.folder}` shows what there is.")
+    Console(stderr=True).print(f"{found} budget.time_limit_s was {limit_s:g}.", highlight=False, soft_wrap=True)
+
+
+def _total(sweep: Sweep) -> int:
+    """Runs that are planned."""
+    return (sweep.space.budget.num_samples or 0) if sweep.space.searcher == "optuna" else len(_runs(sweep))
+
+
 def _tuner(sweep: Sweep, base: Config, *, resume: bool) -> Tuner:
     space = sweep.space
     trainable = tune.with_resources(
@@ -209,11 +236,9 @@ def _tuner(sweep: Sweep, base: Config, *, resume: bool) -> Tuner:
     param_space: dict[str, Any]
     if space.searcher == "optuna":
         param_space = {key: _domain(parameter) for key, parameter in space.parameters.items()}
-        total = space.budget.num_samples or 0
     else:
         # Seeds of one setting first: trials that run at once then train base models of their own, and none waits.
-        runs = sorted(_runs(sweep))
-        param_space, total = {"trial": tune.grid_search(runs)}, len(runs)
+        param_space = {"trial": tune.grid_search(sorted(_runs(sweep)))}
     if resume:
         # Under the id that it had, which is all that Optuna knows it by; it goes on from its stages.
         return Tuner.restore(path, trainable, param_space=param_space, resume_errored=True)
@@ -249,7 +274,7 @@ def _tuner(sweep: Sweep, base: Config, *, resume: bool) -> Tuner:
             storage_path=str(sweep.folder),
             verbose=0,
             failure_config=FailureConfig(max_failures=0),
-            callbacks=[_Ends(sweep.folder, total)],
+            callbacks=[_Ends(sweep.folder, _total(sweep))],
         ),
     )
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,6 +66,11 @@ def _one_trial(space: Space) -> Space:
     return Space.model_validate(values)
 
 
+def _bare_records(sweep: Sweep, *, name: str, status: tune.Status, **_: object) -> list[TrialRecord]:
+    """In place of those of trials that ran."""
+    return [TrialRecord(name=name, setting="", seed=0, query="fusion", status=status)]
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in SPACES.glob("*.yaml")))
 def test_every_space_runs_and_reports(name: str, shared: tuple[str, ...], ray_session: None) -> None:
     space = _one_trial(load_space(SPACES / f"{name}.yaml"))
@@ -112,11 +120,8 @@ def test_a_trial_of_optuna_that_failed_runs_again_under_its_name(
             raise ValueError("a full disk")
         ray.tune.report({sweep.space.metric: params["optim.text_lr"], tune.DONE: True})
 
-    def record(sweep: Sweep, *, name: str, params: object, status: tune.Status, reason: str) -> list[TrialRecord]:
-        return [TrialRecord(name=name, setting="", seed=0, query="fusion", status=status)]
-
     monkeypatch.setattr(tune, "_trial", fails_at_first)
-    monkeypatch.setattr(tune, "_records", record)
+    monkeypatch.setattr(tune, "_records", _bare_records)
     where = {"config_path": CONFIG, "overrides": [f"run.dir={tmp_path}", CAPTIONS], "size": "tiny"}
     values = {"searcher": "optuna", "budget": {"num_samples": 2}, "parameters": {"optim.text_lr": [1e-3, 1e-2]}}
     space = Space.model_validate({"name": "rates", "description": "trials that fail at first", **values})
@@ -187,6 +192,39 @@ def test_a_trial_keeps_its_name_and_its_folder_whatever_yaml_makes_of_them(name:
     sweep = _prepared(load_space(SPACES / "ablations.yaml"), tmp_path / "lr: 1 #2")
     run = sweep.config(replace(sweep.space.trials()[0], name=name)).run
     assert (run.name, run.dir, run.stages_dir) == (name, sweep.folder / "trials", sweep.stages)
+
+
+@pytest.mark.parametrize(
+    ("ended", "message"),
+    [
+        (0, r"expected 5 runs to end, got 0, without 0000-seed0, 0001-seed0, 0002-seed0, \.\.\.\. Go on with --resume"),
+        (4, r"expected 5 runs to end, got 4, without 0004-seed0\. Go on with --resume; `tvilfm report .*/rates`"),
+    ],
+)
+def test_a_sweep_that_ended_early_keeps_its_table_and_does_not_pass_for_a_finished_one(
+    ended: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"{number:04d}-seed0" for number in range(ended)]
+
+    def interrupted(sweep: Sweep, *_: object, **__: object) -> SimpleNamespace:
+        ends = [{"name": name, "params": {"trial": name}, "status": "failed", "reason": ""} for name in names]
+        lines = "".join(json.dumps(end) + "\n" for end in ends)
+        return SimpleNamespace(fit=lambda: (sweep.folder / "ended.jsonl").write_text(lines) if lines else None)
+
+    monkeypatch.setattr(tune, "_tuner", interrupted)
+    monkeypatch.setattr(tune, "_records", _bare_records)
+    monkeypatch.setattr(tune, "make_synthetic", lambda *_: None)
+    monkeypatch.setattr(tune, "session", lambda _: nullcontext())
+    rows = {f"{rate}": {"overrides": {"optim.text_lr": rate}} for rate in (0.1, 0.2, 0.3, 0.4, 0.5)}
+    values = {"name": "rates", "description": "five rates", "reference": "0.1", "rows": rows}
+    with pytest.raises(ValueError, match=message):
+        _sweep(Space.model_validate(values), "rates", (f"run.dir={tmp_path}", CAPTIONS))
+    assert [record.name for record in read_trials(tmp_path / "rates" / "trials.jsonl")] == names
+    report_sweep(tmp_path / "rates")
+
+    limited = Space.model_validate({**values, "budget": {"time_limit_s": 60}})
+    _sweep(limited, "limited", (f"run.dir={tmp_path}", CAPTIONS))
+    assert f"expected 5 runs to end, got {ended}" in capsys.readouterr().err
 
 
 def test_a_sweep_that_is_there_is_not_started_again_and_one_that_is_not_cannot_go_on(tmp_path: Path) -> None:
