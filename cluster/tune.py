@@ -316,9 +316,21 @@ def _trials_of(sweep: Sweep, params: dict[str, Any], name: str) -> list[Trial]:
 
 def _trial(params: dict[str, Any], *, sweep: Sweep) -> None:
     """Run one trial; in a process of its own."""
-    space = sweep.space
-    trial = _trials_of(sweep, params, tune.get_context().get_trial_id())[0]
-    config = sweep.config(trial)
+    name = params["trial"] if "trial" in params else tune.get_context().get_trial_id()
+    path = sweep.folder / "trials" / name / ERROR_FILE
+    path.unlink(missing_ok=True)  # of an earlier attempt
+    try:
+        metrics = _run(sweep, _trials_of(sweep, params, name)[0])
+    except Exception as error:
+        # Tune tells nobody of it before the trial has ended.
+        write_text_atomic(path, str(error))
+        raise
+    tune.report({**metrics, DONE: True})
+
+
+def _run(sweep: Sweep, trial: Trial) -> dict[str, float]:
+    """Run one trial; its metrics."""
+    space, config = sweep.space, sweep.config(trial)
     # Epochs validate the fusion query; a trial judged by another query or on the test identities reports at its end.
     live = space.metric.startswith("val_") and trial.query == "fusion"
 
@@ -329,16 +341,11 @@ def _trial(params: dict[str, Any], *, sweep: Sweep) -> None:
                 {space.metric: record[space.metric], "stage": record["stage"], "step": record["step"], **watched}
             )
 
-    try:
-        if space.free_steps is not None:
-            run(config, until="features")
-            config = _with_best_weights(config, sweep, trial)
-        run(config, until="results", listener=told, group=sweep.folder.name)
-    except Exception as error:
-        # Tune tells nobody of it before the trial has ended.
-        write_text_atomic(config.run.path / ERROR_FILE, str(error))
-        raise
-    tune.report({**_metrics(config, trial.query), DONE: True})
+    if space.free_steps is not None:
+        run(config, until="features", group=sweep.folder.name)
+        config = _with_best_weights(config, sweep, trial)
+    run(config, until="results", listener=told, group=sweep.folder.name)
+    return _metrics(config.run.path, trial.query)
 
 
 def _with_best_weights(config: Config, sweep: Sweep, trial: Trial) -> Config:
@@ -350,11 +357,11 @@ def _with_best_weights(config: Config, sweep: Sweep, trial: Trial) -> Config:
     return sweep.config(replace(trial, overrides=(*trial.overrides, *written(chosen))))
 
 
-def _metrics(config: Config, query: str) -> dict[str, float]:
-    """Of the default table's row of a query: `val_*` on validation identities, the others on test identities."""
+def _metrics(folder: Path, query: str) -> dict[str, float]:
+    """Of a run's default table, the row of a query: `val_*` on validation identities, the others on test identities."""
     found = {}
     for split, names in METRICS.items():
-        path = config.run.path / RESULTS_FILES[split]
+        path = folder / RESULTS_FILES[split]
         if path.exists():
             (row,) = (row for row in Results.read(path).default_rows if row.query == query)
             found |= {name: row.metric(name.removeprefix("val_")) for name in names}
@@ -365,9 +372,15 @@ def _records(sweep: Sweep, *, name: str, params: dict[str, Any], status: Status,
     """One record for every trial that an ended run stands for."""
     trials = _trials_of(sweep, params, name)
     folder = sweep.folder / "trials" / name
-    # What the trial ran, with the weights that it chose itself.
-    config = load_config(folder / "config.yaml") if (folder / "config.yaml").exists() else sweep.config(trials[0])
-    ensemble, learning = config.evaluate.ensemble.model_dump(), learning_of(config)
+    chosen: dict[str, float] = {}
+    learning: list[Record] = []
+    if (folder / "config.yaml").exists():  # else it failed before its data were read, and would do so here
+        # What the trial ran, with the weights that it chose itself.
+        config = load_config(folder / "config.yaml")
+        learning = learning_of(config)
+        if sweep.space.free_steps:
+            ensemble = config.evaluate.ensemble.model_dump()
+            chosen = {part: ensemble[part] for part in MODALITIES}
     return [
         TrialRecord(
             name=trial.name,
@@ -377,8 +390,8 @@ def _records(sweep: Sweep, *, name: str, params: dict[str, Any], status: Status,
             query=trial.query,
             status=status,
             reason=reason,
-            metrics=_metrics(config, trial.query) if status == "done" else {},
-            chosen={part: ensemble[part] for part in MODALITIES} if sweep.space.free_steps else {},
+            metrics=_metrics(folder, trial.query) if status == "done" else {},
+            chosen=chosen,
             learning=learning,
         )
         for trial in trials

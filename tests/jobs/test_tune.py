@@ -227,6 +227,46 @@ def test_a_sweep_that_ended_early_keeps_its_table_and_does_not_pass_for_a_finish
     assert f"expected 5 runs to end, got {ended}" in capsys.readouterr().err
 
 
+def test_a_trial_without_its_captions_is_a_row_of_the_table_like_another(tmp_path: Path) -> None:
+    sweep = _prepared(load_space(SPACES / "ablations.yaml"), tmp_path / "sweep")
+    sweep = replace(sweep, overrides=("data.captions=/nowhere.parquet", *sweep.overrides))
+    name = sweep.space.trials()[0].name
+    record, *_ = tune._records(sweep, name=name, params={"trial": name}, status="failed", reason="no captions")
+    assert (record.status, record.reason, record.learning) == ("failed", "no captions", [])
+
+
+@pytest.mark.parametrize("fault", ["of the config", "of the run", "of the results"])
+def test_an_error_is_noted_wherever_a_trial_fails_and_gone_when_it_runs_again(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = _prepared(load_space(SPACES / "fusion.yaml"), tmp_path / "sweep")
+    name = sweep.space.trials()[0].name
+    note = sweep.folder / "trials" / name / "error.txt"
+    groups = []
+
+    def fails(*_: object, group: str | None = None, **__: object) -> None:
+        groups.append(group)
+        raise ValueError(fault)
+
+    def dies(*_: object, **__: object) -> None:
+        assert not note.exists()
+        raise KeyboardInterrupt  # as a kill, it leaves no word
+
+    monkeypatch.setattr(tune, "run", lambda *_, **__: None)
+    monkeypatch.setattr(tune, "_with_best_weights", lambda config, *_: config)
+    place = {"of the config": (Sweep, "config"), "of the run": (tune, "run"), "of the results": (tune, "_metrics")}
+    with monkeypatch.context() as patched:
+        patched.setattr(*place[fault], fails)
+        with pytest.raises(ValueError, match=fault):
+            tune._trial({"trial": name}, sweep=sweep)
+    assert note.read_text() == fault
+    assert groups == (["sweep"] if fault == "of the run" else [None])
+    monkeypatch.setattr(tune, "run", dies)
+    with pytest.raises(KeyboardInterrupt):
+        tune._trial({"trial": name}, sweep=sweep)
+    assert not note.exists()
+
+
 def test_a_sweep_that_is_there_is_not_started_again_and_one_that_is_not_cannot_go_on(tmp_path: Path) -> None:
     space = load_space(SPACES / "ablations.yaml")
     with pytest.raises(ValueError, match=r"--resume: expected a sweep in .*got none"):
