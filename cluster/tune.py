@@ -29,7 +29,7 @@ from rich.console import Console
 
 from cluster.learning import Record
 from cluster.run import RESULTS_FILES, evaluator_of, learning_of, make_synthetic, run
-from cluster.session import session
+from cluster.session import address_of, session
 from cluster.trackers import check_trackers
 from tvilfm.config import ClusterSection, Config, known_keys, load_config, to_yaml, value_at
 from tvilfm.evaluation.ensemble_sweep import MODALITIES, SweptMetric, sweep_ensemble, weight_grid
@@ -298,13 +298,17 @@ def _domain(parameter: Parameter) -> Any:
 
 
 def _room(section: ClusterSection) -> int:
-    """Trials that can train at once on the cluster as it is now."""
-    there = ray.cluster_resources()
+    """Trials that can train at once on the cluster as it is now, or as it is described and may yet grow to be."""
+    room = {name: ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU")}
+    if address_of(section) != "local":
+        workers = section.workers
+        room["CPU"] = max(room["CPU"], workers.max * workers.cpus)
+        room["GPU"] = max(room["GPU"], workers.max * workers.gpus)
     wanted = {
         "CPU": section.train_workers * section.cpus_per_train_worker,
         "GPU": section.train_workers * section.gpus_per_worker,
     }
-    return max(1, min(int(there.get(name, 0) // amount) for name, amount in wanted.items() if amount))
+    return max(1, min(int(room[name] // amount) for name, amount in wanted.items() if amount))
 
 
 def _trials_of(sweep: Sweep, params: dict[str, Any], name: str) -> list[Trial]:

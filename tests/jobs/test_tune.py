@@ -21,6 +21,7 @@ import yaml
 
 from cluster import tune
 from cluster.tune import SPACES, Sweep, report_sweep, sweep_space
+from tvilfm.config import ClusterSection
 from tvilfm.report.sweep import TrialRecord, read_trials
 from tvilfm.report.tables import Results
 from tvilfm.tuning import Space, load_space
@@ -265,6 +266,19 @@ def test_an_error_is_noted_wherever_a_trial_fails_and_gone_when_it_runs_again(
     with pytest.raises(KeyboardInterrupt):
         tune._trial({"trial": name}, sweep=sweep)
     assert not note.exists()
+
+
+@pytest.mark.parametrize(
+    ("address", "gpus", "room"), [(None, 0, 1), ("ray://head:10001", 0, 12), ("ray://head:10001", 1, 3)]
+)
+def test_trials_have_the_room_of_the_workers_that_a_cluster_may_yet_start(
+    address: str | None, gpus: int, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})  # of the head alone
+    workers = {"max": 3, "cpus": 8, "gpus": 1}
+    section = ClusterSection.model_validate({"address": address, "gpus_per_worker": gpus, "workers": workers})
+    assert tune._room(section) == room
 
 
 def test_a_sweep_that_is_there_is_not_started_again_and_one_that_is_not_cannot_go_on(tmp_path: Path) -> None:
