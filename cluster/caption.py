@@ -412,14 +412,15 @@ class CaptionActor:
 
     def __call__(self, chunk: pa.Table) -> pa.Table:
         (start,), (pictures,) = chunk["start"].to_pylist(), chunk["pictures"].to_pylist()
-        name = part_name(picture["image"] for picture in pictures)
         bad = [picture for picture in pictures if picture["fault"] and not picture["again"]]
         good = [picture for picture in pictures if not picture["fault"]]
         if bad:
             now = _now()
             faults = [{"image": picture["image"], "reason": picture["fault"], "time": now} for picture in bad]
+            name = part_name(picture["image"] for picture in bad)
             self._job.quarantine.write(name, pa.Table.from_pylist(faults, schema=QUARANTINE_SCHEMA))
-        # Ray hands a chunk out again when it did not hear of its end.
+        # Ray hands a chunk out again when it did not hear of its end; other images of it may be readable then.
+        name = part_name(picture["image"] for picture in good)
         if good and not self._job.captions.has(name):
             try:
                 self._job.captions.write(name, self._caption(good, start))

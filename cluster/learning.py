@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cluster.stages import StageStore
@@ -50,12 +50,17 @@ class Learning:
         """Every record so far: stage, epoch, step (epochs of both stages, from 1), losses, validation metrics."""
         records: list[Record] = []
         for name in TRAINED:
-            paths = (self._store.path(name) / METRICS_FILE, self._store.partial(name) / METRICS_FILE)
-            path = next((path for path in paths if path.exists()), None)
-            for record in read_records(path) if path else ():
+            for record in self._written(name):
                 step = self._offset[name] + int(record["epoch"]) + 1
                 records.append({"stage": name, "step": step, **record})
         return records
+
+    def _written(self, name: str) -> list[Record]:
+        finished, partial = self._store.path(name), self._store.partial(name)
+        for folder in (finished, partial, finished):  # the stage may be renamed between two looks
+            with suppress(FileNotFoundError):
+                return read_records(folder / METRICS_FILE)
+        return []
 
     def new(self) -> list[Record]:
         """Records of steps beyond those returned before; an epoch that is trained again after a kill is not new."""

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -29,7 +29,7 @@ from rich.console import Console
 
 from cluster.learning import Record
 from cluster.run import RESULTS_FILES, evaluator_of, learning_of, make_synthetic, run
-from cluster.session import session
+from cluster.session import address_of, session
 from cluster.trackers import check_trackers
 from tvilfm.config import ClusterSection, Config, known_keys, load_config, to_yaml, value_at
 from tvilfm.evaluation.ensemble_sweep import MODALITIES, SweptMetric, sweep_ensemble, weight_grid
@@ -73,8 +73,12 @@ class Sweep:
 
     def config(self, trial: Trial) -> Config:
         """A trial's run: in the sweep's folder, and with its stages beside those of the other trials."""
-        own = [f"run.dir={self.folder / 'trials'}", f"run.name={trial.name}", f"run.stages_dir={self.stages}"]
-        return load_config(self.folder / "ray_config.yaml", [*trial.overrides, *own], size=self.size)
+        own = {
+            "run.dir": str(self.folder / "trials"),
+            "run.name": trial.name,  # of an Optuna trial eight hexadecimal digits, which may all be decimal ones
+            "run.stages_dir": str(self.stages),
+        }
+        return load_config(self.folder / "ray_config.yaml", [*trial.overrides, *written(own)], size=self.size)
 
 
 def sweep_space(
@@ -101,7 +105,8 @@ def sweep_space(
 
     Raises:
         ValueError: a space that does not fit the run description, a sweep of that name that is there without
-            `resume`, or with it is not there or began with other settings.
+            `resume`, or with it is not there or began with other settings; or fewer runs ended than were planned, for
+            another reason than `budget.time_limit_s` (those that did end are in `trials.jsonl`).
     """
     base = check_space(space, config_path, overrides, size=size)
     check_trackers(base.run.trackers)
@@ -109,6 +114,7 @@ def sweep_space(
     _prepare(folder, config_path, resume=resume)
     if resume:
         _check_same(folder, space, base)
+        space = _space(folder)  # Tune keeps to the budget that it began with
     else:
         write_text_atomic(folder / SPACE_FILE, space.model_dump_json(indent=2))
         write_text_atomic(folder / BASE_FILE, to_yaml(base))
@@ -117,7 +123,7 @@ def sweep_space(
         folder=folder,
         stages=(base.run.stages_dir or folder / "stages").absolute(),
         space=space,
-        overrides=(*overrides, f"data.root={base.data_root.absolute()}"),
+        overrides=(*overrides, *written({"data.root": str(base.data_root.absolute())})),
         size=size,
     )
     make_synthetic(base, Console(stderr=True))
@@ -127,11 +133,13 @@ def sweep_space(
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are told of by name, and go into the table
     with session(base.cluster):
         _tuner(sweep, base, resume=resume).fit()
-    # A trial that failed and ran again after --resume ended twice; the last time counts.
-    ended = {end["name"]: end for end in map(json.loads, (folder / ENDED_FILE).read_text().splitlines())}
+    # A trial that ran again after --resume ended twice; the last time counts.
+    lines = (folder / ENDED_FILE).read_text().splitlines() if (folder / ENDED_FILE).exists() else []
+    ended = {end["name"]: end for end in map(json.loads, lines)}
     records = [record for end in ended.values() for record in _records(sweep, **end)]
     records.sort(key=lambda record: record.name)
     write_text_atomic(folder / TRIALS_FILE, "".join(json.dumps(asdict(record)) + "\n" for record in records))
+    _check_ended(sweep, ended)
     return folder
 
 
@@ -151,7 +159,7 @@ def report_sweep(folder: Path) -> SweepData:
         )
     base = load_config(folder / BASE_FILE)
     data = SweepData(
-        space=Space.model_validate_json((folder / SPACE_FILE).read_text()),
+        space=_space(folder),
         records=read_trials(folder / TRIALS_FILE),
         dataset=base.data.name,
         facts={
@@ -196,6 +204,29 @@ def _check_same(folder: Path, space: Space, base: Config) -> None:
             )
 
 
+def _space(folder: Path) -> Space:
+    return Space.model_validate_json((folder / SPACE_FILE).read_text())
+
+
+def _check_ended(sweep: Sweep, ended: Collection[str]) -> None:
+    """Tell of runs that did not end: interrupted, or lost by Tune, which says nothing of either."""
+    lacking = [name for name in _runs(sweep) if name not in ended]  # of optuna, no name is known
+    total = _total(sweep)
+    if len(ended) >= total:
+        return
+    without = f", without {', '.join(lacking[:3])}{', ...' if lacking[3:] else ''}" if lacking else ""
+    found = f"tune: expected {total} runs to end, got {len(ended)}{without}."
+    limit_s = sweep.space.budget.time_limit_s
+    if limit_s is None:
+        raise ValueError(f"{found} Go on with --resume; `tvilfm report {sweep.folder}` shows what there is.")
+    Console(stderr=True).print(f"{found} budget.time_limit_s was {limit_s:g}.", highlight=False, soft_wrap=True)
+
+
+def _total(sweep: Sweep) -> int:
+    """Runs that are planned."""
+    return (sweep.space.budget.num_samples or 0) if sweep.space.searcher == "optuna" else len(_runs(sweep))
+
+
 def _tuner(sweep: Sweep, base: Config, *, resume: bool) -> Tuner:
     space = sweep.space
     trainable = tune.with_resources(
@@ -205,13 +236,12 @@ def _tuner(sweep: Sweep, base: Config, *, resume: bool) -> Tuner:
     param_space: dict[str, Any]
     if space.searcher == "optuna":
         param_space = {key: _domain(parameter) for key, parameter in space.parameters.items()}
-        total = space.budget.num_samples or 0
     else:
         # Seeds of one setting first: trials that run at once then train base models of their own, and none waits.
-        runs = sorted(_runs(sweep))
-        param_space, total = {"trial": tune.grid_search(runs)}, len(runs)
+        param_space = {"trial": tune.grid_search(sorted(_runs(sweep)))}
     if resume:
-        return Tuner.restore(path, trainable, param_space=param_space, restart_errored=True)
+        # Under the id that it had, which is all that Optuna knows it by; it goes on from its stages.
+        return Tuner.restore(path, trainable, param_space=param_space, resume_errored=True)
     search = None
     if space.searcher == "optuna":
         search = OptunaSearch(metric=space.metric, mode=space.mode, seed=space.seeds[0])
@@ -244,7 +274,7 @@ def _tuner(sweep: Sweep, base: Config, *, resume: bool) -> Tuner:
             storage_path=str(sweep.folder),
             verbose=0,
             failure_config=FailureConfig(max_failures=0),
-            callbacks=[_Ends(sweep.folder, total)],
+            callbacks=[_Ends(sweep.folder, _total(sweep))],
         ),
     )
 
@@ -268,13 +298,17 @@ def _domain(parameter: Parameter) -> Any:
 
 
 def _room(section: ClusterSection) -> int:
-    """Trials that can train at once on the cluster as it is now."""
-    there = ray.cluster_resources()
+    """Trials that can train at once on the cluster as it is now, or as it is described and may yet grow to be."""
+    room = {name: ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU")}
+    if address_of(section) != "local":
+        workers = section.workers
+        room["CPU"] = max(room["CPU"], workers.max * workers.cpus)
+        room["GPU"] = max(room["GPU"], workers.max * workers.gpus)
     wanted = {
         "CPU": section.train_workers * section.cpus_per_train_worker,
         "GPU": section.train_workers * section.gpus_per_worker,
     }
-    return max(1, min(int(there.get(name, 0) // amount) for name, amount in wanted.items() if amount))
+    return max(1, min(int(room[name] // amount) for name, amount in wanted.items() if amount))
 
 
 def _trials_of(sweep: Sweep, params: dict[str, Any], name: str) -> list[Trial]:
@@ -286,9 +320,21 @@ def _trials_of(sweep: Sweep, params: dict[str, Any], name: str) -> list[Trial]:
 
 def _trial(params: dict[str, Any], *, sweep: Sweep) -> None:
     """Run one trial; in a process of its own."""
-    space = sweep.space
-    trial = _trials_of(sweep, params, tune.get_context().get_trial_id())[0]
-    config = sweep.config(trial)
+    name = params["trial"] if "trial" in params else tune.get_context().get_trial_id()
+    path = sweep.folder / "trials" / name / ERROR_FILE
+    path.unlink(missing_ok=True)  # of an earlier attempt
+    try:
+        metrics = _run(sweep, _trials_of(sweep, params, name)[0])
+    except Exception as error:
+        # Tune tells nobody of it before the trial has ended.
+        write_text_atomic(path, str(error))
+        raise
+    tune.report({**metrics, DONE: True})
+
+
+def _run(sweep: Sweep, trial: Trial) -> dict[str, float]:
+    """Run one trial; its metrics."""
+    space, config = sweep.space, sweep.config(trial)
     # Epochs validate the fusion query; a trial judged by another query or on the test identities reports at its end.
     live = space.metric.startswith("val_") and trial.query == "fusion"
 
@@ -299,16 +345,11 @@ def _trial(params: dict[str, Any], *, sweep: Sweep) -> None:
                 {space.metric: record[space.metric], "stage": record["stage"], "step": record["step"], **watched}
             )
 
-    try:
-        if space.free_steps is not None:
-            run(config, until="features")
-            config = _with_best_weights(config, sweep, trial)
-        run(config, until="results", listener=told, group=sweep.folder.name)
-    except Exception as error:
-        # Tune tells nobody of it before the trial has ended.
-        write_text_atomic(config.run.path / ERROR_FILE, str(error))
-        raise
-    tune.report({**_metrics(config, trial.query), DONE: True})
+    if space.free_steps is not None:
+        run(config, until="features", group=sweep.folder.name)
+        config = _with_best_weights(config, sweep, trial)
+    run(config, until="results", listener=told, group=sweep.folder.name)
+    return _metrics(config.run.path, trial.query)
 
 
 def _with_best_weights(config: Config, sweep: Sweep, trial: Trial) -> Config:
@@ -320,11 +361,11 @@ def _with_best_weights(config: Config, sweep: Sweep, trial: Trial) -> Config:
     return sweep.config(replace(trial, overrides=(*trial.overrides, *written(chosen))))
 
 
-def _metrics(config: Config, query: str) -> dict[str, float]:
-    """Of the default table's row of a query: `val_*` on validation identities, the others on test identities."""
+def _metrics(folder: Path, query: str) -> dict[str, float]:
+    """Of a run's default table, the row of a query: `val_*` on validation identities, the others on test identities."""
     found = {}
     for split, names in METRICS.items():
-        path = config.run.path / RESULTS_FILES[split]
+        path = folder / RESULTS_FILES[split]
         if path.exists():
             (row,) = (row for row in Results.read(path).default_rows if row.query == query)
             found |= {name: row.metric(name.removeprefix("val_")) for name in names}
@@ -335,9 +376,15 @@ def _records(sweep: Sweep, *, name: str, params: dict[str, Any], status: Status,
     """One record for every trial that an ended run stands for."""
     trials = _trials_of(sweep, params, name)
     folder = sweep.folder / "trials" / name
-    # What the trial ran, with the weights that it chose itself.
-    config = load_config(folder / "config.yaml") if (folder / "config.yaml").exists() else sweep.config(trials[0])
-    ensemble, learning = config.evaluate.ensemble.model_dump(), learning_of(config)
+    chosen: dict[str, float] = {}
+    learning: list[Record] = []
+    if (folder / "config.yaml").exists():  # else it failed before its data were read, and would do so here
+        # What the trial ran, with the weights that it chose itself.
+        config = load_config(folder / "config.yaml")
+        learning = learning_of(config)
+        if sweep.space.free_steps:
+            ensemble = config.evaluate.ensemble.model_dump()
+            chosen = {part: ensemble[part] for part in MODALITIES}
     return [
         TrialRecord(
             name=trial.name,
@@ -347,8 +394,8 @@ def _records(sweep: Sweep, *, name: str, params: dict[str, Any], status: Status,
             query=trial.query,
             status=status,
             reason=reason,
-            metrics=_metrics(config, trial.query) if status == "done" else {},
-            chosen={part: ensemble[part] for part in MODALITIES} if sweep.space.free_steps else {},
+            metrics=_metrics(folder, trial.query) if status == "done" else {},
+            chosen=chosen,
             learning=learning,
         )
         for trial in trials

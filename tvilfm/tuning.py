@@ -140,7 +140,9 @@ class Budget(Section):
 
     num_samples: int | None = Field(None, ge=1, description="settings tried; null where rows or a grid give them")
     max_concurrent: int | None = Field(None, ge=1, description="trials at once; null = what the cluster has room for")
-    time_limit_s: float | None = Field(None, gt=0, description="no new trial after so many seconds; null = no limit")
+    time_limit_s: float | None = Field(
+        None, gt=0, description="the sweep ends after so many seconds, without the trials under way; null = no limit"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -254,6 +254,16 @@ def test_a_chunk_that_is_handed_out_again_finds_its_part(
     assert len(list((tmp_path / "captions").iterdir())) == 1
 
 
+def test_a_chunk_that_is_handed_out_again_keeps_what_has_become_readable(lab: SimpleNamespace, tmp_path: Path) -> None:
+    job = job_of(lab, tmp_path)
+    actor, chunk = CaptionActor(job), decode_chunk(chunk_of(*lab.names[:2]), job=job, size=(HEIGHT, WIDTH))
+    ((first, second),) = chunk["pictures"].to_pylist()
+    unread = {"image": second["image"], "fault": "expected a readable file, got TimeoutError", "again": True}
+    assert actor(chunk.set_column(1, "pictures", pa.array([[first, unread]])))["done"].to_pylist() == [1]
+    assert actor(chunk)["done"].to_pylist() == [2]
+    assert job.captions.read()["image"].to_pylist() == lab.names[:2]
+
+
 def test_sampling_follows_the_seed_and_the_place_in_the_list(lab: SimpleNamespace, tmp_path: Path) -> None:
     sampling = lab.captioner.model_copy(update={"temperature": 5.0})
 

@@ -10,7 +10,7 @@ from mlflow.tracking import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cluster import trackers as module
-from cluster.learning import Learning, Record, follow
+from cluster.learning import Learning, Record, follow, read_records
 from cluster.stages import StageStore
 from cluster.trackers import check_trackers, log_record, trackers
 from tvilfm.config import Config, load_config
@@ -97,6 +97,20 @@ def test_learning_is_told_once_in_order_across_stages_kills_and_half_written_lin
     assert [record["step"] for record in heard] == [1, 2, 3]
     with pytest.raises(RuntimeError, match="no room"), follow(Learning(store, config), _no_room):
         pass
+
+
+def test_learning_is_read_while_its_stage_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = StageStore(tmp_path / "stages", {"base": "b0", "text": "t0"})
+    store.partial("base").mkdir(parents=True)
+    (store.partial("base") / "metrics.jsonl").write_text(json.dumps({"epoch": 0}) + "\n")
+
+    def read_just_after(path: Path) -> list[Record]:
+        if path.parent == store.partial("base"):
+            path.parent.rename(store.path("base"))
+        return read_records(path)
+
+    monkeypatch.setattr("cluster.learning.read_records", read_just_after)
+    assert [record["step"] for record in Learning(store, _config(tmp_path)).records()] == [1]
 
 
 def _no_room(record: Record) -> None:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 import yaml
 
 from cluster import tune
-from cluster.tune import SPACES, report_sweep, sweep_space
+from cluster.tune import SPACES, Sweep, report_sweep, sweep_space
+from tvilfm.config import ClusterSection
 from tvilfm.report.sweep import TrialRecord, read_trials
 from tvilfm.report.tables import Results
 from tvilfm.tuning import Space, load_space
@@ -61,6 +68,11 @@ def _one_trial(space: Space) -> Space:
     return Space.model_validate(values)
 
 
+def _bare_records(sweep: Sweep, *, name: str, status: tune.Status, **_: object) -> list[TrialRecord]:
+    """In place of those of trials that ran."""
+    return [TrialRecord(name=name, setting="", seed=0, query="fusion", status=status)]
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in SPACES.glob("*.yaml")))
 def test_every_space_runs_and_reports(name: str, shared: tuple[str, ...], ray_session: None) -> None:
     space = _one_trial(load_space(SPACES / f"{name}.yaml"))
@@ -98,6 +110,29 @@ def test_asha_stops_bad_trials_and_their_epochs_show_it(shared: tuple[str, ...],
     # One epoch of base, then of eight of text as many as were trained before the stop arrived.
     assert all(epochs[record.name] < 1 + 8 and not record.metrics for record in stopped)
     assert all(epochs[record.name] == 1 + 8 for record in records if record.status == "done")
+
+
+def test_a_trial_of_optuna_that_failed_runs_again_under_its_name(
+    tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails_at_first(params: dict[str, Any], *, sweep: Sweep) -> None:
+        mark = sweep.folder / ray.tune.get_context().get_trial_id()
+        if not mark.exists():
+            mark.touch()
+            raise ValueError("a full disk")
+        ray.tune.report({sweep.space.metric: params["optim.text_lr"], tune.DONE: True})
+
+    monkeypatch.setattr(tune, "_trial", fails_at_first)
+    monkeypatch.setattr(tune, "_records", _bare_records)
+    where = {"config_path": CONFIG, "overrides": [f"run.dir={tmp_path}", CAPTIONS], "size": "tiny"}
+    values = {"searcher": "optuna", "budget": {"num_samples": 2}, "parameters": {"optim.text_lr": [1e-3, 1e-2]}}
+    space = Space.model_validate({"name": "rates", "description": "trials that fail at first", **values})
+    failed, done = (
+        read_trials(sweep_space(space, name="rates", resume=resume, **where) / "trials.jsonl")
+        for resume in (False, True)
+    )
+    assert [record.status for record in failed] == ["failed"] * 2
+    assert done == [replace(record, status="done") for record in failed]
 
 
 @pytest.mark.long
@@ -145,6 +180,106 @@ def test_a_killed_sweep_goes_on_and_ends_with_the_table_of_the_unbroken_one(
     assert {record.setting: (record.status, record.metrics) for record in records} == {
         record.setting: (record.status, record.metrics) for record in unbroken
     }
+
+
+def _prepared(space: Space, folder: Path) -> Sweep:
+    """A sweep of the space as its trials see it."""
+    folder.mkdir(parents=True)
+    shutil.copy(CONFIG, folder / "ray_config.yaml")
+    return Sweep(folder=folder, stages=folder / "stages", space=space, overrides=(CAPTIONS,), size="tiny")
+
+
+@pytest.mark.parametrize("name", ["12345678", "0000-seed0"])
+def test_a_trial_keeps_its_name_and_its_folder_whatever_yaml_makes_of_them(name: str, tmp_path: Path) -> None:
+    sweep = _prepared(load_space(SPACES / "ablations.yaml"), tmp_path / "lr: 1 #2")
+    run = sweep.config(replace(sweep.space.trials()[0], name=name)).run
+    assert (run.name, run.dir, run.stages_dir) == (name, sweep.folder / "trials", sweep.stages)
+
+
+@pytest.mark.parametrize(
+    ("ended", "message"),
+    [
+        (0, r"expected 5 runs to end, got 0, without 0000-seed0, 0001-seed0, 0002-seed0, \.\.\.\. Go on with --resume"),
+        (4, r"expected 5 runs to end, got 4, without 0004-seed0\. Go on with --resume; `tvilfm report .*/rates`"),
+    ],
+)
+def test_a_sweep_that_ended_early_keeps_its_table_and_does_not_pass_for_a_finished_one(
+    ended: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"{number:04d}-seed0" for number in range(ended)]
+
+    def interrupted(sweep: Sweep, *_: object, **__: object) -> SimpleNamespace:
+        ends = [{"name": name, "params": {"trial": name}, "status": "failed", "reason": ""} for name in names]
+        lines = "".join(json.dumps(end) + "\n" for end in ends)
+        return SimpleNamespace(fit=lambda: (sweep.folder / "ended.jsonl").write_text(lines) if lines else None)
+
+    monkeypatch.setattr(tune, "_tuner", interrupted)
+    monkeypatch.setattr(tune, "_records", _bare_records)
+    monkeypatch.setattr(tune, "make_synthetic", lambda *_: None)
+    monkeypatch.setattr(tune, "session", lambda _: nullcontext())
+    rows = {f"{rate}": {"overrides": {"optim.text_lr": rate}} for rate in (0.1, 0.2, 0.3, 0.4, 0.5)}
+    values = {"name": "rates", "description": "five rates", "reference": "0.1", "rows": rows}
+    with pytest.raises(ValueError, match=message):
+        _sweep(Space.model_validate(values), "rates", (f"run.dir={tmp_path}", CAPTIONS))
+    assert [record.name for record in read_trials(tmp_path / "rates" / "trials.jsonl")] == names
+    report_sweep(tmp_path / "rates")
+
+    limited = Space.model_validate({**values, "budget": {"time_limit_s": 60}})
+    _sweep(limited, "limited", (f"run.dir={tmp_path}", CAPTIONS))
+    assert f"expected 5 runs to end, got {ended}" in capsys.readouterr().err
+
+
+def test_a_trial_without_its_captions_is_a_row_of_the_table_like_another(tmp_path: Path) -> None:
+    sweep = _prepared(load_space(SPACES / "ablations.yaml"), tmp_path / "sweep")
+    sweep = replace(sweep, overrides=("data.captions=/nowhere.parquet", *sweep.overrides))
+    name = sweep.space.trials()[0].name
+    record, *_ = tune._records(sweep, name=name, params={"trial": name}, status="failed", reason="no captions")
+    assert (record.status, record.reason, record.learning) == ("failed", "no captions", [])
+
+
+@pytest.mark.parametrize("fault", ["of the config", "of the run", "of the results"])
+def test_an_error_is_noted_wherever_a_trial_fails_and_gone_when_it_runs_again(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = _prepared(load_space(SPACES / "fusion.yaml"), tmp_path / "sweep")
+    name = sweep.space.trials()[0].name
+    note = sweep.folder / "trials" / name / "error.txt"
+    groups = []
+
+    def fails(*_: object, group: str | None = None, **__: object) -> None:
+        groups.append(group)
+        raise ValueError(fault)
+
+    def dies(*_: object, **__: object) -> None:
+        assert not note.exists()
+        raise KeyboardInterrupt  # as a kill, it leaves no word
+
+    monkeypatch.setattr(tune, "run", lambda *_, **__: None)
+    monkeypatch.setattr(tune, "_with_best_weights", lambda config, *_: config)
+    place = {"of the config": (Sweep, "config"), "of the run": (tune, "run"), "of the results": (tune, "_metrics")}
+    with monkeypatch.context() as patched:
+        patched.setattr(*place[fault], fails)
+        with pytest.raises(ValueError, match=fault):
+            tune._trial({"trial": name}, sweep=sweep)
+    assert note.read_text() == fault
+    assert groups == (["sweep"] if fault == "of the run" else [None])
+    monkeypatch.setattr(tune, "run", dies)
+    with pytest.raises(KeyboardInterrupt):
+        tune._trial({"trial": name}, sweep=sweep)
+    assert not note.exists()
+
+
+@pytest.mark.parametrize(
+    ("address", "gpus", "room"), [(None, 0, 1), ("ray://head:10001", 0, 12), ("ray://head:10001", 1, 3)]
+)
+def test_trials_have_the_room_of_the_workers_that_a_cluster_may_yet_start(
+    address: str | None, gpus: int, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})  # of the head alone
+    workers = {"max": 3, "cpus": 8, "gpus": 1}
+    section = ClusterSection.model_validate({"address": address, "gpus_per_worker": gpus, "workers": workers})
+    assert tune._room(section) == room
 
 
 def test_a_sweep_that_is_there_is_not_started_again_and_one_that_is_not_cannot_go_on(tmp_path: Path) -> None:
