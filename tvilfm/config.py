@@ -464,7 +464,7 @@ class GallerySection(Section):
     exact_limit: int = Field(100_000, ge=0, description="rows up to which search is exact and in memory; above, IVF_PQ")
     partitions: int | None = Field(None, ge=1, description="lists of the index (IVF); null = square root of the rows")
     sub_vectors: int = Field(128, ge=1, description="bytes a vector in the index (PQ); has to divide its dimension")
-    probes: int = Field(32, ge=1, description="lists of the index that a search reads")
+    probes: int = Field(32, ge=1, description="lists of the index that a search reads; more if their rows are too few")
     refine: int = Field(10, ge=1, description="candidates a hit that are compared by their own vectors")
     thumbnail_height: int = Field(192, ge=16, description="pixels of the pictures that are kept with the vectors")
 

@@ -258,6 +258,19 @@ def test_a_large_gallery_is_searched_by_the_index_with_the_same_answer(gallery: 
                 assert [(hit.id, hit.score) for hit in theirs.hits] == [(hit.id, hit.score) for hit in mine.hits]
 
 
+def test_a_filter_that_few_rows_pass_finds_them_all_by_the_index(gallery: Gallery) -> None:
+    how = {"num_partitions": 16, "num_sub_vectors": 8, "sample_rate": 16}
+    gallery.dataset.create_index("vector", "IVF_PQ", metric="cosine", **how)
+    asked = [query(vector) for vector in unit(np.random.default_rng(7), 3)]
+    where = Where(cameras=frozenset((1,)), since=NOON + timedelta(minutes=300))
+    for by_identity in (False, True):
+        requests = [Request(weights={}, k=20, where=where, by_identity=by_identity)] * len(asked)
+        precise = searcher(gallery).search(asked, requests)
+        by_index = searcher(gallery, exact_limit=10, probes=1, refine=50).search(asked, requests)
+        assert all(10 < len(answer.hits) < 20 for answer in precise)
+        assert [set(ids(answer)) for answer in by_index] == [set(ids(answer)) for answer in precise]
+
+
 def test_shares_say_what_each_modality_adds_and_sum_to_the_score(gallery: Gallery) -> None:
     rng = np.random.default_rng(6)
     parts = dict(zip(("infrared", "text", "fusion"), torch.from_numpy(unit(rng, 3)), strict=True))

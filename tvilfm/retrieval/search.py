@@ -169,7 +169,7 @@ class Searcher:
     ) -> list[Ranked]:
         if state.exact is not None:
             return state.exact.rank(vectors_QD, wheres, count, base=base)
-        how = {"nprobes": self._section.probes, "refine_factor": self._section.refine}
+        how = {"minimum_nprobes": self._section.probes, "refine_factor": self._section.refine}
         found = []
         for vector_D, where in zip(vectors_QD, wheres, strict=True):
             table = state.gallery.nearest(vector_D.numpy(), FACTS, base=base, k=count, where=where, **how)
