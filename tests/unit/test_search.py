@@ -165,6 +165,17 @@ def test_the_first_pass_loses_no_row_that_ranks(gallery: Gallery, half: bool) ->
             assert best.facts["id"].to_pylist() == [f"r{place}" for place in order_G[:count]]
 
 
+def test_queries_that_rank_the_whole_gallery_share_its_vectors(gallery: Gallery) -> None:
+    index = ExactIndex.load(gallery.snapshot(), device=CPU, half=False)
+    vectors_QD = torch.from_numpy(unit(np.random.default_rng(3), 9))
+    found = index.rank(vectors_QD, [Where()] * 9, NUM_ROWS, base=False)
+    assert len({best.vectors_RD.data_ptr() for best in found}) == 1
+    for best in found:
+        head = best.head(3)
+        assert head.facts.equals(best.facts.slice(0, 3)) and head.vectors_RD.shape == (3, DIM)
+        assert torch.equal(head.vectors_KD, best.vectors_KD[:3])
+
+
 def test_a_lone_query_adds_up_as_many_do() -> None:
     generator = torch.Generator().manual_seed(0)
     gallery_GD = torch.nn.functional.normalize(torch.randn(301, 2048, generator=generator), dim=1)
