@@ -65,6 +65,7 @@ UNDER_WAY = 1000  # requests of an ingress at once; the parts behind it say when
 AT_A_PART = 32  # likewise of another part, at least: the router waits ever longer for a part that is full
 HEALTH_S = 1.0  # a replica that died is noticed within this time
 PATIENCE_S = 40.0  # that a part may take to answer anything but compact, its replacement included
+TURN_S = PATIENCE_S / 2  # that a write waits for the change before it: none is made when its client waits no more
 LOCK_S = 60.0  # that a new writer waits for the one before it to end
 RETENTION_S = 3600.0  # between two looks for people who have to leave the gallery
 BOUNDARIES_S = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
@@ -207,15 +208,15 @@ class Writer:
         if self._days is not None:  # who has no time could never leave; see also `_forget_before`
             now = pa.scalar(datetime.now(UTC), rows["time"].type)
             rows = rows.set_column(rows.column_names.index("time"), "time", pc.fill_null(rows["time"], now))
-        return await asyncio.to_thread(self._writer.upsert, rows, space_id=space, by=by)
+        return await asyncio.to_thread(self._writer.upsert, rows, space_id=space, by=by, until=_turn())
 
     async def delete(self, ids: Sequence[str], by: str | None) -> Change:
         """Remove rows."""
-        return await asyncio.to_thread(self._writer.delete, ids, by=by)
+        return await asyncio.to_thread(self._writer.delete, ids, by=by, until=_turn())
 
     async def delete_person(self, pid: int, by: str | None) -> Change:
         """Remove the rows of a person."""
-        return await asyncio.to_thread(self._writer.delete_person, pid, by=by)
+        return await asyncio.to_thread(self._writer.delete_person, pid, by=by, until=_turn())
 
     async def compact(self, by: str | None) -> Change:
         """Remove from disk what was removed, and have a large gallery indexed."""
@@ -328,9 +329,16 @@ class Ingress:
                     self._refusals.inc(tags={"why": "unavailable"})
                     raise Unavailable("service: expected an answer, got none while a part is replaced") from None
             except RayTaskError as error:
-                if isinstance(error.cause, ValueError):
+                if isinstance(error.cause, Unavailable):
+                    self._refusals.inc(tags={"why": "unavailable"})
+                if isinstance(error.cause, (ValueError, Unavailable)):
                     raise error.cause from None
                 raise
+
+
+def _turn() -> float:
+    """Till when a write that comes now waits; its wait for a thread is counted in."""
+    return time.monotonic() + TURN_S
 
 
 @contextmanager

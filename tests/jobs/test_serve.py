@@ -25,6 +25,7 @@ import pyarrow as pa
 import pytest
 import ray
 import torch
+from ray.exceptions import RayTaskError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 
@@ -386,6 +387,22 @@ def test_a_slow_compaction_is_waited_for_and_asked_for_once(
     with pytest.raises(Unavailable):
         asyncio.run(service.delete(["a"], by=None))
     assert slow.calls == 3
+
+
+def test_who_is_told_that_the_gallery_is_compacted_is_not_written_afterwards(
+    untrained_run: UntrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, rows = small_gallery(untrained_run.config, tmp_path)
+    monkeypatch.setattr("cluster.serve.TURN_S", 0.05)
+    writer = Writer(config, "space")
+    with writer._writer._lock, pytest.raises(Unavailable) as refused:
+        asyncio.run(writer.upsert(rows.append_column("time", pa.nulls(3, TIME)), "space", None))
+    assert len(writer._gallery) == 0
+    writer._gallery.close()
+    part = Part(error=RayTaskError("upsert", "", refused.value))
+    with pytest.raises(Unavailable, match="gallery: expected the end of a change"):
+        asyncio.run(ingress(untrained_run.config, writer=part).delete(["a"], by=None))
+    assert part.calls == 1
 
 
 def test_the_service_is_ready_when_every_part_answers(untrained_run: UntrainedRun) -> None:
