@@ -31,6 +31,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.config import HTTPOptions
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
@@ -443,19 +444,44 @@ def serving(config: Config) -> Iterator[str]:
         Its address.
 
     Raises:
-        ValueError: the run is not finished, or what it needs to serve is not there.
+        ValueError: the run is not finished, what it needs to serve is not there, or Serve runs on the cluster already
+            and listens otherwise.
     """
     if config.gallery.uri is None and not Path(config.gallery_uri).exists():
         index(config)
     section = config.serve
     with session(config.cluster):
-        serve.start(http_options=HTTPOptions(**http_options(section)), logging_config=QUIET)
+        app = application({"config": config.model_dump(mode="json")})
+        options = HTTPOptions(**http_options(section))
+        joined = _get_global_client(raise_if_no_controller_running=False)
+        if joined is None:
+            serve.start(http_options=options, logging_config=QUIET)
+        else:
+            _check_listens_so(joined.http_config, options)
         try:
-            app = application({"config": config.model_dump(mode="json")})
             serve.run(app, name=APPLICATION, route_prefix="/", logging_config=QUIET)
             yield _address(section)
         finally:
-            serve.shutdown()
+            if joined is None:
+                serve.shutdown()
+            else:  # other applications may run there
+                serve.delete(APPLICATION)
+
+
+def _check_listens_so(running: HTTPOptions, wanted: HTTPOptions) -> None:
+    """Serve listens in one way for all its applications, and ignores what a later one asks for.
+
+    Raises:
+        ValueError: it listens elsewhere than the description says, where keys may be needed, or without its TLS.
+    """
+    keys = {"host": "host", "port": "port", "tls_cert": "ssl_certfile", "tls_key": "ssl_keyfile"}
+    for key, option in keys.items():
+        given, there = getattr(wanted, option), getattr(running, option)
+        if given != there:
+            raise ValueError(
+                f"serve.{key}: expected {there}, as Serve runs on this cluster already, got {given}. Set it so, or end "
+                "that Serve first."
+            )
 
 
 def _address(section: ServeSection) -> str:

@@ -27,6 +27,7 @@ import ray
 import torch
 from ray.exceptions import RayTaskError
 from ray.serve._private.common import DeploymentID
+from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from cluster import deploy
@@ -112,6 +113,43 @@ def test_what_cannot_be_served_is_said_before_anything_starts(
     changed = config.model_copy(update={section: getattr(config, section).model_copy(update=changes)})
     with pytest.raises(ValueError, match=message):
         application({"config": changed.model_dump(mode="json")})
+
+
+@pytest.mark.parametrize("runs_already", [False, True])
+def test_what_ends_with_the_service_is_what_it_started(
+    config: Config, monkeypatch: pytest.MonkeyPatch, runs_already: bool
+) -> None:
+    calls: list[str] = []
+
+    def noted(name: str) -> object:
+        return lambda *_, **__: calls.append(name)
+
+    there = SimpleNamespace(http_config=HTTPOptions(host="127.0.0.1", port=config.serve.port, request_timeout_s=None))
+    monkeypatch.setattr("cluster.serve._get_global_client", lambda **_: there if runs_already else None)
+    names = ("start", "run", "delete", "shutdown")
+    monkeypatch.setattr("cluster.serve.serve", SimpleNamespace(**{name: noted(name) for name in names}))
+    monkeypatch.setattr("cluster.serve.application", lambda args: None)
+    with serving(config):
+        pass
+    assert calls == (["run", "delete"] if runs_already else ["start", "run", "shutdown"])
+    calls.clear()
+    monkeypatch.setattr("cluster.serve.application", lambda args: 1 / 0)
+    with pytest.raises(ZeroDivisionError), serving(config):
+        pass
+    assert calls == []
+
+
+@pytest.mark.slow
+def test_a_service_joins_no_serve_that_listens_otherwise_and_leaves_it_alone(address: str, config: Config) -> None:
+    port = config.serve.port
+    for changes, message in (
+        ({"port": port + 1}, rf"serve\.port: expected {port}, as Serve runs .* already, got {port + 1}"),
+        ({"tls_cert": Path("cert.pem"), "tls_key": Path("key.pem")}, r"serve\.tls_cert: expected None"),
+    ):
+        changed = config.model_copy(update={"serve": config.serve.model_copy(update=changes)})
+        with pytest.raises(ValueError, match=message), serving(changed):
+            pass
+    assert httpx.get(f"{address}/readyz", trust_env=False).is_success
 
 
 @pytest.mark.slow
