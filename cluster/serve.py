@@ -17,7 +17,7 @@ import signal
 import threading
 import time
 import webbrowser
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
@@ -40,7 +41,7 @@ from rich.console import Console
 
 from cluster.deploy.render import http_options
 from cluster.index import FinishedRun, build_index, finished_run, index
-from cluster.session import session
+from cluster.session import address_of, session
 from tvilfm.captioning.captioner import Captioner
 from tvilfm.captioning.colors import remove_colors
 from tvilfm.config import CaptionerSection, Config, ServeSection
@@ -124,7 +125,7 @@ class SearcherReplica:
 
     def __init__(self, config: Config, space: str) -> None:
         gallery = Gallery.open(config.gallery_uri, space_id=space)
-        device = "cuda" if config.cluster.gpus_per_worker > 0 else "cpu"
+        device = "cuda" if config.serve.searcher_gpus > 0 else "cpu"
         self._gallery = gallery
         self._searcher = Searcher(gallery, config.gallery, device=device)
         self._lock = threading.Lock()  # one refresh at a time; searches go on meanwhile
@@ -391,7 +392,7 @@ def application(args: dict[str, Any]) -> serve.Application:
     """
     config = Config.model_validate(args["config"])
     run = finished_run(config)
-    section, gpus = config.serve, config.cluster.gpus_per_worker
+    section = config.serve
     captioner = filter_captioner(config, run)
     if section.keys is not None:
         KeyFile(section.keys)
@@ -423,8 +424,10 @@ def application(args: dict[str, Any]) -> serve.Application:
         "max_replicas": section.max_encoders,
         "target_ongoing_requests": section.batch,
     }
+    gpus = config.cluster.gpus_per_worker
     encoder = part(Encoder, ENCODER_CPUS, gpus=gpus, autoscaling_config=load).bind(config, run, captioner)
-    searcher = part(SearcherReplica, SEARCHER_CPUS, gpus=gpus, num_replicas=section.searchers).bind(config, space)
+    searchers = part(SearcherReplica, SEARCHER_CPUS, gpus=section.searcher_gpus, num_replicas=section.searchers)
+    searcher = searchers.bind(config, space)
     writer = part(Writer, WRITER_CPUS, num_replicas=1).bind(config, space)
     ingress = serve.deployment(
         serve.ingress()(Ingress),
@@ -444,13 +447,14 @@ def serving(config: Config) -> Iterator[str]:
         Its address.
 
     Raises:
-        ValueError: the run is not finished, what it needs to serve is not there, or Serve runs on the cluster already
-            and listens otherwise.
+        ValueError: the run is not finished, what it needs to serve is not there, this machine is too small, or Serve
+            runs on the cluster already and listens otherwise.
     """
     if config.gallery.uri is None and not Path(config.gallery_uri).exists():
         index(config)
     section = config.serve
     with session(config.cluster):
+        _check_room(config, ray.cluster_resources())
         app = application({"config": config.model_dump(mode="json")})
         options = HTTPOptions(**http_options(section))
         joined = _get_global_client(raise_if_no_controller_running=False)
@@ -466,6 +470,30 @@ def serving(config: Config) -> Iterator[str]:
                 serve.shutdown()
             else:  # other applications may run there
                 serve.delete(APPLICATION)
+
+
+def _check_room(config: Config, resources: Mapping[str, float]) -> None:
+    """Ray waits for ever, and says nothing, where parts reserve more than there is.
+
+    Args:
+        config: `serve`, and `cluster`.
+        resources: name -> amount, of all machines. Where they were joined more may come, so that a lack is said alone.
+
+    Raises:
+        ValueError: this machine lacks some.
+    """
+    section = config.serve
+    cpus = INGRESS_CPUS + WRITER_CPUS + section.encoders * ENCODER_CPUS + section.searchers * SEARCHER_CPUS
+    gpus = section.encoders * config.cluster.gpus_per_worker + section.searchers * section.searcher_gpus
+    for name, amount in (("CPU", cpus), ("GPU", gpus)):
+        has = resources.get(name, 0.0)
+        if round(amount, 4) <= has:
+            continue
+        lack = f"expected {amount:g} {name}s for its parts, got {has:g}"
+        mend = "Lower serve.encoders, serve.searchers, serve.searcher_gpus or cluster.gpus_per_worker"
+        if address_of(config.cluster) == "local":
+            raise ValueError(f"serve: {lack}. {mend}.")
+        Console(stderr=True).print(f"service: {lack}. {mend}, unless machines are added on demand.", highlight=False)
 
 
 def _check_listens_so(running: HTTPOptions, wanted: HTTPOptions) -> None:

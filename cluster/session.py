@@ -12,6 +12,12 @@ import ray
 from tvilfm.config import ClusterSection
 
 
+def address_of(section: ClusterSection) -> str:
+    """The cluster that a command joins; "local" = it starts Ray on this machine."""
+    # Without an address Ray would join whatever cluster happens to run on this machine.
+    return section.address or os.environ.get("RAY_ADDRESS", "local")
+
+
 @contextmanager
 def session(section: ClusterSection) -> Iterator[None]:
     """Have Ray while the block runs; one that was running before goes on after it.
@@ -26,8 +32,7 @@ def session(section: ClusterSection) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # The uv hook would rebuild the environment of every worker when the command was started by `uv run`.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    # Without an address Ray would join whatever cluster happens to run on this machine.
-    address = section.address or os.environ.get("RAY_ADDRESS", "local")
+    address = address_of(section)
     if address == "local":
         # Ray Data's actor pools make the core log a standing warning at error level (ray issue 53727).
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

@@ -32,7 +32,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from cluster import deploy
 from cluster.index import finished_run, index
-from cluster.serve import Ingress, SearcherReplica, Writer, application, filter_captioner, serving
+from cluster.serve import Ingress, SearcherReplica, Writer, _check_room, application, filter_captioner, serving
 from tests.processes import command_line, descendants
 from tests.unit.test_service import hostile
 from tests.untrained_run import Ranking, UntrainedRun, evaluated_rankings
@@ -137,6 +137,31 @@ def test_what_ends_with_the_service_is_what_it_started(
     with pytest.raises(ZeroDivisionError), serving(config):
         pass
     assert calls == []
+
+
+def test_a_machine_that_is_too_small_is_refused_and_a_cluster_may_grow(
+    untrained_run: UntrainedRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def check(gpus: float, searcher_gpus: float, *, address: str | None = None, **resources: float) -> None:
+        config = untrained_run.config
+        changes = {
+            "cluster": config.cluster.model_copy(update={"gpus_per_worker": gpus, "address": address}),
+            "serve": config.serve.model_copy(update={"searcher_gpus": searcher_gpus}),
+        }
+        _check_room(config.model_copy(update=changes), resources)
+
+    check(0, 0, CPU=2)
+    check(1, 0, CPU=2, GPU=1)
+    check(0.6, 0.2, CPU=2, GPU=1)
+    with pytest.raises(ValueError, match="serve: expected 3 GPUs for its parts, got 1"):
+        check(1, 1, CPU=2, GPU=1)
+    with pytest.raises(ValueError, match=r"serve: expected 1\.7 CPUs for its parts, got 1"):
+        check(0, 0, CPU=1)
+    assert capsys.readouterr().err == ""
+    check(1, 0, address="auto", CPU=2)
+    assert "expected 1 GPUs for its parts, got 0" in capsys.readouterr().err
 
 
 @pytest.mark.slow
