@@ -44,7 +44,7 @@ from cluster.index import FinishedRun, build_index, finished_run, index
 from cluster.session import address_of, session
 from tvilfm.captioning.captioner import Captioner
 from tvilfm.captioning.colors import remove_colors
-from tvilfm.config import CaptionerSection, Config, ServeSection
+from tvilfm.config import CaptionerSection, Config, EvaluateSection, ServeSection
 from tvilfm.evaluation.extract import encode_pixels
 from tvilfm.models import TVILFM
 from tvilfm.retrieval.gallery import Gallery
@@ -369,6 +369,17 @@ def filter_captioner(config: Config, run: FinishedRun) -> CaptionerSection | Non
     return run.config.caption.infrared.model_copy(update={"model": str(run.captioner), "revision": None})
 
 
+def _unlike_the_evaluation(section: EvaluateSection) -> str | None:
+    """Why the service, which sums plain similarities, ranks otherwise than the run's evaluation; None = it does not."""
+    for key, plain, given in (
+        ("rerank.method", "none", section.rerank.method),
+        ("ensemble.temperature", "null", section.ensemble.temperature or "null"),
+    ):
+        if given != plain:
+            return f"evaluate.{key}: expected {plain} to rank as the evaluation does, got {given}. It serves without."
+    return None
+
+
 def _open_for_writing(uri: str, space: str) -> Gallery:
     """The gallery, once the writer before is gone: it may take a moment to die."""
     deadline = time.monotonic() + LOCK_S
@@ -392,6 +403,8 @@ def application(args: dict[str, Any]) -> serve.Application:
     """
     config = Config.model_validate(args["config"])
     run = finished_run(config)
+    if (difference := _unlike_the_evaluation(run.config.evaluate)) is not None:
+        logging.getLogger("ray.serve").warning(difference)
     section = config.serve
     captioner = filter_captioner(config, run)
     if section.keys is not None:
@@ -404,7 +417,7 @@ def application(args: dict[str, Any]) -> serve.Application:
         space_id=space,
         text=model.text is not None,
         captioner=section.captioner is not None,
-        weights=Weights(**config.evaluate.ensemble.model_dump(include=set(Weights.model_fields))),
+        weights=Weights(**run.config.evaluate.ensemble.weights),
     )
 
     def part(of: type, cpus: float, *, gpus: float = 0, **scale: Any) -> serve.Deployment:

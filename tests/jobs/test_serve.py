@@ -39,7 +39,7 @@ from tests.untrained_run import Ranking, UntrainedRun, evaluated_rankings
 from tvilfm.captioning.captioner import Captioner
 from tvilfm.captioning.colors import remove_colors
 from tvilfm.client import Client, as_json
-from tvilfm.config import Config
+from tvilfm.config import Config, resolve
 from tvilfm.datasets.manifest import select
 from tvilfm.datasets.pixels import decode
 from tvilfm.retrieval.gallery import TIME, Gallery, vector_column
@@ -113,6 +113,26 @@ def test_what_cannot_be_served_is_said_before_anything_starts(
     changed = config.model_copy(update={section: getattr(config, section).model_copy(update=changes)})
     with pytest.raises(ValueError, match=message):
         application({"config": changed.model_dump(mode="json")})
+
+
+def test_weights_are_the_runs_and_what_its_evaluation_does_besides_is_said(
+    config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = finished_run(config)
+
+    def served(*overrides: str) -> dict[str, float]:
+        changed = resolve(run.config.model_dump(mode="json"), ["evaluate.ensemble.text=2.0", *overrides])
+        monkeypatch.setattr("cluster.serve.finished_run", lambda config: replace(run, config=changed))
+        app = application({"config": config.model_dump(mode="json")})
+        return dict(app._bound_deployment.init_args[1].weights)
+
+    monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)
+    assert config.evaluate.ensemble.text == 1.0
+    assert served() == {"infrared": 1.0, "text": 2.0, "fusion": 1.0} and caplog.text == ""
+    served("evaluate.rerank.method=k_reciprocal")
+    assert "evaluate.rerank.method: expected none to rank as the evaluation does, got k_reciprocal" in caplog.text
+    served("evaluate.ensemble.temperature=0.1")
+    assert "evaluate.ensemble.temperature: expected null to rank" in caplog.text
 
 
 @pytest.mark.parametrize("runs_already", [False, True])
