@@ -93,13 +93,15 @@ class Encoder:
             filter_text=run.config.loss.filter_text,
             captioner=None if self._captioner is None else self._caption,
         )
+        self._batch = config.serve.batch
         self.encode.set_max_batch_size(config.serve.batch)
         self.encode.set_batch_wait_timeout_s(config.serve.batch_wait_ms / 1000)
 
     @serve.batch
     async def encode(self, groups: list[Sequence[Question]]) -> list[list[Query]]:
         """The questions of several requests."""
-        found = iter(await asyncio.to_thread(self._encoder.encode, [one for group in groups for one in group]))
+        questions = [one for group in groups for one in group]
+        found = iter(await asyncio.to_thread(_in_batches, self._encoder.encode, self._batch, questions))
         return [[next(found) for _ in group] for group in groups]
 
     async def ready(self) -> None:
@@ -128,6 +130,7 @@ class SearcherReplica:
         device = "cuda" if config.serve.searcher_gpus > 0 else "cpu"
         self._gallery = gallery
         self._searcher = Searcher(gallery, config.gallery, device=device)
+        self._batch = config.serve.batch
         self._lock = threading.Lock()  # one refresh at a time; searches go on meanwhile
         self.search.set_max_batch_size(config.serve.batch)
         self.search.set_batch_wait_timeout_s(config.serve.batch_wait_ms / 1000)
@@ -156,7 +159,7 @@ class SearcherReplica:
     def _search(self, queries: Sequence[Query], requests: Sequence[Request], min_version: int) -> list[Answer]:
         if self._searcher.gallery.version < min_version:
             self._refresh()
-        return self._read(lambda: self._searcher.search(queries, requests))
+        return self._read(lambda: _in_batches(self._searcher.search, self._batch, queries, requests))
 
     def _facts(self) -> dict[str, Any]:
         return self._read(self._facts_of_version)
@@ -336,6 +339,12 @@ class Ingress:
                 if isinstance(error.cause, (ValueError, Unavailable)):
                     raise error.cause from None
                 raise
+
+
+def _in_batches(work: Callable[..., list[T]], size: int, *columns: Sequence[Any]) -> list[T]:
+    """What `work` makes of columns, a few rows at a time: Serve counts requests, each of which may bring many."""
+    starts = range(0, len(columns[0]), size)
+    return [one for start in starts for one in work(*(column[start : start + size] for column in columns))]
 
 
 def _turn() -> float:

@@ -44,7 +44,7 @@ from tvilfm.datasets.manifest import select
 from tvilfm.datasets.pixels import decode
 from tvilfm.retrieval.gallery import TIME, Gallery, vector_column
 from tvilfm.retrieval.query import Query
-from tvilfm.retrieval.search import Request
+from tvilfm.retrieval.search import Answer, Request, Searcher
 from tvilfm.service.backend import Change, Unavailable
 from tvilfm.service.messages import SearchAnswer
 
@@ -414,6 +414,25 @@ def test_a_searcher_behind_a_compaction_goes_on_with_the_latest_version(
     with pytest.raises(ValueError, match="space_id: expected vectors of space, got other"):
         searcher._search([replace(asked, space_id="other")], [Request(weights={})], 0)
     writer._gallery.close()
+
+
+def test_a_batch_counts_questions_and_not_the_requests_that_bring_them(
+    untrained_run: UntrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, rows = small_gallery(untrained_run.config, tmp_path, batch=3)
+    with closing(Gallery.open(str(tmp_path), write=True)) as gallery:
+        gallery.upsert(rows.append_column("time", pa.nulls(3, TIME)), space_id="space")
+    replica, sizes, search = SearcherReplica(config, "space"), [], Searcher.search
+
+    def counted(self: Searcher, queries: Sequence[Query], requests: Sequence[Request]) -> list[Answer]:
+        sizes.append(len(queries))
+        return search(self, queries, requests)
+
+    monkeypatch.setattr(Searcher, "search", counted)
+    vectors = (torch.eye(4)[row % 3] for row in range(7))
+    asked = [Query(parts={"text": one}, base=False, space_id="space", filter_text_source="none") for one in vectors]
+    answers = replica._search(asked, [Request(weights={}, k=1)] * 7, 0)
+    assert [hit.id for answer in answers for hit in answer.hits] == list("abcabca") and sizes == [3, 3, 1]
 
 
 def test_a_gallery_that_grew_large_is_scanned_till_a_compaction_indexes_it(
