@@ -17,7 +17,7 @@ import signal
 import threading
 import time
 import webbrowser
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -27,10 +27,12 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.config import HTTPOptions
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
@@ -39,10 +41,10 @@ from rich.console import Console
 
 from cluster.deploy.render import http_options
 from cluster.index import FinishedRun, build_index, finished_run, index
-from cluster.session import session
+from cluster.session import address_of, session
 from tvilfm.captioning.captioner import Captioner
 from tvilfm.captioning.colors import remove_colors
-from tvilfm.config import CaptionerSection, Config, ServeSection
+from tvilfm.config import CaptionerSection, Config, EvaluateSection, ServeSection
 from tvilfm.evaluation.extract import encode_pixels
 from tvilfm.models import TVILFM
 from tvilfm.retrieval.gallery import Gallery
@@ -65,6 +67,7 @@ UNDER_WAY = 1000  # requests of an ingress at once; the parts behind it say when
 AT_A_PART = 32  # likewise of another part, at least: the router waits ever longer for a part that is full
 HEALTH_S = 1.0  # a replica that died is noticed within this time
 PATIENCE_S = 40.0  # that a part may take to answer anything but compact, its replacement included
+TURN_S = PATIENCE_S / 2  # that a write waits for the change before it: none is made when its client waits no more
 LOCK_S = 60.0  # that a new writer waits for the one before it to end
 RETENTION_S = 3600.0  # between two looks for people who have to leave the gallery
 BOUNDARIES_S = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
@@ -90,13 +93,15 @@ class Encoder:
             filter_text=run.config.loss.filter_text,
             captioner=None if self._captioner is None else self._caption,
         )
+        self._batch = config.serve.batch
         self.encode.set_max_batch_size(config.serve.batch)
         self.encode.set_batch_wait_timeout_s(config.serve.batch_wait_ms / 1000)
 
     @serve.batch
     async def encode(self, groups: list[Sequence[Question]]) -> list[list[Query]]:
         """The questions of several requests."""
-        found = iter(await asyncio.to_thread(self._encoder.encode, [one for group in groups for one in group]))
+        questions = [one for group in groups for one in group]
+        found = iter(await asyncio.to_thread(_in_batches, self._encoder.encode, self._batch, questions))
         return [[next(found) for _ in group] for group in groups]
 
     async def ready(self) -> None:
@@ -122,9 +127,10 @@ class SearcherReplica:
 
     def __init__(self, config: Config, space: str) -> None:
         gallery = Gallery.open(config.gallery_uri, space_id=space)
-        device = "cuda" if config.cluster.gpus_per_worker > 0 else "cpu"
+        device = "cuda" if config.serve.searcher_gpus > 0 else "cpu"
         self._gallery = gallery
         self._searcher = Searcher(gallery, config.gallery, device=device)
+        self._batch = config.serve.batch
         self._lock = threading.Lock()  # one refresh at a time; searches go on meanwhile
         self.search.set_max_batch_size(config.serve.batch)
         self.search.set_batch_wait_timeout_s(config.serve.batch_wait_ms / 1000)
@@ -153,7 +159,7 @@ class SearcherReplica:
     def _search(self, queries: Sequence[Query], requests: Sequence[Request], min_version: int) -> list[Answer]:
         if self._searcher.gallery.version < min_version:
             self._refresh()
-        return self._read(lambda: self._searcher.search(queries, requests))
+        return self._read(lambda: _in_batches(self._searcher.search, self._batch, queries, requests))
 
     def _facts(self) -> dict[str, Any]:
         return self._read(self._facts_of_version)
@@ -207,15 +213,15 @@ class Writer:
         if self._days is not None:  # who has no time could never leave; see also `_forget_before`
             now = pa.scalar(datetime.now(UTC), rows["time"].type)
             rows = rows.set_column(rows.column_names.index("time"), "time", pc.fill_null(rows["time"], now))
-        return await asyncio.to_thread(self._writer.upsert, rows, space_id=space, by=by)
+        return await asyncio.to_thread(self._writer.upsert, rows, space_id=space, by=by, until=_turn())
 
     async def delete(self, ids: Sequence[str], by: str | None) -> Change:
         """Remove rows."""
-        return await asyncio.to_thread(self._writer.delete, ids, by=by)
+        return await asyncio.to_thread(self._writer.delete, ids, by=by, until=_turn())
 
     async def delete_person(self, pid: int, by: str | None) -> Change:
         """Remove the rows of a person."""
-        return await asyncio.to_thread(self._writer.delete_person, pid, by=by)
+        return await asyncio.to_thread(self._writer.delete_person, pid, by=by, until=_turn())
 
     async def compact(self, by: str | None) -> Change:
         """Remove from disk what was removed, and have a large gallery indexed."""
@@ -328,9 +334,22 @@ class Ingress:
                     self._refusals.inc(tags={"why": "unavailable"})
                     raise Unavailable("service: expected an answer, got none while a part is replaced") from None
             except RayTaskError as error:
-                if isinstance(error.cause, ValueError):
+                if isinstance(error.cause, Unavailable):
+                    self._refusals.inc(tags={"why": "unavailable"})
+                if isinstance(error.cause, (ValueError, Unavailable)):
                     raise error.cause from None
                 raise
+
+
+def _in_batches(work: Callable[..., list[T]], size: int, *columns: Sequence[Any]) -> list[T]:
+    """What `work` makes of columns, a few rows at a time: Serve counts requests, each of which may bring many."""
+    starts = range(0, len(columns[0]), size)
+    return [one for start in starts for one in work(*(column[start : start + size] for column in columns))]
+
+
+def _turn() -> float:
+    """Till when a write that comes now waits; its wait for a thread is counted in."""
+    return time.monotonic() + TURN_S
 
 
 @contextmanager
@@ -359,6 +378,17 @@ def filter_captioner(config: Config, run: FinishedRun) -> CaptionerSection | Non
     return run.config.caption.infrared.model_copy(update={"model": str(run.captioner), "revision": None})
 
 
+def _unlike_the_evaluation(section: EvaluateSection) -> str | None:
+    """Why the service, which sums plain similarities, ranks otherwise than the run's evaluation; None = it does not."""
+    for key, plain, given in (
+        ("rerank.method", "none", section.rerank.method),
+        ("ensemble.temperature", "null", section.ensemble.temperature or "null"),
+    ):
+        if given != plain:
+            return f"evaluate.{key}: expected {plain} to rank as the evaluation does, got {given}. It serves without."
+    return None
+
+
 def _open_for_writing(uri: str, space: str) -> Gallery:
     """The gallery, once the writer before is gone: it may take a moment to die."""
     deadline = time.monotonic() + LOCK_S
@@ -382,7 +412,9 @@ def application(args: dict[str, Any]) -> serve.Application:
     """
     config = Config.model_validate(args["config"])
     run = finished_run(config)
-    section, gpus = config.serve, config.cluster.gpus_per_worker
+    if (difference := _unlike_the_evaluation(run.config.evaluate)) is not None:
+        logging.getLogger("ray.serve").warning(difference)
+    section = config.serve
     captioner = filter_captioner(config, run)
     if section.keys is not None:
         KeyFile(section.keys)
@@ -394,7 +426,7 @@ def application(args: dict[str, Any]) -> serve.Application:
         space_id=space,
         text=model.text is not None,
         captioner=section.captioner is not None,
-        weights=Weights(**config.evaluate.ensemble.model_dump(include=set(Weights.model_fields))),
+        weights=Weights(**run.config.evaluate.ensemble.weights),
     )
 
     def part(of: type, cpus: float, *, gpus: float = 0, **scale: Any) -> serve.Deployment:
@@ -414,8 +446,10 @@ def application(args: dict[str, Any]) -> serve.Application:
         "max_replicas": section.max_encoders,
         "target_ongoing_requests": section.batch,
     }
+    gpus = config.cluster.gpus_per_worker
     encoder = part(Encoder, ENCODER_CPUS, gpus=gpus, autoscaling_config=load).bind(config, run, captioner)
-    searcher = part(SearcherReplica, SEARCHER_CPUS, gpus=gpus, num_replicas=section.searchers).bind(config, space)
+    searchers = part(SearcherReplica, SEARCHER_CPUS, gpus=section.searcher_gpus, num_replicas=section.searchers)
+    searcher = searchers.bind(config, space)
     writer = part(Writer, WRITER_CPUS, num_replicas=1).bind(config, space)
     ingress = serve.deployment(
         serve.ingress()(Ingress),
@@ -435,19 +469,69 @@ def serving(config: Config) -> Iterator[str]:
         Its address.
 
     Raises:
-        ValueError: the run is not finished, or what it needs to serve is not there.
+        ValueError: the run is not finished, what it needs to serve is not there, this machine is too small, or Serve
+            runs on the cluster already and listens otherwise.
     """
     if config.gallery.uri is None and not Path(config.gallery_uri).exists():
         index(config)
     section = config.serve
     with session(config.cluster):
-        serve.start(http_options=HTTPOptions(**http_options(section)), logging_config=QUIET)
+        _check_room(config, ray.cluster_resources())
+        app = application({"config": config.model_dump(mode="json")})
+        options = HTTPOptions(**http_options(section))
+        joined = _get_global_client(raise_if_no_controller_running=False)
+        if joined is None:
+            serve.start(http_options=options, logging_config=QUIET)
+        else:
+            _check_listens_so(joined.http_config, options)
         try:
-            app = application({"config": config.model_dump(mode="json")})
             serve.run(app, name=APPLICATION, route_prefix="/", logging_config=QUIET)
             yield _address(section)
         finally:
-            serve.shutdown()
+            if joined is None:
+                serve.shutdown()
+            else:  # other applications may run there
+                serve.delete(APPLICATION)
+
+
+def _check_room(config: Config, resources: Mapping[str, float]) -> None:
+    """Ray waits for ever, and says nothing, where parts reserve more than there is.
+
+    Args:
+        config: `serve`, and `cluster`.
+        resources: name -> amount, of all machines. Where they were joined more may come, so that a lack is said alone.
+
+    Raises:
+        ValueError: this machine lacks some.
+    """
+    section = config.serve
+    cpus = INGRESS_CPUS + WRITER_CPUS + section.encoders * ENCODER_CPUS + section.searchers * SEARCHER_CPUS
+    gpus = section.encoders * config.cluster.gpus_per_worker + section.searchers * section.searcher_gpus
+    for name, amount in (("CPU", cpus), ("GPU", gpus)):
+        has = resources.get(name, 0.0)
+        if round(amount, 4) <= has:
+            continue
+        lack = f"expected {amount:g} {name}s for its parts, got {has:g}"
+        mend = "Lower serve.encoders, serve.searchers, serve.searcher_gpus or cluster.gpus_per_worker"
+        if address_of(config.cluster) == "local":
+            raise ValueError(f"serve: {lack}. {mend}.")
+        Console(stderr=True).print(f"service: {lack}. {mend}, unless machines are added on demand.", highlight=False)
+
+
+def _check_listens_so(running: HTTPOptions, wanted: HTTPOptions) -> None:
+    """Serve listens in one way for all its applications, and ignores what a later one asks for.
+
+    Raises:
+        ValueError: it listens elsewhere than the description says, where keys may be needed, or without its TLS.
+    """
+    keys = {"host": "host", "port": "port", "tls_cert": "ssl_certfile", "tls_key": "ssl_keyfile"}
+    for key, option in keys.items():
+        given, there = getattr(wanted, option), getattr(running, option)
+        if given != there:
+            raise ValueError(
+                f"serve.{key}: expected {there}, as Serve runs on this cluster already, got {given}. Set it so, or end "
+                "that Serve first."
+            )
 
 
 def _address(section: ServeSection) -> str:

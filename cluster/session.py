@@ -12,6 +12,12 @@ import ray
 from tvilfm.config import ClusterSection
 
 
+def address_of(section: ClusterSection) -> str:
+    """The cluster that a command joins; "local" = it starts Ray on this machine."""
+    # Without an address Ray would join whatever cluster happens to run on this machine.
+    return section.address or os.environ.get("RAY_ADDRESS", "local")
+
+
 @contextmanager
 def session(section: ClusterSection) -> Iterator[None]:
     """Have Ray while the block runs; one that was running before goes on after it.

@@ -411,7 +411,7 @@ class DriverSection(Section):
 class ClusterSection(Section):
     address: str | None = Field(None, description="Ray address; null = RAY_ADDRESS, or start Ray on this machine")
     train_workers: int = Field(1, ge=1, description="Ray Train workers; each sees p/workers identities a batch")
-    gpus_per_worker: float = Field(0, ge=0, description="GPUs of each train and extraction worker; 0 = CPU")
+    gpus_per_worker: float = Field(0, ge=0, description="GPUs of each train and extraction worker and encoder; 0 = CPU")
     cpus_per_train_worker: float = Field(2, gt=0, description="CPUs (and torch threads) of each train worker")
     extract_workers: int = Field(2, ge=1, description="actors that decode or extract in parallel")
     max_failures: int = Field(3, ge=-1, description="times a stage restarts from its last checkpoint; -1 = always")
@@ -464,7 +464,7 @@ class GallerySection(Section):
     exact_limit: int = Field(100_000, ge=0, description="rows up to which search is exact and in memory; above, IVF_PQ")
     partitions: int | None = Field(None, ge=1, description="lists of the index (IVF); null = square root of the rows")
     sub_vectors: int = Field(128, ge=1, description="bytes a vector in the index (PQ); has to divide its dimension")
-    probes: int = Field(32, ge=1, description="lists of the index that a search reads")
+    probes: int = Field(32, ge=1, description="lists of the index that a search reads; more if their rows are too few")
     refine: int = Field(10, ge=1, description="candidates a hit that are compared by their own vectors")
     thumbnail_height: int = Field(192, ge=16, description="pixels of the pictures that are kept with the vectors")
 
@@ -500,6 +500,7 @@ class ServeSection(Section):
     encoders: int = Field(1, ge=1, description="encoder replicas at rest")
     max_encoders: int = Field(1, ge=1, description="encoder replicas under load")
     searchers: int = Field(2, ge=1, description="searcher replicas; each holds the gallery in memory")
+    searcher_gpus: float = Field(0, ge=0, description="GPUs of each searcher; 0.2 lets it share one, 0 = CPU")
     batch: int = Field(16, ge=1, description="questions that are encoded or searched together, at most")
     batch_wait_ms: float = Field(2.0, ge=0, description="how long a batch waits for more, milliseconds")
     follow_s: float = Field(1.0, gt=0, description="how often searchers look for a new gallery version, seconds")

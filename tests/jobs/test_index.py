@@ -121,7 +121,7 @@ def test_a_large_gallery_gets_an_index_that_finds_what_an_exact_search_finds(ray
     build_index(gallery, config)
     assert indexed() == [600, 600]
     for base, row in ((False, 17), (True, 582)):
-        found = gallery.nearest(vectors[17], ["id"], base=base, k=5, where=Where(), nprobes=4, refine_factor=30)
+        found = gallery.nearest(vectors[17], ["id"], base=base, k=5, where=Where(), minimum_nprobes=4, refine_factor=30)
         ranked = np.argsort(-(vectors @ vectors[17]), kind="stable")[:5]
         expected = {str(599 - place) if base else str(place) for place in ranked}
         assert set(found["id"].to_pylist()) == expected and str(row) in expected

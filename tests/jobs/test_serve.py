@@ -25,24 +25,26 @@ import pyarrow as pa
 import pytest
 import ray
 import torch
+from ray.exceptions import RayTaskError
 from ray.serve._private.common import DeploymentID
+from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from cluster import deploy
 from cluster.index import finished_run, index
-from cluster.serve import Ingress, SearcherReplica, Writer, application, filter_captioner, serving
+from cluster.serve import Ingress, SearcherReplica, Writer, _check_room, application, filter_captioner, serving
 from tests.processes import command_line, descendants
 from tests.unit.test_service import hostile
 from tests.untrained_run import Ranking, UntrainedRun, evaluated_rankings
 from tvilfm.captioning.captioner import Captioner
 from tvilfm.captioning.colors import remove_colors
 from tvilfm.client import Client, as_json
-from tvilfm.config import Config
+from tvilfm.config import Config, resolve
 from tvilfm.datasets.manifest import select
 from tvilfm.datasets.pixels import decode
 from tvilfm.retrieval.gallery import TIME, Gallery, vector_column
 from tvilfm.retrieval.query import Query
-from tvilfm.retrieval.search import Request
+from tvilfm.retrieval.search import Answer, Request, Searcher
 from tvilfm.service.backend import Change, Unavailable
 from tvilfm.service.messages import SearchAnswer
 
@@ -111,6 +113,88 @@ def test_what_cannot_be_served_is_said_before_anything_starts(
     changed = config.model_copy(update={section: getattr(config, section).model_copy(update=changes)})
     with pytest.raises(ValueError, match=message):
         application({"config": changed.model_dump(mode="json")})
+
+
+def test_weights_are_the_runs_and_what_its_evaluation_does_besides_is_said(
+    config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = finished_run(config)
+
+    def served(*overrides: str) -> dict[str, float]:
+        changed = resolve(run.config.model_dump(mode="json"), ["evaluate.ensemble.text=2.0", *overrides])
+        monkeypatch.setattr("cluster.serve.finished_run", lambda config: replace(run, config=changed))
+        app = application({"config": config.model_dump(mode="json")})
+        return dict(app._bound_deployment.init_args[1].weights)
+
+    monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)
+    assert config.evaluate.ensemble.text == 1.0
+    assert served() == {"infrared": 1.0, "text": 2.0, "fusion": 1.0} and caplog.text == ""
+    served("evaluate.rerank.method=k_reciprocal")
+    assert "evaluate.rerank.method: expected none to rank as the evaluation does, got k_reciprocal" in caplog.text
+    served("evaluate.ensemble.temperature=0.1")
+    assert "evaluate.ensemble.temperature: expected null to rank" in caplog.text
+
+
+@pytest.mark.parametrize("runs_already", [False, True])
+def test_what_ends_with_the_service_is_what_it_started(
+    config: Config, monkeypatch: pytest.MonkeyPatch, runs_already: bool
+) -> None:
+    calls: list[str] = []
+
+    def noted(name: str) -> object:
+        return lambda *_, **__: calls.append(name)
+
+    there = SimpleNamespace(http_config=HTTPOptions(host="127.0.0.1", port=config.serve.port, request_timeout_s=None))
+    monkeypatch.setattr("cluster.serve._get_global_client", lambda **_: there if runs_already else None)
+    names = ("start", "run", "delete", "shutdown")
+    monkeypatch.setattr("cluster.serve.serve", SimpleNamespace(**{name: noted(name) for name in names}))
+    monkeypatch.setattr("cluster.serve.application", lambda args: None)
+    with serving(config):
+        pass
+    assert calls == (["run", "delete"] if runs_already else ["start", "run", "shutdown"])
+    calls.clear()
+    monkeypatch.setattr("cluster.serve.application", lambda args: 1 / 0)
+    with pytest.raises(ZeroDivisionError), serving(config):
+        pass
+    assert calls == []
+
+
+def test_a_machine_that_is_too_small_is_refused_and_a_cluster_may_grow(
+    untrained_run: UntrainedRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def check(gpus: float, searcher_gpus: float, *, address: str | None = None, **resources: float) -> None:
+        config = untrained_run.config
+        changes = {
+            "cluster": config.cluster.model_copy(update={"gpus_per_worker": gpus, "address": address}),
+            "serve": config.serve.model_copy(update={"searcher_gpus": searcher_gpus}),
+        }
+        _check_room(config.model_copy(update=changes), resources)
+
+    check(0, 0, CPU=2)
+    check(1, 0, CPU=2, GPU=1)
+    check(0.6, 0.2, CPU=2, GPU=1)
+    with pytest.raises(ValueError, match="serve: expected 3 GPUs for its parts, got 1"):
+        check(1, 1, CPU=2, GPU=1)
+    with pytest.raises(ValueError, match=r"serve: expected 1\.7 CPUs for its parts, got 1"):
+        check(0, 0, CPU=1)
+    assert capsys.readouterr().err == ""
+    check(1, 0, address="auto", CPU=2)
+    assert "expected 1 GPUs for its parts, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_service_joins_no_serve_that_listens_otherwise_and_leaves_it_alone(address: str, config: Config) -> None:
+    port = config.serve.port
+    for changes, message in (
+        ({"port": port + 1}, rf"serve\.port: expected {port}, as Serve runs .* already, got {port + 1}"),
+        ({"tls_cert": Path("cert.pem"), "tls_key": Path("key.pem")}, r"serve\.tls_cert: expected None"),
+    ):
+        changed = config.model_copy(update={"serve": config.serve.model_copy(update=changes)})
+        with pytest.raises(ValueError, match=message), serving(changed):
+            pass
+    assert httpx.get(f"{address}/readyz", trust_env=False).is_success
 
 
 @pytest.mark.slow
@@ -332,6 +416,25 @@ def test_a_searcher_behind_a_compaction_goes_on_with_the_latest_version(
     writer._gallery.close()
 
 
+def test_a_batch_counts_questions_and_not_the_requests_that_bring_them(
+    untrained_run: UntrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, rows = small_gallery(untrained_run.config, tmp_path, batch=3)
+    with closing(Gallery.open(str(tmp_path), write=True)) as gallery:
+        gallery.upsert(rows.append_column("time", pa.nulls(3, TIME)), space_id="space")
+    replica, sizes, search = SearcherReplica(config, "space"), [], Searcher.search
+
+    def counted(self: Searcher, queries: Sequence[Query], requests: Sequence[Request]) -> list[Answer]:
+        sizes.append(len(queries))
+        return search(self, queries, requests)
+
+    monkeypatch.setattr(Searcher, "search", counted)
+    vectors = (torch.eye(4)[row % 3] for row in range(7))
+    asked = [Query(parts={"text": one}, base=False, space_id="space", filter_text_source="none") for one in vectors]
+    answers = replica._search(asked, [Request(weights={}, k=1)] * 7, 0)
+    assert [hit.id for answer in answers for hit in answer.hits] == list("abcabca") and sizes == [3, 3, 1]
+
+
 def test_a_gallery_that_grew_large_is_scanned_till_a_compaction_indexes_it(
     untrained_run: UntrainedRun, tmp_path: Path
 ) -> None:
@@ -386,6 +489,22 @@ def test_a_slow_compaction_is_waited_for_and_asked_for_once(
     with pytest.raises(Unavailable):
         asyncio.run(service.delete(["a"], by=None))
     assert slow.calls == 3
+
+
+def test_who_is_told_that_the_gallery_is_compacted_is_not_written_afterwards(
+    untrained_run: UntrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, rows = small_gallery(untrained_run.config, tmp_path)
+    monkeypatch.setattr("cluster.serve.TURN_S", 0.05)
+    writer = Writer(config, "space")
+    with writer._writer._lock, pytest.raises(Unavailable) as refused:
+        asyncio.run(writer.upsert(rows.append_column("time", pa.nulls(3, TIME)), "space", None))
+    assert len(writer._gallery) == 0
+    writer._gallery.close()
+    part = Part(error=RayTaskError("upsert", "", refused.value))
+    with pytest.raises(Unavailable, match="gallery: expected the end of a change"):
+        asyncio.run(ingress(untrained_run.config, writer=part).delete(["a"], by=None))
+    assert part.calls == 1
 
 
 def test_the_service_is_ready_when_every_part_answers(untrained_run: UntrainedRun) -> None:

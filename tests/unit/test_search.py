@@ -165,6 +165,17 @@ def test_the_first_pass_loses_no_row_that_ranks(gallery: Gallery, half: bool) ->
             assert best.facts["id"].to_pylist() == [f"r{place}" for place in order_G[:count]]
 
 
+def test_queries_that_rank_the_whole_gallery_share_its_vectors(gallery: Gallery) -> None:
+    index = ExactIndex.load(gallery.snapshot(), device=CPU, half=False)
+    vectors_QD = torch.from_numpy(unit(np.random.default_rng(3), 9))
+    found = index.rank(vectors_QD, [Where()] * 9, NUM_ROWS, base=False)
+    assert len({best.vectors_RD.data_ptr() for best in found}) == 1
+    for best in found:
+        head = best.head(3)
+        assert head.facts.equals(best.facts.slice(0, 3)) and head.vectors_RD.shape == (3, DIM)
+        assert torch.equal(head.vectors_KD, best.vectors_KD[:3])
+
+
 def test_a_lone_query_adds_up_as_many_do() -> None:
     generator = torch.Generator().manual_seed(0)
     gallery_GD = torch.nn.functional.normalize(torch.randn(301, 2048, generator=generator), dim=1)
@@ -256,6 +267,19 @@ def test_a_large_gallery_is_searched_by_the_index_with_the_same_answer(gallery: 
                 precise.search(queries, requests), approximate.search(queries, requests), strict=True
             ):
                 assert [(hit.id, hit.score) for hit in theirs.hits] == [(hit.id, hit.score) for hit in mine.hits]
+
+
+def test_a_filter_that_few_rows_pass_finds_them_all_by_the_index(gallery: Gallery) -> None:
+    how = {"num_partitions": 16, "num_sub_vectors": 8, "sample_rate": 16}
+    gallery.dataset.create_index("vector", "IVF_PQ", metric="cosine", **how)
+    asked = [query(vector) for vector in unit(np.random.default_rng(7), 3)]
+    where = Where(cameras=frozenset((1,)), since=NOON + timedelta(minutes=300))
+    for by_identity in (False, True):
+        requests = [Request(weights={}, k=20, where=where, by_identity=by_identity)] * len(asked)
+        precise = searcher(gallery).search(asked, requests)
+        by_index = searcher(gallery, exact_limit=10, probes=1, refine=50).search(asked, requests)
+        assert all(10 < len(answer.hits) < 20 for answer in precise)
+        assert [set(ids(answer)) for answer in by_index] == [set(ids(answer)) for answer in precise]
 
 
 def test_shares_say_what_each_modality_adds_and_sum_to_the_score(gallery: Gallery) -> None:

@@ -8,6 +8,8 @@ import json
 import os
 import random
 import struct
+import threading
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -247,6 +249,31 @@ def test_a_written_picture_is_found_shown_replaced_and_removed(service: Service,
     assert (again.status_code, again.json()["count"]) == (200, 0)
     assert [line["ids"] for line in service.audited() if line["action"] == "delete"] == [[id], [id]]
     assert service.client.get(f"{path}/image").status_code == 404
+
+
+def test_a_write_that_was_refused_during_a_long_change_is_not_made_after_it(
+    untrained_run: UntrainedRun, tmp_path: Path
+) -> None:
+    service, going_on, end = Service(untrained_run, tmp_path), threading.Event(), threading.Event()
+    writer, (first, *_) = service.backend._writer, service.names
+
+    def compact() -> int:
+        going_on.set()
+        assert end.wait(60)
+        return 0
+
+    compaction = threading.Thread(target=writer.change, args=("compact", compact), kwargs={"by": None})
+    compaction.start()
+    assert going_on.wait(60)
+    for until in (time.monotonic() + 0.05, time.monotonic() - 1.0):
+        with pytest.raises(Unavailable, match="gallery: expected the end of a change"):
+            writer.delete([first], by=None, until=until)
+    end.set()
+    compaction.join(60)
+    assert len(service.backend._gallery) == len(service.names)
+    assert [line["action"] for line in service.audited()] == ["compact"]
+    assert writer.delete([first], by=None, until=time.monotonic() + 60).count == 1
+    service.backend._gallery.close()
 
 
 def test_bulk_writes_are_all_or_none_and_a_person_is_forgotten(service: Service, untrained_run: UntrainedRun) -> None:

@@ -39,31 +39,43 @@ Mask = npt.NDArray[np.bool_]
 class Ranked:
     """Rows in the order of their scores, ties in the order of writing.
 
+    Queries that are ranked together share the candidates, as each may rank the whole gallery.
+
     Attributes:
-        facts: (K) columns of `FACTS`.
-        vectors_KD: float32, of the space that was searched.
+        candidates: (R) columns of `FACTS`.
+        vectors_RD: float32, theirs, of the space that was searched.
+        rows_K: which of them rank.
         scores_K: float32.
     """
 
-    facts: pa.Table
-    vectors_KD: Tensor
+    candidates: pa.Table
+    vectors_RD: Tensor
+    rows_K: npt.NDArray[np.int64]
     scores_K: npt.NDArray[np.float32]
 
-    def take(self, rows: npt.NDArray[np.int64]) -> Ranked:
-        return Ranked(
-            facts=self.facts.take(rows),
-            vectors_KD=self.vectors_KD[torch.from_numpy(rows)],
-            scores_K=self.scores_K[rows],
-        )
+    @property
+    def facts(self) -> pa.Table:
+        """(K) columns of `FACTS`."""
+        return self.candidates.take(self.rows_K)
+
+    @property
+    def vectors_KD(self) -> Tensor:
+        return self.vectors_RD[torch.from_numpy(self.rows_K)]
+
+    def take(self, places: npt.NDArray[np.int64]) -> Ranked:
+        return replace(self, rows_K=self.rows_K[places], scores_K=self.scores_K[places])
 
     def head(self, count: int) -> Ranked:
-        return self.take(np.arange(min(count, len(self.scores_K))))
+        """The best, without the other candidates."""
+        best = self.take(np.arange(min(count, len(self.rows_K))))
+        rows_K = np.arange(len(best.rows_K))
+        return replace(best, candidates=best.facts, vectors_RD=best.vectors_KD, rows_K=rows_K)
 
     def first_of_each_identity(self) -> Ranked:
         """The best row of each identity; rows without one stand for themselves."""
         seen: set[int] = set()
         first = []
-        for row, pid in enumerate(self.facts["pid"].to_pylist()):
+        for row, pid in enumerate(self.candidates["pid"].take(self.rows_K).to_pylist()):
             if pid not in seen:
                 first.append(row)
                 if pid is not None:
@@ -177,11 +189,7 @@ class ExactIndex:
             own_K = np.flatnonzero(keep_R)
             best_K = own_K[best_first(scores_R[own_K], position_R[own_K])[:count]]
             found.append(
-                Ranked(
-                    facts=candidates.take(best_K),
-                    vectors_KD=candidates_RD[torch.from_numpy(best_K)],
-                    scores_K=scores_R[best_K],
-                )
+                Ranked(candidates=candidates, vectors_RD=candidates_RD, rows_K=best_K, scores_K=scores_R[best_K])
             )
         return found
 

@@ -414,8 +414,8 @@ class Gallery:
             base: which vectors are compared.
             k: rows wanted; fewer if fewer take part.
             where: which do.
-            how: `nprobes`, partitions of the index that are read; `refine_factor`, times as many candidates as k whose
-                own vectors are compared.
+            how: `minimum_nprobes`, partitions of the index that are read, more if too few of their rows take part;
+                `refine_factor`, times as many candidates as k whose own vectors are compared.
         """
         column = column_of(base)
         nearest = {"column": column, "q": vector_D, "k": k, "metric": METRIC, **how}

@@ -8,7 +8,7 @@ Shapes: Q queries, K hits, M modalities, D feature.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
@@ -166,18 +166,20 @@ class Searcher:
 
     def _rank(
         self, state: _State, vectors_QD: Tensor, wheres: Sequence[Where], count: int, *, base: bool
-    ) -> list[Ranked]:
+    ) -> Iterator[Ranked]:
+        """One a query; those by the index when they are asked for, as each comes with vectors of its own."""
         if state.exact is not None:
-            return state.exact.rank(vectors_QD, wheres, count, base=base)
-        how = {"nprobes": self._section.probes, "refine_factor": self._section.refine}
-        found = []
+            yield from state.exact.rank(vectors_QD, wheres, count, base=base)
+            return
+        how = {"minimum_nprobes": self._section.probes, "refine_factor": self._section.refine}
         for vector_D, where in zip(vectors_QD, wheres, strict=True):
             table = state.gallery.nearest(vector_D.numpy(), FACTS, base=base, k=count, where=where, **how)
-            vectors_KD = tensor_of(table[column_of(base)])
-            scores_K = similarity(vector_D[None], vectors_KD)[0].numpy()
-            ranked = Ranked(facts=table.select(FACTS), vectors_KD=vectors_KD, scores_K=scores_K)
-            found.append(ranked.take(best_first(scores_K, table["position"].to_numpy())))
-        return found
+            vectors_RD = tensor_of(table[column_of(base)])
+            scores_R = similarity(vector_D[None], vectors_RD)[0].numpy()
+            best_K = best_first(scores_R, table["position"].to_numpy())
+            yield Ranked(
+                candidates=table.select(FACTS), vectors_RD=vectors_RD, rows_K=best_K, scores_K=scores_R[best_K]
+            )
 
 
 def _weights(query: Query, request: Request) -> dict[str, float]:

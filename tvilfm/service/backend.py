@@ -21,7 +21,7 @@ class Busy(Exception):
 
 
 class Unavailable(Exception):
-    """A part of the service is being replaced; worth another try soon."""
+    """A part of the service is being replaced, or a long change keeps it; worth another try soon."""
 
 
 @dataclass(frozen=True, kw_only=True)
