@@ -22,9 +22,10 @@ import schemathesis
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
+from pydantic import ValidationError
 
 from tests.untrained_run import UntrainedRun
-from tvilfm.config import EvaluateSection, GallerySection, ServeSection
+from tvilfm.config import MAX_BATCH, EvaluateSection, GallerySection, ServeSection
 from tvilfm.datasets.manifest import select
 from tvilfm.datasets.pixels import decode
 from tvilfm.evaluation.extract import encode_pixels
@@ -37,7 +38,7 @@ from tvilfm.service.app import FORMATS, HEADER, create_app
 from tvilfm.service.audit import Audit
 from tvilfm.service.backend import Busy, Change, Unavailable
 from tvilfm.service.keys import KeyFile, add_key, remove_key
-from tvilfm.service.messages import ModelFacts, Status, Weights
+from tvilfm.service.messages import Bulk, Message, ModelFacts, SearchBatch, SearchQuery, Status, Weights
 from tvilfm.service.writer import GalleryWriter
 
 WEIGHTS = EvaluateSection().ensemble.weights
@@ -551,6 +552,12 @@ def hostile() -> Iterator[tuple[str, str, bytes, dict[str, str]]]:
     for body in (b"", b"{", b"[]", b"null", b'"x"', b"[" * 100_000, b'{"a":' * 20_000, b"\0" * 1000, b"1" * 400_000):
         for path in ("/v1/search", "/v1/search/batch", "/v1/gallery/bulk"):
             yield "POST", path, body, as_json
+    items, unknown = [1] * 200_000, dict.fromkeys(map(str, range(40_000)), 1)
+    for path, key in (("/v1/search/batch", "queries"), ("/v1/gallery/bulk", "rows")):
+        for body in ({key: items}, {key: [unknown]}, unknown):
+            yield "POST", path, json.dumps(body).encode(), as_json
+    for body in (unknown, {"cameras": items}, {"cameras": [""] * 90_000}):
+        yield "POST", "/v1/search", json.dumps(body).encode(), as_json
     row = {"id": "x", "camid": 1, "space_id": "s", "vector_base": [1.0]}
     yield "POST", "/v1/gallery/bulk", json.dumps({"rows": [row]}).encode(), as_json
     yield (
@@ -578,6 +585,24 @@ def test_hostile_requests_are_refused_and_leave_the_service_up_and_its_memory_fl
         sizes.append(resident())
     assert sizes[-1] - sizes[0] < 60e6, sizes
     assert before["images"] <= service.client.get("/v1/status").json()["images"] <= before["images"] + 1
+
+
+@pytest.mark.parametrize(
+    ("message", "body"),
+    [
+        (SearchBatch, {"queries": [1] * 200_000}),
+        (Bulk, {"rows": [1] * 200_000}),
+        (SearchBatch, {"queries": [{"sentence": "a coat"}] * (MAX_BATCH + 1)}),
+        (Bulk, {"rows": [{"vector": [""] * 60_000, "id": "a", "camid": 1}] * 4}),
+        (SearchQuery, {"sentence": "a coat", "cameras": [-1] * 1000, "exclude_cameras": []}),
+        (SearchQuery, {"sentence": "a coat", "weights": dict.fromkeys(map(str, range(101)), 1)}),
+        (SearchQuery, dict.fromkeys(map(str, range(100_000)), 1)),
+    ],
+)
+def test_a_body_with_many_faults_tells_one(message: type[Message], body: dict[str, object]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        message.model_validate(body)
+    assert caught.value.error_count() == 1
 
 
 def test_a_body_that_is_too_large_is_refused_however_it_comes(service: Service) -> None:
