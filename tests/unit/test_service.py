@@ -352,6 +352,25 @@ def test_a_key_opens_what_it_is_for_and_nothing_else(untrained_run: UntrainedRun
     service.backend._gallery.close()
 
 
+def test_a_body_is_read_when_its_sender_may_send_it(untrained_run: UntrainedRun, tmp_path: Path) -> None:
+    reader, writer = (add_key(tmp_path / "keys", scope, [scope]) for scope in ("read", "write"))
+    service = Service(untrained_run, tmp_path, keys=tmp_path / "keys")
+    read = []
+
+    def body() -> Iterator[bytes]:
+        read.append(True)
+        yield b"[]"
+
+    for token, status in ((None, 401), ("tvi_wrong", 401), (reader, 403), (writer, 422)):
+        headers = {"Content-Type": "application/json"} | ({} if token is None else {HEADER: token})
+        answer = service.client.post("/v1/gallery/bulk", content=body(), headers=headers)
+        assert answer.status_code == status and bool(read) == (status == 422), token
+    answer = service.client.post("/v1/search", content=b"{")
+    assert answer.json() == {"error": "X-API-Key: expected an API key, got none. Ask an operator for one."}
+    assert service.app.openapi()["paths"]["/v1/search"]["post"]["security"] == [{"APIKeyHeader": []}]
+    service.backend._gallery.close()
+
+
 def test_key_files_are_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tvilfm keys add"):
         KeyFile(tmp_path / "none")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.resources import files
@@ -20,6 +20,7 @@ import pyarrow as pa
 from fastapi import Depends, FastAPI, HTTPException, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -80,10 +81,12 @@ def create_app(
     )
     handlers = _Handlers(backend, section, audit, thumbnail_height, observe)
     key_file = None if section.keys is None else keys.KeyFile(section.keys)
-    read, write, admin = (Depends(_needs(scope, key_file)) for scope in keys.SCOPES)
+    read, write, admin = (_guarded(_needs(scope, key_file)) for scope in keys.SCOPES)
+    documented = [] if key_file is None else [Depends(APIKeyHeader(name=HEADER, auto_error=False))]
 
-    def route(path: str, handler: Callable[..., Awaitable[Any]], method: str, who: Any, **more: Any) -> None:
-        app.add_api_route(path, handler, methods=[method], dependencies=[who], responses=PROBLEMS, **more)
+    def route(path: str, handler: Callable[..., Awaitable[Any]], method: str, who: type[APIRoute], **more: Any) -> None:
+        more |= {"methods": [method], "dependencies": documented, "responses": PROBLEMS}
+        app.router.add_api_route(path, handler, route_class_override=who, **more)
 
     route("/v1/search", handlers.search, "POST", read, response_model=SearchAnswer)
     route("/v1/search/batch", handlers.search_batch, "POST", read, response_model=messages.BatchAnswer)
@@ -301,8 +304,24 @@ def _answer(query: Query, answer: search.Answer, asked: search.Request) -> Searc
     )
 
 
-def _needs(scope: keys.Scope, key_file: keys.KeyFile | None) -> Callable[..., None]:
-    """A dependency that lets nobody past without the right to do that."""
+def _guarded(check: Callable[[Request], None]) -> type[APIRoute]:
+    """A route that is checked before its body is read; FastAPI's dependencies come after that."""
+
+    class Guarded(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+
+            async def checked(request: Request) -> Response:
+                await asyncio.to_thread(check, request)
+                return await handle(request)
+
+            return checked
+
+    return Guarded
+
+
+def _needs(scope: keys.Scope, key_file: keys.KeyFile | None) -> Callable[[Request], None]:
+    """A check that lets nobody past without the right to do that."""
     if key_file is None:
 
         def anybody(request: Request) -> None:
@@ -312,9 +331,8 @@ def _needs(scope: keys.Scope, key_file: keys.KeyFile | None) -> Callable[..., No
 
         return anybody
 
-    def check(
-        request: Request, token: Annotated[str | None, Depends(APIKeyHeader(name=HEADER, auto_error=False))]
-    ) -> None:
+    def check(request: Request) -> None:
+        token = request.headers.get(HEADER)
         key = key_file.find(token) if token else None
         if key is None:
             got = "a wrong one" if token else "none"
