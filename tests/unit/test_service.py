@@ -250,6 +250,20 @@ def test_a_written_picture_is_found_shown_replaced_and_removed(service: Service,
     assert service.client.get(f"{path}/image").status_code == 404
 
 
+@pytest.mark.parametrize("size", [(100_000, 8), (70_000, 200), (65_501, 8), (8, 70_000), (64, 64), (100, 50)])
+def test_a_thumbnail_is_small_whatever_the_proportions(
+    untrained_run: UntrainedRun, tmp_path: Path, size: tuple[int, int]
+) -> None:
+    service = Service(untrained_run, tmp_path)
+    row = {"image": text(encoded(Image.new("RGB", size))), "camid": 1}
+    assert service.client.put("/v1/gallery/x", json=row).status_code == 200
+    width, height = Image.open(io.BytesIO(service.client.get("/v1/gallery/x/image").content)).size
+    assert height <= 64 and width <= 4 * 64
+    if max(size) <= 100:
+        assert (width, height) == size
+    service.backend._gallery.close()
+
+
 def test_bulk_writes_are_all_or_none_and_a_person_is_forgotten(service: Service, untrained_run: UntrainedRun) -> None:
     own = text((untrained_run.root / service.names[0]).read_bytes())
     vector = [1.0] + [0.0] * (untrained_run.model.spec.dim - 1)

@@ -234,6 +234,10 @@ class _Handlers:
         except ValueError as error:
             raise HTTPException(422, str(error)) from None
 
+    def _thumbnails(self, pictures: Sequence[Pixels | None]) -> list[bytes | None]:
+        height = self._thumbnail_height
+        return [None if picture is None else thumbnail(picture, height=height) for picture in pictures]
+
     async def _write_rows(self, request: Request, ids: Sequence[str], rows: Sequence[messages.Row]) -> Written:
         space = self._backend.facts.space_id
         for row in rows:
@@ -258,9 +262,7 @@ class _Handlers:
         columns["id"] = list(ids)
         columns |= {name: [getattr(row, name) for row in rows] for name in ("pid", "camid", "time")}
         columns["image"] = [row.reference for row in rows]
-        columns["thumbnail"] = [
-            None if picture is None else thumbnail(picture, height=self._thumbnail_height) for picture in pictures
-        ]
+        columns["thumbnail"] = await asyncio.to_thread(self._thumbnails, pictures)
         table = pa.table({field.name: pa.array(columns[field.name], field.type) for field in schema})
         try:
             writing = self._backend.upsert(table, space_id=space, by=request.state.key)
