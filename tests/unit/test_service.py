@@ -274,6 +274,7 @@ def test_bulk_writes_are_all_or_none_and_a_person_is_forgotten(service: Service,
     for wrong, status in (
         ({"id": "c", **ready, "vector": [2.0, *vector[1:]], "camid": 1}, 422),
         ({"id": "c", **ready, "vector": vector[1:], "camid": 1}, 422),
+        ({"id": "c", **ready, "vector": vector[:1], "vector_base": vector[:1], "camid": 1}, 422),
         ({"id": "c", **ready, "space_id": "another", "camid": 1}, 409),
         ({"id": "c", "image": text(b"no picture"), "camid": 1}, 422),
         ({"id": "a", "image": own, "camid": 1}, 422),  # twice
@@ -282,6 +283,17 @@ def test_bulk_writes_are_all_or_none_and_a_person_is_forgotten(service: Service,
     ):
         answer = service.client.post("/v1/gallery/bulk", json={"rows": [rows[0], wrong]})
         assert answer.status_code == status and "error" in answer.json(), answer.text
+    for vectors in (
+        {"vector": vector[:-1]},
+        {"vector_base": vector[:-1]},
+        {"vector": []},
+        {"vector": [], "vector_base": []},
+    ):
+        answer = service.client.put("/v1/gallery/c", json={**ready, **vectors, "camid": 1})
+        assert answer.status_code == 422, answer.text
+        assert answer.json()["error"].startswith("vector, vector_base: expected vectors of one length, got [")
+    short = {**ready, "vector": vector[:1], "vector_base": vector[:1], "camid": 1}
+    assert service.client.put("/v1/gallery/c", json=short).status_code == 422
     assert service.client.get("/v1/status").json() == before
     assert service.client.delete("/v1/people/5").json()["count"] == 2
     assert service.client.post("/v1/gallery/compact").json()["count"] == len(service.names)

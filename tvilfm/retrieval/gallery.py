@@ -497,7 +497,7 @@ class Gallery:
                 rows = rows.append_column(field, pa.nulls(rows.num_rows, field.type))
         try:
             rows = rows.select(schema.names).cast(schema)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
+        except (pa.ArrowException, ValueError) as error:
             raise ValueError(f"rows: expected the columns of row_schema({self.dim}), got an error: {error}.") from None
         ids = rows["id"].to_pylist()
         for id in ids:

@@ -40,6 +40,7 @@ from tvilfm.service.messages import Bulk, SearchAnswer, SearchBatch, SearchQuery
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MIN_SIDE = 8  # pixels; what is smaller shows nobody
 RETRY_S = 1
+VECTORS = ("vector", "vector_base")
 READY_S = 5.0
 HEADER = "X-API-Key"
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "testserver")
@@ -253,12 +254,12 @@ class _Handlers:
             {"vector": row.vector, "vector_base": row.vector_base} if picture is None else next(encoded)
             for row, picture in zip(rows, pictures, strict=True)
         ]
-        for name in ("vector", "vector_base"):
-            parts = [np.asarray(one[name], dtype=np.float32) for one in vectors]
-            if len({len(part) for part in parts}) > 1 or not len(parts[0]):
-                raise HTTPException(422, f"{name}: expected one dimension, got {sorted({len(p) for p in parts})}.")
-            columns[name] = vector_column(np.stack(parts))
-        schema = row_schema(len(parts[0]))
+        dims = {len(one[name]) for one in vectors for name in VECTORS}
+        if len(dims) > 1 or 0 in dims:
+            raise HTTPException(422, f"{', '.join(VECTORS)}: expected vectors of one length, got {sorted(dims)}.")
+        for name in VECTORS:
+            columns[name] = vector_column(np.stack([np.asarray(one[name], dtype=np.float32) for one in vectors]))
+        schema = row_schema(dims.pop())
         columns["id"] = list(ids)
         columns |= {name: [getattr(row, name) for row in rows] for name in ("pid", "camid", "time")}
         columns["image"] = [row.reference for row in rows]
