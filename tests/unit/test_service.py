@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -34,7 +35,7 @@ from tvilfm.retrieval.pictures import Pixels, resized, thumbnail
 from tvilfm.retrieval.query import Query, QueryEncoder, Question
 from tvilfm.retrieval.search import Answer, Request, Searcher
 from tvilfm.retrieval.spaces import gallery_vectors
-from tvilfm.service.app import FORMATS, HEADER, create_app
+from tvilfm.service.app import FORMATS, HEADER, ROOM, create_app
 from tvilfm.service.audit import Audit
 from tvilfm.service.backend import Busy, Change, Unavailable
 from tvilfm.service.keys import KeyFile, add_key, remove_key
@@ -490,6 +491,34 @@ def test_the_pictures_of_a_request_are_counted_before_any_is_decoded(
     assert "expected at most 100000 pixels in the pictures of a request, got 108300" in answer.json()["error"]
     rows = [{"id": str(n), "camid": 1, "image": text(encoded(Image.new("RGB", (240, 240))))} for n in range(2)]
     assert service.client.post("/v1/gallery/bulk", json={"rows": rows}).status_code == 422 and len(decoded) == 4
+
+
+def test_the_pictures_of_all_requests_have_a_limit(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    query = {"image": text(encoded(Image.new("RGB", (300, 300))))}  # 90,000 of 100,000 pixels
+    encode, under_way = service.backend.encode, 0
+
+    async def ask_together() -> None:
+        gate = asyncio.Event()
+
+        async def slow(questions: Sequence[Question]) -> list[Query]:
+            nonlocal under_way
+            under_way += 1
+            await gate.wait()
+            return await encode(questions)
+
+        monkeypatch.setattr(service.backend, "encode", slow)
+        transport = httpx.ASGITransport(app=service.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://testserver") as client:
+            waiting = [asyncio.create_task(client.post("/v1/search", json=query)) for _ in range(ROOM)]
+            while under_way < ROOM:
+                await asyncio.sleep(0.01)
+            refused = await asyncio.wait_for(client.post("/v1/search", json=query), 20)
+            assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+            gate.set()
+            assert [answer.status_code for answer in await asyncio.gather(*waiting)] == [200] * ROOM
+            assert (await client.post("/v1/search", json=query)).status_code == 200
+
+    asyncio.run(ask_together())
 
 
 def test_the_page_needs_nothing_from_elsewhere(service: Service) -> None:
