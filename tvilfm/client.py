@@ -136,7 +136,8 @@ class Client:
                     return response
                 if not _worth_another(response) or not tries_left:
                     raise ServiceError(response.status_code, _said(response))
-                wait_s = float(response.headers.get("Retry-After", RETRY_S))
+                told = response.headers.get("Retry-After", "")
+                wait_s = float(told if told.isdecimal() else RETRY_S)  # a proxy may tell a date
             time.sleep(wait_s)
         raise AssertionError("the last try returns or raises")
 
