@@ -22,8 +22,7 @@ from urllib.parse import quote
 
 import httpx
 
-from tvilfm.service.app import HEADER, RETRY_S
-from tvilfm.service.messages import BatchAnswer, SearchAnswer, Status, Written
+from tvilfm.service.messages import HEADER, RETRY_S, BatchAnswer, SearchAnswer, Status, Written
 
 AGAIN = (408, 429, 502, 503, 504)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tvilfm.client import RETRY_S, Client, ServiceError
+from tvilfm.client import Client, ServiceError
+from tvilfm.service.messages import RETRY_S
 
 STATUS = b'{"version": 3, "count": 1}'
 
@@ -92,3 +95,9 @@ def test_a_time_to_wait_that_is_no_number_of_seconds_is_the_usual_one(
     with Client("http://{}:{}".format(*server.server_address)) as client:
         assert client.compact().version == 3
     assert waited == [wait_s]
+
+
+def test_the_client_loads_neither_the_model_nor_the_service() -> None:
+    code = "import sys, tvilfm.client; print(*{'torch', 'lance', 'numpy', 'fastapi'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

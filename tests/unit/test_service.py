@@ -35,11 +35,11 @@ from tvilfm.retrieval.pictures import Pixels, resized, thumbnail
 from tvilfm.retrieval.query import Query, QueryEncoder, Question
 from tvilfm.retrieval.search import Answer, Request, Searcher
 from tvilfm.retrieval.spaces import gallery_vectors
-from tvilfm.service.app import FORMATS, HEADER, ROOM, create_app
+from tvilfm.service.app import FORMATS, ROOM, create_app
 from tvilfm.service.audit import Audit
 from tvilfm.service.backend import Busy, Change, Unavailable
 from tvilfm.service.keys import KeyFile, add_key, remove_key
-from tvilfm.service.messages import Bulk, Message, ModelFacts, SearchBatch, SearchQuery, Status, Weights
+from tvilfm.service.messages import HEADER, Bulk, Message, ModelFacts, SearchBatch, SearchQuery, Status, Weights
 from tvilfm.service.writer import GalleryWriter
 
 WEIGHTS = EvaluateSection().ensemble.weights

@@ -39,9 +39,10 @@ from lance.dataset import MergeInsertBuilder
 from lance.file import LanceFileSession
 from lance.optimize import Compaction, CompactionOptions
 
+from tvilfm.retrieval.terms import MAX_ID
+
 POINTER = "current"
 SPACE_KEY = b"space_id"
-MAX_ID = 512  # characters
 UNIT_TOLERANCE = 1e-3
 ALL_INDICES = 1 << 20  # more than an index ever has parts
 # A write a fragment: after so many, a look-up by id takes several times as long as in one piece.

@@ -35,15 +35,13 @@ from tvilfm.retrieval.query import Query, Question
 from tvilfm.service import keys, messages
 from tvilfm.service.audit import Audit
 from tvilfm.service.backend import Backend, Busy, Change, Unavailable
-from tvilfm.service.messages import Bulk, SearchAnswer, SearchBatch, SearchQuery, Status, Written
+from tvilfm.service.messages import HEADER, RETRY_S, Bulk, SearchAnswer, SearchBatch, SearchQuery, Status, Written
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MIN_SIDE = 8  # pixels; what is smaller shows nobody
-RETRY_S = 1
 ROOM = 8  # times serve.max_pixels that all requests under way may have decoded, at three bytes a pixel
 VECTORS = ("vector", "vector_base")
 READY_S = 5.0
-HEADER = "X-API-Key"
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "testserver")
 # The page is one file of our own and talks to its own origin alone.
 CONTENT_SECURITY = (

@@ -11,10 +11,10 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, AwareDatetime, Base64Bytes, BaseModel, ConfigDict, Field, model_validator
 
 from tvilfm.config import MAX_BATCH
-from tvilfm.retrieval.gallery import MAX_ID
-from tvilfm.retrieval.query import FilterTextSource
-from tvilfm.retrieval.search import SearchKind
+from tvilfm.retrieval.terms import MAX_ID, FilterTextSource, SearchKind
 
+HEADER = "X-API-Key"
+RETRY_S = 1
 MAX_HITS = 1000
 MAX_TEXT = 2000  # characters; the text tower reads 77 tokens
 MAX_KEYS = 100  # of an object; none has half as many fields
