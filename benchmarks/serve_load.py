@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,17 +95,19 @@ def _served(size: str, override: str) -> Iterator[str]:
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     try:
-        while True:
+        while not _is_ready(address):
             assert process.poll() is None, "the service ended; run it by hand to see why"
-            try:
-                if httpx.get(f"{address}/readyz", trust_env=False).is_success:
-                    break
-            except httpx.TransportError:
-                time.sleep(0.5)
+            time.sleep(0.5)
         yield address
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
+
+
+def _is_ready(address: str) -> bool:
+    with suppress(httpx.TransportError):
+        return httpx.get(f"{address}/readyz", trust_env=False).is_success
+    return False
 
 
 def _load(address: str, bodies: Sequence[dict[str, Any]], clients: int, seconds: float) -> dict[str, float | int]:

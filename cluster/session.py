@@ -55,12 +55,6 @@ def session(section: ClusterSection) -> Iterator[None]:
         ray.shutdown()
 
 
-def address_of(section: ClusterSection) -> str:
-    """Ray's address; `local` = Ray is started on this machine."""
-    # Without an address Ray would join whatever cluster happens to run on this machine.
-    return section.address or os.environ.get("RAY_ADDRESS", "local")
-
-
 def _quiet() -> None:
     """This program shows its own progress."""
     context = ray.data.DataContext.get_current()

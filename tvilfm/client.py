@@ -22,8 +22,7 @@ from urllib.parse import quote
 
 import httpx
 
-from tvilfm.service.app import HEADER, RETRY_S
-from tvilfm.service.messages import BatchAnswer, SearchAnswer, Status, Written
+from tvilfm.service.messages import HEADER, RETRY_S, BatchAnswer, SearchAnswer, Status, Written
 
 AGAIN = (408, 429, 502, 503, 504)
 
@@ -136,7 +135,8 @@ class Client:
                     return response
                 if not _worth_another(response) or not tries_left:
                     raise ServiceError(response.status_code, _said(response))
-                wait_s = float(response.headers.get("Retry-After", RETRY_S))
+                told = response.headers.get("Retry-After", "")
+                wait_s = float(told if told.isdecimal() else RETRY_S)  # a proxy may tell a date
             time.sleep(wait_s)
         raise AssertionError("the last try returns or raises")
 

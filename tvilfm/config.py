@@ -41,6 +41,8 @@ FIDELITY_SWITCHES: dict[str, dict[Fidelity, object]] = {
     "train.text.freeze_batch_norm": {"published": False, "corrected": True},
 }
 
+MAX_BATCH = 10_000  # that serve.max_batch may be: so much is checked of a body before it is counted
+
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -508,7 +510,9 @@ class ServeSection(Section):
     max_pixels: int = Field(
         16_000_000, ge=1, description="pixels of a picture, and of all of a request together, at most (422)"
     )
-    max_batch: int = Field(64, ge=1, description="queries of a batch search, and rows of a bulk write (422)")
+    max_batch: int = Field(
+        64, ge=1, le=MAX_BATCH, description="queries of a batch search, and rows of a bulk write (422)"
+    )
     max_queued: int = Field(128, ge=1, description="requests that wait for a part of the service (429)")
     audit: Path | None = Field(None, description="folder of the audit trail; null = audit/ in the run folder")
     audit_days: int | None = Field(None, ge=1, description="days that the audit trail is kept; null = for ever")

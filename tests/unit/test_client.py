@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
 from tvilfm.client import Client, ServiceError
+from tvilfm.service.messages import RETRY_S
 
 STATUS = b'{"version": 3, "count": 1}'
 
@@ -17,6 +21,7 @@ class Scripted(ThreadingHTTPServer):
     """Gives the answers of `script` one after the other: status and body; None = the connection breaks."""
 
     script: list[tuple[int, bytes] | None]
+    retry_after = "0"
 
 
 class _Answer(BaseHTTPRequestHandler):
@@ -28,7 +33,7 @@ class _Answer(BaseHTTPRequestHandler):
             self.connection.close()
             return
         self.send_response(answer[0])
-        self.send_header("Retry-After", "0")
+        self.send_header("Retry-After", self.server.retry_after)
         self.send_header("Content-Length", str(len(answer[1])))
         self.end_headers()
         self.wfile.write(answer[1])
@@ -78,3 +83,21 @@ def test_what_the_service_refuses_is_not_tried_again(server: Scripted, status: i
             client.compact()
         assert caught.value.status == status
     assert server.script == [(200, STATUS)]
+
+
+@pytest.mark.parametrize(("told", "wait_s"), [("7", 7), ("Wed, 21 Oct 2026 07:28:00 GMT", RETRY_S), ("-1", RETRY_S)])
+def test_a_time_to_wait_that_is_no_number_of_seconds_is_the_usual_one(
+    server: Scripted, monkeypatch: pytest.MonkeyPatch, told: str, wait_s: float
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("tvilfm.client.time", SimpleNamespace(sleep=waited.append))
+    server.script, server.retry_after = [(503, b""), (200, STATUS)], told
+    with Client("http://{}:{}".format(*server.server_address)) as client:
+        assert client.compact().version == 3
+    assert waited == [wait_s]
+
+
+def test_the_client_loads_neither_the_model_nor_the_service() -> None:
+    code = "import sys, tvilfm.client; print(*{'torch', 'lance', 'numpy', 'fastapi'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,7 +20,7 @@ from tvilfm.tuning import Space, load_space
 REPOSITORY = Path(__file__).parents[2]
 PAGES = ("README.md", *(f"docs/{name}.md" for name in ("service", "cluster", "reproduce", "cameras", "extend")))
 # Programs of others that the pages name; everything else has to be ours.
-OTHERS = ("ray", "docker", "make", "curl", "-d")
+OTHERS = ("ray", "docker", "make", "curl", "printf", "-d")
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -42,6 +46,19 @@ def test_a_command_of_the_documentation_can_be_given(page: str, line: str) -> No
         assert arguments[1] in ("list", "logs", "status", "stop")
         return
     parse(app, arguments, REPOSITORY / "ray_config.yaml")
+
+
+@pytest.mark.parametrize("line", [line for page in PAGES for line in commands(page) if "base64" in line])
+def test_a_picture_of_any_size_reaches_curl(tmp_path: Path, line: str) -> None:
+    picture = bytes(range(256)) * 1000  # one argument of a command has room for 96 KB in base64
+    (tmp_path / "query.jpg").write_bytes(picture)
+    (tmp_path / "seen.jpg").write_bytes(picture)
+    curl = tmp_path / "curl"
+    curl.write_text("#!/bin/sh\ncat\n")
+    curl.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(["sh", "-c", line], cwd=tmp_path, env={"PATH": path}, capture_output=True, check=True)
+    assert base64.b64decode(json.loads(done.stdout)["image"]) == picture and "--json @-" in line
 
 
 @pytest.mark.parametrize("page", PAGES)

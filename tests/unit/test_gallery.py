@@ -95,6 +95,10 @@ def test_what_is_left_out_is_null_and_times_and_references_come_back(gallery: Ga
         (lambda table: table.set_column(0, "id", [["a", None]]), "rows: expected the columns of row_schema"),
         (lambda table: table.drop_columns(["camid"]), "rows: expected a column camid"),
         (lambda table: table.set_column(1, "vector", [[[1.0] * 4] * 2]), "rows: expected the columns of row_schema"),
+        (
+            lambda table: table.set_column(1, "vector", vector_column(np.ones((2, 1), np.float32))),
+            "rows: expected the columns of row",
+        ),
         (lambda table: table.set_column(1, "vector", [[[1.0] * DIM] * 2]), "rows.vector: expected unit vectors, got"),
         (
             lambda table: table.set_column(2, "vector_base", [[[float("nan")] * DIM] * 2]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -24,9 +25,10 @@ import schemathesis
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
+from pydantic import ValidationError
 
 from tests.untrained_run import UntrainedRun
-from tvilfm.config import EvaluateSection, GallerySection, ServeSection
+from tvilfm.config import MAX_BATCH, EvaluateSection, GallerySection, ServeSection
 from tvilfm.datasets.manifest import select
 from tvilfm.datasets.pixels import decode
 from tvilfm.evaluation.extract import encode_pixels
@@ -35,11 +37,11 @@ from tvilfm.retrieval.pictures import Pixels, resized, thumbnail
 from tvilfm.retrieval.query import Query, QueryEncoder, Question
 from tvilfm.retrieval.search import Answer, Request, Searcher
 from tvilfm.retrieval.spaces import gallery_vectors
-from tvilfm.service.app import FORMATS, HEADER, create_app
+from tvilfm.service.app import FORMATS, ROOM, create_app
 from tvilfm.service.audit import Audit
 from tvilfm.service.backend import Busy, Change, Unavailable
 from tvilfm.service.keys import KeyFile, add_key, remove_key
-from tvilfm.service.messages import ModelFacts, Status, Weights
+from tvilfm.service.messages import HEADER, Bulk, Message, ModelFacts, SearchBatch, SearchQuery, Status, Weights
 from tvilfm.service.writer import GalleryWriter
 
 WEIGHTS = EvaluateSection().ensemble.weights
@@ -276,6 +278,20 @@ def test_a_write_that_was_refused_during_a_long_change_is_not_made_after_it(
     service.backend._gallery.close()
 
 
+@pytest.mark.parametrize("size", [(100_000, 8), (70_000, 200), (65_501, 8), (8, 70_000), (64, 64), (100, 50)])
+def test_a_thumbnail_is_small_whatever_the_proportions(
+    untrained_run: UntrainedRun, tmp_path: Path, size: tuple[int, int]
+) -> None:
+    service = Service(untrained_run, tmp_path)
+    row = {"image": text(encoded(Image.new("RGB", size))), "camid": 1}
+    assert service.client.put("/v1/gallery/x", json=row).status_code == 200
+    width, height = Image.open(io.BytesIO(service.client.get("/v1/gallery/x/image").content)).size
+    assert height <= 64 and width <= 4 * 64
+    if max(size) <= 100:
+        assert (width, height) == size
+    service.backend._gallery.close()
+
+
 def test_bulk_writes_are_all_or_none_and_a_person_is_forgotten(service: Service, untrained_run: UntrainedRun) -> None:
     own = text((untrained_run.root / service.names[0]).read_bytes())
     vector = [1.0] + [0.0] * (untrained_run.model.spec.dim - 1)
@@ -286,6 +302,7 @@ def test_bulk_writes_are_all_or_none_and_a_person_is_forgotten(service: Service,
     for wrong, status in (
         ({"id": "c", **ready, "vector": [2.0, *vector[1:]], "camid": 1}, 422),
         ({"id": "c", **ready, "vector": vector[1:], "camid": 1}, 422),
+        ({"id": "c", **ready, "vector": vector[:1], "vector_base": vector[:1], "camid": 1}, 422),
         ({"id": "c", **ready, "space_id": "another", "camid": 1}, 409),
         ({"id": "c", "image": text(b"no picture"), "camid": 1}, 422),
         ({"id": "a", "image": own, "camid": 1}, 422),  # twice
@@ -294,6 +311,17 @@ def test_bulk_writes_are_all_or_none_and_a_person_is_forgotten(service: Service,
     ):
         answer = service.client.post("/v1/gallery/bulk", json={"rows": [rows[0], wrong]})
         assert answer.status_code == status and "error" in answer.json(), answer.text
+    for vectors in (
+        {"vector": vector[:-1]},
+        {"vector_base": vector[:-1]},
+        {"vector": []},
+        {"vector": [], "vector_base": []},
+    ):
+        answer = service.client.put("/v1/gallery/c", json={**ready, **vectors, "camid": 1})
+        assert answer.status_code == 422, answer.text
+        assert answer.json()["error"].startswith("vector, vector_base: expected vectors of one length, got [")
+    short = {**ready, "vector": vector[:1], "vector_base": vector[:1], "camid": 1}
+    assert service.client.put("/v1/gallery/c", json=short).status_code == 422
     assert service.client.get("/v1/status").json() == before
     assert service.client.delete("/v1/people/5").json()["count"] == 2
     assert service.client.post("/v1/gallery/compact").json()["count"] == len(service.names)
@@ -375,6 +403,25 @@ def test_a_key_opens_what_it_is_for_and_nothing_else(untrained_run: UntrainedRun
 
     remove_key(file, "read")
     assert ask("GET", "/v1/status", **{HEADER: tokens["read"]}) == 401  # at once
+    service.backend._gallery.close()
+
+
+def test_a_body_is_read_when_its_sender_may_send_it(untrained_run: UntrainedRun, tmp_path: Path) -> None:
+    reader, writer = (add_key(tmp_path / "keys", scope, [scope]) for scope in ("read", "write"))
+    service = Service(untrained_run, tmp_path, keys=tmp_path / "keys")
+    read = []
+
+    def body() -> Iterator[bytes]:
+        read.append(True)
+        yield b"[]"
+
+    for token, status in ((None, 401), ("tvi_wrong", 401), (reader, 403), (writer, 422)):
+        headers = {"Content-Type": "application/json"} | ({} if token is None else {HEADER: token})
+        answer = service.client.post("/v1/gallery/bulk", content=body(), headers=headers)
+        assert answer.status_code == status and bool(read) == (status == 422), token
+    answer = service.client.post("/v1/search", content=b"{")
+    assert answer.json() == {"error": "X-API-Key: expected an API key, got none. Ask an operator for one."}
+    assert service.app.openapi()["paths"]["/v1/search"]["post"]["security"] == [{"APIKeyHeader": []}]
     service.backend._gallery.close()
 
 
@@ -471,6 +518,34 @@ def test_the_pictures_of_a_request_are_counted_before_any_is_decoded(
     assert "expected at most 100000 pixels in the pictures of a request, got 108300" in answer.json()["error"]
     rows = [{"id": str(n), "camid": 1, "image": text(encoded(Image.new("RGB", (240, 240))))} for n in range(2)]
     assert service.client.post("/v1/gallery/bulk", json={"rows": rows}).status_code == 422 and len(decoded) == 4
+
+
+def test_the_pictures_of_all_requests_have_a_limit(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    query = {"image": text(encoded(Image.new("RGB", (300, 300))))}  # 90,000 of 100,000 pixels
+    encode, under_way = service.backend.encode, 0
+
+    async def ask_together() -> None:
+        gate = asyncio.Event()
+
+        async def slow(questions: Sequence[Question]) -> list[Query]:
+            nonlocal under_way
+            under_way += 1
+            await gate.wait()
+            return await encode(questions)
+
+        monkeypatch.setattr(service.backend, "encode", slow)
+        transport = httpx.ASGITransport(app=service.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://testserver") as client:
+            waiting = [asyncio.create_task(client.post("/v1/search", json=query)) for _ in range(ROOM)]
+            while under_way < ROOM:
+                await asyncio.sleep(0.01)
+            refused = await asyncio.wait_for(client.post("/v1/search", json=query), 20)
+            assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+            gate.set()
+            assert [answer.status_code for answer in await asyncio.gather(*waiting)] == [200] * ROOM
+            assert (await client.post("/v1/search", json=query)).status_code == 200
+
+    asyncio.run(ask_together())
 
 
 def test_the_page_needs_nothing_from_elsewhere(service: Service) -> None:
@@ -578,6 +653,12 @@ def hostile() -> Iterator[tuple[str, str, bytes, dict[str, str]]]:
     for body in (b"", b"{", b"[]", b"null", b'"x"', b"[" * 100_000, b'{"a":' * 20_000, b"\0" * 1000, b"1" * 400_000):
         for path in ("/v1/search", "/v1/search/batch", "/v1/gallery/bulk"):
             yield "POST", path, body, as_json
+    items, unknown = [1] * 200_000, dict.fromkeys(map(str, range(40_000)), 1)
+    for path, key in (("/v1/search/batch", "queries"), ("/v1/gallery/bulk", "rows")):
+        for body in ({key: items}, {key: [unknown]}, unknown):
+            yield "POST", path, json.dumps(body).encode(), as_json
+    for body in (unknown, {"cameras": items}, {"cameras": [""] * 90_000}):
+        yield "POST", "/v1/search", json.dumps(body).encode(), as_json
     row = {"id": "x", "camid": 1, "space_id": "s", "vector_base": [1.0]}
     yield "POST", "/v1/gallery/bulk", json.dumps({"rows": [row]}).encode(), as_json
     yield (
@@ -605,6 +686,24 @@ def test_hostile_requests_are_refused_and_leave_the_service_up_and_its_memory_fl
         sizes.append(resident())
     assert sizes[-1] - sizes[0] < 60e6, sizes
     assert before["images"] <= service.client.get("/v1/status").json()["images"] <= before["images"] + 1
+
+
+@pytest.mark.parametrize(
+    ("message", "body"),
+    [
+        (SearchBatch, {"queries": [1] * 200_000}),
+        (Bulk, {"rows": [1] * 200_000}),
+        (SearchBatch, {"queries": [{"sentence": "a coat"}] * (MAX_BATCH + 1)}),
+        (Bulk, {"rows": [{"vector": [""] * 60_000, "id": "a", "camid": 1}] * 4}),
+        (SearchQuery, {"sentence": "a coat", "cameras": [-1] * 1000, "exclude_cameras": []}),
+        (SearchQuery, {"sentence": "a coat", "weights": dict.fromkeys(map(str, range(101)), 1)}),
+        (SearchQuery, dict.fromkeys(map(str, range(100_000)), 1)),
+    ],
+)
+def test_a_body_with_many_faults_tells_one(message: type[Message], body: dict[str, object]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        message.model_validate(body)
+    assert caught.value.error_count() == 1
 
 
 def test_a_body_that_is_too_large_is_refused_however_it_comes(service: Service) -> None:

@@ -39,9 +39,10 @@ from lance.dataset import MergeInsertBuilder
 from lance.file import LanceFileSession
 from lance.optimize import Compaction, CompactionOptions
 
+from tvilfm.retrieval.terms import MAX_ID
+
 POINTER = "current"
 SPACE_KEY = b"space_id"
-MAX_ID = 512  # characters
 UNIT_TOLERANCE = 1e-3
 ALL_INDICES = 1 << 20  # more than an index ever has parts
 # A write a fragment: after so many, a look-up by id takes several times as long as in one piece.
@@ -497,7 +498,7 @@ class Gallery:
                 rows = rows.append_column(field, pa.nulls(rows.num_rows, field.type))
         try:
             rows = rows.select(schema.names).cast(schema)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
+        except (pa.ArrowException, ValueError) as error:
             raise ValueError(f"rows: expected the columns of row_schema({self.dim}), got an error: {error}.") from None
         ids = rows["id"].to_pylist()
         for id in ids:

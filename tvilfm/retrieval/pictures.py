@@ -10,6 +10,7 @@ from PIL import Image
 
 Pixels = npt.NDArray[np.uint8]
 QUALITY = 85
+WIDEST = 4  # times the height; people are taller than wide
 
 
 def resized(pixels: Pixels, *, height: int, width: int) -> Pixels:
@@ -18,9 +19,17 @@ def resized(pixels: Pixels, *, height: int, width: int) -> Pixels:
 
 
 def thumbnail(pixels: Pixels, *, height: int) -> bytes:
-    """A JPEG of (H, W, 3) uint8, at most that high, in its own proportions; it holds nothing else of the file."""
-    width = max(1, round(pixels.shape[1] * height / pixels.shape[0]))
-    small = pixels if pixels.shape[0] <= height else resized(pixels, height=height, width=width)
+    """A JPEG of (H, W, 3) uint8 in its own proportions; it holds nothing else of the file.
+
+    It is at most that high and `WIDEST` times as wide: a JPEG has at most 65,500 pixels a side.
+    """
+    tall, wide = pixels.shape[:2]
+    scale = min(height / tall, WIDEST * height / wide)
+    small = pixels if scale >= 1 else resized(pixels, height=_side(tall * scale), width=_side(wide * scale))
     file = io.BytesIO()
     Image.fromarray(small).save(file, "JPEG", quality=QUALITY)
     return file.getvalue()
+
+
+def _side(pixels: float) -> int:
+    return max(1, round(pixels))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +22,7 @@ from tvilfm.models import TVILFM
 from tvilfm.models.fusion import semantic_filtered_fusion
 from tvilfm.retrieval.pictures import Pixels, resized
 from tvilfm.retrieval.spaces import space_id
-
-FilterTextSource = Literal["given", "captioner", "none"]
+from tvilfm.retrieval.terms import FilterTextSource
 
 
 @dataclass(frozen=True, kw_only=True)

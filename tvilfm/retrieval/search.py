@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,8 +21,7 @@ from tvilfm.retrieval.exact import FACTS, ExactIndex, Ranked, best_first, tensor
 from tvilfm.retrieval.gallery import Gallery, Where, column_of
 from tvilfm.retrieval.query import Query
 from tvilfm.retrieval.similarity import similarity
-
-SearchKind = Literal["exact", "index", "scan"]
+from tvilfm.retrieval.terms import SearchKind
 
 MORE = 4  # times as many rows are ranked when those found show too few people
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from importlib.resources import files
 from typing import Annotated, Any, TypeVar
@@ -20,6 +20,7 @@ import pyarrow as pa
 from fastapi import Depends, FastAPI, HTTPException, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -34,13 +35,13 @@ from tvilfm.retrieval.query import Query, Question
 from tvilfm.service import keys, messages
 from tvilfm.service.audit import Audit
 from tvilfm.service.backend import Backend, Busy, Change, Unavailable
-from tvilfm.service.messages import Bulk, SearchAnswer, SearchBatch, SearchQuery, Status, Written
+from tvilfm.service.messages import HEADER, RETRY_S, Bulk, SearchAnswer, SearchBatch, SearchQuery, Status, Written
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MIN_SIDE = 8  # pixels; what is smaller shows nobody
-RETRY_S = 1
+ROOM = 8  # times serve.max_pixels that all requests under way may have decoded, at three bytes a pixel
+VECTORS = ("vector", "vector_base")
 READY_S = 5.0
-HEADER = "X-API-Key"
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "testserver")
 # The page is one file of our own and talks to its own origin alone.
 CONTENT_SECURITY = (
@@ -80,10 +81,12 @@ def create_app(
     )
     handlers = _Handlers(backend, section, audit, thumbnail_height, observe)
     key_file = None if section.keys is None else keys.KeyFile(section.keys)
-    read, write, admin = (Depends(_needs(scope, key_file)) for scope in keys.SCOPES)
+    read, write, admin = (_guarded(_needs(scope, key_file)) for scope in keys.SCOPES)
+    documented = [] if key_file is None else [Depends(APIKeyHeader(name=HEADER, auto_error=False))]
 
-    def route(path: str, handler: Callable[..., Awaitable[Any]], method: str, who: Any, **more: Any) -> None:
-        app.add_api_route(path, handler, methods=[method], dependencies=[who], responses=PROBLEMS, **more)
+    def route(path: str, handler: Callable[..., Awaitable[Any]], method: str, who: type[APIRoute], **more: Any) -> None:
+        more |= {"methods": [method], "dependencies": documented, "responses": PROBLEMS}
+        app.router.add_api_route(path, handler, route_class_override=who, **more)
 
     route("/v1/search", handlers.search, "POST", read, response_model=SearchAnswer)
     route("/v1/search/batch", handlers.search_batch, "POST", read, response_model=messages.BatchAnswer)
@@ -122,6 +125,7 @@ class _Handlers:
     ) -> None:
         self._backend, self._section, self._audit = backend, section, audit
         self._thumbnail_height, self._observe = thumbnail_height, observe
+        self._pixels = 0  # of the requests under way
 
     async def search(self, request: Request, query: SearchQuery) -> SearchAnswer:
         """Find a person."""
@@ -188,13 +192,8 @@ class _Handlers:
     async def _answers(self, request: Request, asked: Sequence[SearchQuery]) -> list[SearchAnswer]:
         if not self._backend.facts.text and any(query.sentence is not None for query in asked):
             raise HTTPException(422, "sentence: expected none, as the model that is served reads no text.")
-        images = await self._decoded([query.image for query in asked])
-        questions = [
-            Question(infrared=image, sentence=query.sentence, infrared_caption=query.infrared_caption)
-            for query, image in zip(asked, images, strict=True)
-        ]
+        queries = await self._encoded(asked)
         requests = [_request(query, self._backend.facts.weights) for query in asked]
-        queries = await self._timed("encode", self._backend.encode(questions))
         min_version = max(query.min_version or 0 for query in asked)
         searching = self._backend.search(queries, requests, min_version=min_version)
         answers = await self._timed("search", searching)
@@ -207,29 +206,68 @@ class _Handlers:
             self._audit.note("search", key=request.state.key, version=answer.version, ids=hits)
         return [_answer(query, answer, own) for query, answer, own in zip(queries, answers, requests, strict=True)]
 
-    async def _decoded(self, contents: Sequence[bytes | None]) -> list[Pixels | None]:
+    async def _encoded(self, asked: Sequence[SearchQuery]) -> list[Query]:
+        async with self._decoded([query.image for query in asked]) as images:
+            questions = [
+                Question(infrared=image, sentence=query.sentence, infrared_caption=query.infrared_caption)
+                for query, image in zip(asked, images, strict=True)
+            ]
+            return await self._timed("encode", self._backend.encode(questions))
+
+    @asynccontextmanager
+    async def _decoded(self, contents: Sequence[bytes | None]) -> AsyncIterator[list[Pixels | None]]:
+        """The pictures of a request, if there is room for them beside those of the others."""
         started = time.perf_counter()
-        pixels = await asyncio.to_thread(self._decode, contents)
-        self._observe("decode", time.perf_counter() - started)
-        return pixels
+        pixels = await asyncio.to_thread(self._count, contents)
+        if self._pixels + pixels > ROOM * self._section.max_pixels:
+            raise Busy("service: expected room for the pictures of one more request, got none")
+        self._pixels += pixels
+        try:
+            pictures = await asyncio.to_thread(self._decode, contents)
+            self._observe("decode", time.perf_counter() - started)
+            yield pictures
+        finally:
+            self._pixels -= pixels
+
+    def _count(self, contents: Sequence[bytes | None]) -> int:
+        """Pixels of all pictures: a flat one of few bytes may be large, and all of a request are in memory at once."""
+        limit = self._section.max_pixels
+        try:
+            total = sum(count_pixels(content, name="image", formats=FORMATS) for content in contents if content)
+        except ValueError as error:
+            raise HTTPException(422, str(error)) from None
+        if total > limit:
+            raise HTTPException(
+                422,
+                f"image: expected at most {limit} pixels in the pictures of a request, got {total}. Send smaller "
+                "pictures, or fewer at once.",
+            )
+        return total
 
     def _decode(self, contents: Sequence[bytes | None]) -> list[Pixels | None]:
-        limit = self._section.max_pixels
-        limits = {"max_pixels": limit, "min_side": MIN_SIDE, "formats": FORMATS}
+        limits = {"max_pixels": self._section.max_pixels, "min_side": MIN_SIDE, "formats": FORMATS}
         try:
-            # A flat picture of few bytes may be a large one, and all of a request are in memory at once.
-            total = sum(count_pixels(content, name="image", formats=FORMATS) for content in contents if content)
-            if total > limit:
-                raise ValueError(
-                    f"image: expected at most {limit} pixels in the pictures of a request, got {total}. Send smaller "
-                    "pictures, or fewer at once."
-                )
             return [
                 decode(content, height=None, width=None, name="image", **limits) if content else None  # type: ignore[arg-type]
                 for content in contents
             ]
         except ValueError as error:
             raise HTTPException(422, str(error)) from None
+
+    def _thumbnails(self, pictures: Sequence[Pixels | None]) -> list[bytes | None]:
+        height = self._thumbnail_height
+        return [None if picture is None else thumbnail(picture, height=height) for picture in pictures]
+
+    async def _encoded_rows(self, rows: Sequence[messages.Row]) -> tuple[list[dict[str, Any]], list[bytes | None]]:
+        async with self._decoded([row.image for row in rows]) as pictures:
+            shown = [picture for picture in pictures if picture is not None]
+            encoded = iter(await self._timed("encode", self._backend.encode_visible(shown)) if shown else ())
+            thumbnails = await asyncio.to_thread(self._thumbnails, pictures)
+        vectors = [
+            {name: getattr(row, name) for name in VECTORS} if thumbnail is None else next(encoded)
+            for row, thumbnail in zip(rows, thumbnails, strict=True)
+        ]
+        return vectors, thumbnails
 
     async def _write_rows(self, request: Request, ids: Sequence[str], rows: Sequence[messages.Row]) -> Written:
         space = self._backend.facts.space_id
@@ -238,26 +276,18 @@ class _Handlers:
                 raise HTTPException(
                     409, f"space_id: expected vectors of {space}, got {row.space_id}. Send the picture."
                 )
-        pictures = await self._decoded([row.image for row in rows])
-        shown = [picture for picture in pictures if picture is not None]
-        encoded = iter(await self._timed("encode", self._backend.encode_visible(shown)) if shown else ())
+        vectors, thumbnails = await self._encoded_rows(rows)
+        dims = {len(one[name]) for one in vectors for name in VECTORS}
+        if len(dims) > 1 or 0 in dims:
+            raise HTTPException(422, f"{', '.join(VECTORS)}: expected vectors of one length, got {sorted(dims)}.")
         columns: dict[str, Any] = {}
-        vectors = [
-            {"vector": row.vector, "vector_base": row.vector_base} if picture is None else next(encoded)
-            for row, picture in zip(rows, pictures, strict=True)
-        ]
-        for name in ("vector", "vector_base"):
-            parts = [np.asarray(one[name], dtype=np.float32) for one in vectors]
-            if len({len(part) for part in parts}) > 1 or not len(parts[0]):
-                raise HTTPException(422, f"{name}: expected one dimension, got {sorted({len(p) for p in parts})}.")
-            columns[name] = vector_column(np.stack(parts))
-        schema = row_schema(len(parts[0]))
+        for name in VECTORS:
+            columns[name] = vector_column(np.stack([np.asarray(one[name], dtype=np.float32) for one in vectors]))
+        schema = row_schema(dims.pop())
         columns["id"] = list(ids)
         columns |= {name: [getattr(row, name) for row in rows] for name in ("pid", "camid", "time")}
         columns["image"] = [row.reference for row in rows]
-        columns["thumbnail"] = [
-            None if picture is None else thumbnail(picture, height=self._thumbnail_height) for picture in pictures
-        ]
+        columns["thumbnail"] = thumbnails
         table = pa.table({field.name: pa.array(columns[field.name], field.type) for field in schema})
         try:
             writing = self._backend.upsert(table, space_id=space, by=request.state.key)
@@ -301,8 +331,24 @@ def _answer(query: Query, answer: search.Answer, asked: search.Request) -> Searc
     )
 
 
-def _needs(scope: keys.Scope, key_file: keys.KeyFile | None) -> Callable[..., None]:
-    """A dependency that lets nobody past without the right to do that."""
+def _guarded(check: Callable[[Request], None]) -> type[APIRoute]:
+    """A route that is checked before its body is read; FastAPI's dependencies come after that."""
+
+    class Guarded(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+
+            async def checked(request: Request) -> Response:
+                await asyncio.to_thread(check, request)
+                return await handle(request)
+
+            return checked
+
+    return Guarded
+
+
+def _needs(scope: keys.Scope, key_file: keys.KeyFile | None) -> Callable[[Request], None]:
+    """A check that lets nobody past without the right to do that."""
     if key_file is None:
 
         def anybody(request: Request) -> None:
@@ -312,9 +358,8 @@ def _needs(scope: keys.Scope, key_file: keys.KeyFile | None) -> Callable[..., No
 
         return anybody
 
-    def check(
-        request: Request, token: Annotated[str | None, Depends(APIKeyHeader(name=HEADER, auto_error=False))]
-    ) -> None:
+    def check(request: Request) -> None:
+        token = request.headers.get(HEADER)
         key = key_file.find(token) if token else None
         if key is None:
             got = "a wrong one" if token else "none"

@@ -6,16 +6,18 @@ Pictures travel as base64 in JSON, as a batch of queries needs it anyway and one
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, AwareDatetime, Base64Bytes, BaseModel, ConfigDict, Field, model_validator
 
-from tvilfm.retrieval.gallery import MAX_ID
-from tvilfm.retrieval.query import FilterTextSource
-from tvilfm.retrieval.search import SearchKind
+from tvilfm.config import MAX_BATCH
+from tvilfm.retrieval.terms import MAX_ID, FilterTextSource, SearchKind
 
+HEADER = "X-API-Key"
+RETRY_S = 1
 MAX_HITS = 1000
 MAX_TEXT = 2000  # characters; the text tower reads 77 tokens
+MAX_KEYS = 100  # of an object; none has half as many fields
 INT32, INT64 = 2**31 - 1, 2**63 - 1
 
 
@@ -37,11 +39,20 @@ RowId = Annotated[str, Field(min_length=1, max_length=MAX_ID), AfterValidator(_i
 Camera = Annotated[int, Field(ge=0, le=INT32)]
 Person = Annotated[int, Field(ge=0, le=INT64)]
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
-Vector = Annotated[list[float], Field(max_length=1 << 16)]
+# pydantic's errors take a kilobyte each, and a body has room for millions: a list stops at its first one (`fail_fast`).
+Cameras = Annotated[list[Camera], Field(max_length=1000, fail_fast=True)]
+Vector = Annotated[list[float], Field(max_length=1 << 16, fail_fast=True)]
 
 
 class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_keys(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and len(fields) > MAX_KEYS:
+            raise ValueError(f"expected at most {MAX_KEYS} keys, got {len(fields)}")
+        return fields
 
 
 class Weights(Message):
@@ -62,8 +73,8 @@ class SearchQuery(Message):
     )
     weights: Weights | None = Field(None, description="of the modalities; null = those of the run's evaluation")
     k: int = Field(20, ge=1, le=MAX_HITS, description="hits wanted")
-    cameras: list[Camera] | None = Field(None, max_length=1000, description="search these alone; null = all")
-    exclude_cameras: list[Camera] = Field([], max_length=1000, description="do not search these: the query's own")
+    cameras: Cameras | None = Field(None, description="search these alone; null = all")
+    exclude_cameras: Cameras = Field([], description="do not search these: the query's own")
     since: Time | None = Field(None, description="earliest time of a picture; one without a time is left out")
     until: Time | None = Field(None, description="latest time of a picture; one without a time is left out")
     by_identity: bool = Field(False, description="the best picture of each person alone")
@@ -81,7 +92,7 @@ class SearchQuery(Message):
 
 
 class SearchBatch(Message):
-    queries: list[SearchQuery] = Field(min_length=1)
+    queries: list[SearchQuery] = Field(min_length=1, max_length=MAX_BATCH, fail_fast=True)
 
 
 class HitMessage(Message):
@@ -132,7 +143,7 @@ class NamedRow(Row):
 
 
 class Bulk(Message):
-    rows: list[NamedRow] = Field(min_length=1)
+    rows: list[NamedRow] = Field(min_length=1, max_length=MAX_BATCH, fail_fast=True)
 
     @model_validator(mode="after")
     def _once_each(self) -> Bulk:
