@@ -300,7 +300,7 @@ def _domain(parameter: Parameter) -> Any:
 def _room(section: ClusterSection) -> int:
     """Trials that can train at once on the cluster as it is now, or as it is described and may yet grow to be."""
     room = {name: ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU")}
-    if address_of(section) != "local":
+    if address_of(section) != "local" and section.image is not None:  # machines are started from it on demand
         workers = section.workers
         room["CPU"] = max(room["CPU"], workers.max * workers.cpus)
         room["GPU"] = max(room["GPU"], workers.max * workers.gpus)

@@ -270,15 +270,22 @@ def test_an_error_is_noted_wherever_a_trial_fails_and_gone_when_it_runs_again(
 
 
 @pytest.mark.parametrize(
-    ("address", "gpus", "room"), [(None, 0, 1), ("ray://head:10001", 0, 12), ("ray://head:10001", 1, 3)]
+    ("address", "image", "gpus", "room"),
+    [
+        (None, "i", 0, 1),
+        ("ray://head:10001", None, 0, 1),
+        ("ray://head:10001", "i", 0, 12),
+        ("ray://head:10001", "i", 1, 3),
+    ],
 )
 def test_trials_have_the_room_of_the_workers_that_a_cluster_may_yet_start(
-    address: str | None, gpus: int, room: int, monkeypatch: pytest.MonkeyPatch
+    address: str | None, image: str | None, gpus: int, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})  # of the head alone
     workers = {"max": 3, "cpus": 8, "gpus": 1}
-    section = ClusterSection.model_validate({"address": address, "gpus_per_worker": gpus, "workers": workers})
+    described = {"address": address, "image": image, "gpus_per_worker": gpus, "workers": workers}
+    section = ClusterSection.model_validate(described)
     assert tune._room(section) == room
 
 

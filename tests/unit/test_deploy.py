@@ -251,7 +251,8 @@ STUBS = {
     "scontrol": "printf 'one\\ntwo\\n'",
     "hostname": "echo 10.0.0.7 10.0.0.8",
     "srun": 'echo "srun $*" >> "$LOG"; while [[ $1 == -* ]]; do [[ $1 == -w ]] && shift; shift; done; "$@"',
-    "fake-python": 'echo "python $*" >> "$LOG"; [[ $2 != cluster ]] || { cat "${@: -1}" > "$LOG.yaml"; exit 3; }',
+    "fake-python": 'echo "python $*" >> "$LOG"; [[ $2 != cluster ]] || { cat "${@: -1}" > "$LOG.yaml"; exit 3; }\n'
+    '[[ $3 != status ]] || printf "Active:\\n 1 node_a\\n 1 node_b\\nPending:\\n (no pending nodes)\\n"',
 }
 
 
