@@ -410,13 +410,17 @@ def config_schema(
 
 
 def _guard() -> None:
-    """Give a Ray that this command starts a token of its own: its ports run whatever they are sent, for any machine.
+    """Give a Ray that this command starts a token: its ports run whatever they are sent, for any machine.
 
-    Ray reads it when it is imported. Whoever has a cluster or a token has settled this.
+    Ray reads it when it is imported. Whoever has set one has settled this; the token that Ray itself keeps in the
+    home folder counts without more words, and a cluster that asks for none ignores it.
     """
-    variables = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-    settled = any(name in os.environ for name in variables) or Path("~/.ray/auth_token").expanduser().exists()
-    if not settled and "ray" not in sys.modules:
+    settled = any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    if settled or "ray" in sys.modules:
+        return
+    if Path("~/.ray/auth_token").expanduser().exists():
+        os.environ["RAY_AUTH_MODE"] = "token"
+    elif "RAY_ADDRESS" not in os.environ:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 

@@ -256,17 +256,28 @@ def on_this_machine(address: str) -> bool:
 
 
 def submit(client: JobSubmissionClient, command: Command, package: Package, overrides: Sequence[str]) -> str:
-    """Send a command; returns the job's id."""
+    """Send a command; returns the job's id.
+
+    Raises:
+        ConnectionError: the job server did not take it.
+    """
     section = command.config.cluster
     line = shlex.join((section.python, "-m", "cluster", *command.arguments, *overrides))
-    return client.submit_job(
-        entrypoint=line,
-        runtime_env=runtime_env(section, package),
-        metadata={"command": shlex.join(("tvilfm", *command.arguments))},
-        entrypoint_num_cpus=section.driver.cpus or None,
-        entrypoint_num_gpus=section.driver.gpus or None,
-        entrypoint_memory=int(section.driver.memory_gb * 1024**3) or None,
-    )
+    environment = runtime_env(section, package)
+    try:
+        return client.submit_job(
+            entrypoint=line,
+            runtime_env=environment,
+            metadata={"command": shlex.join(("tvilfm", *command.arguments))},
+            entrypoint_num_cpus=section.driver.cpus or None,
+            entrypoint_num_gpus=section.driver.gpus or None,
+            entrypoint_memory=int(section.driver.memory_gb * 1024**3) or None,
+        )
+    except (ConnectionError, RuntimeError) as error:
+        raise ConnectionError(
+            f"submit: expected the job server at {client.get_address()} to take the job, got {error}. Look at "
+            "`ray status` and the head's free disk there, then submit again."
+        ) from None
 
 
 def job(client: JobSubmissionClient, job_id: str) -> JobDetails:
