@@ -168,8 +168,11 @@ def serve_command(
 ) -> None:
     """Serve a finished run over HTTP; where no gallery is named or made, its test images are indexed first."""
     from cluster.serve import serve_forever
+    from cluster.storage import absolute_paths
 
-    serve_forever(_config(config, size, overrides), show=show)
+    # Its parts may run elsewhere than in this folder.
+    paths = absolute_paths(_config(config, size, overrides), Path.cwd())
+    serve_forever(_config(config, size, [*(overrides or []), *paths]), show=show)
 
 
 @keys_app.command("add")

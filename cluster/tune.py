@@ -115,6 +115,8 @@ def sweep_space(
     if resume:
         _check_same(folder, space, base)
         space = _space(folder)  # Tune keeps to the budget that it began with
+        for path in folder.glob(f"trials/*/{ERROR_FILE}"):
+            path.unlink()
     else:
         write_text_atomic(folder / SPACE_FILE, space.model_dump_json(indent=2))
         write_text_atomic(folder / BASE_FILE, to_yaml(base))
@@ -273,7 +275,7 @@ def _tuner(sweep: Sweep, base: Config, *, resume: bool) -> Tuner:
             name=EXPERIMENT,
             storage_path=str(sweep.folder),
             verbose=0,
-            failure_config=FailureConfig(max_failures=0),
+            failure_config=FailureConfig(max_failures=base.cluster.max_failures),
             callbacks=[_Ends(sweep.folder, _total(sweep))],
         ),
     )
@@ -321,8 +323,9 @@ def _trials_of(sweep: Sweep, params: dict[str, Any], name: str) -> list[Trial]:
 def _trial(params: dict[str, Any], *, sweep: Sweep) -> None:
     """Run one trial; in a process of its own."""
     name = params["trial"] if "trial" in params else tune.get_context().get_trial_id()
-    path = sweep.folder / "trials" / name / ERROR_FILE
-    path.unlink(missing_ok=True)  # of an earlier attempt
+    path = _error_path(sweep.folder, name)
+    if path.exists():  # Tune starts whatever ended again; what raised an error would raise it again
+        raise RuntimeError(path.read_text())
     try:
         metrics = _run(sweep, _trials_of(sweep, params, name)[0])
     except Exception as error:
@@ -330,6 +333,10 @@ def _trial(params: dict[str, Any], *, sweep: Sweep) -> None:
         write_text_atomic(path, str(error))
         raise
     tune.report({**metrics, DONE: True})
+
+
+def _error_path(folder: Path, name: str) -> Path:
+    return folder / "trials" / name / ERROR_FILE
 
 
 def _run(sweep: Sweep, trial: Trial) -> dict[str, float]:
@@ -409,7 +416,8 @@ class _Ends(Callback):
         self._folder, self._total = folder, total
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        _say(trial, "started")
+        if not self._error(trial):
+            _say(trial, "started")
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -421,11 +429,20 @@ class _Ends(Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._end(trials, trial, "done" if trial.last_result.get(DONE) else "stopped")
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if self._error(trial):
+            trial.max_failures = 0  # it starts once more, to end with that error
+        else:
+            _say(trial, "its process died; it goes on from its last epoch in another")
+
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        path = self._folder / "trials" / _name(trial) / ERROR_FILE
-        # The last line of an error is what was raised; the others are the way there.
+        self._end(trials, trial, "failed", self._error(trial) or "its process died")
+
+    def _error(self, trial: Any) -> str:
+        """What a trial raised, the last line of it: the others are the way there."""
+        path = _error_path(self._folder, _name(trial))
         lines = [line.strip() for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
-        self._end(trials, trial, "failed", lines[-1] if lines else "its process died")
+        return lines[-1] if lines else ""
 
     def _end(self, trials: list[Any], trial: Any, status: Status, reason: str = "") -> None:
         end = {"name": _name(trial), "params": trial.config, "status": status, "reason": reason}

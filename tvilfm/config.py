@@ -416,7 +416,9 @@ class ClusterSection(Section):
     gpus_per_worker: float = Field(0, ge=0, description="GPUs of each train and extraction worker and encoder; 0 = CPU")
     cpus_per_train_worker: float = Field(2, gt=0, description="CPUs (and torch threads) of each train worker")
     extract_workers: int = Field(2, ge=1, description="actors that decode or extract in parallel")
-    max_failures: int = Field(3, ge=-1, description="times a stage restarts from its last checkpoint; -1 = always")
+    max_failures: int = Field(
+        3, ge=-1, description="restarts of a stage or trial, from its last checkpoint; -1 = always"
+    )
     storage: str | None = Field(
         None,
         description="folder that every machine sees (relative paths of a submitted job lie in it), or URI of an object "

@@ -37,6 +37,8 @@ HEAD_AWAY_S = 600
 # A replica that answers a proxy through Ray stands still, for everybody, from that proxy's loss till a head knows of it
 # (Ray 2.60: its event loop waits in `WaitAllObjectsReported`). Through gRPC it does not; gRPC's own limit is 4 MB.
 SERVE_ENV = {"RAY_SERVE_PROXY_USE_GRPC": "1", "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1)}
+# What a machine with GPUs has to start from; Ray's own choices have no driver (GCP) or one that is years old (AWS).
+GPU_IMAGE = "a machine image with NVIDIA's driver and Docker"
 # Has Docker, and no GPU driver; Ray's own default.
 GCP_IMAGE = "projects/deeplearning-platform-release/global/images/family/common-cpu"
 
@@ -67,6 +69,8 @@ def ray_up_aws(config: Config) -> Document:
     provider: Document = {"type": "aws", "region": region, "cache_stopped_nodes": False}
     if section.provider.zone:
         provider["availability_zone"] = section.provider.zone
+    if section.workers.gpus:
+        _given(section.provider.machine_image, "cluster.provider.machine_image", GPU_IMAGE)
     disk = [{"DeviceName": "/dev/sda1", "Ebs": {"VolumeSize": section.provider.disk_gb, "VolumeType": "gp3"}}]
     spot = {"InstanceMarketOptions": {"MarketType": "spot"}} if section.workers.spot else {}
     same: Document = {"BlockDeviceMappings": disk}
@@ -88,8 +92,8 @@ def ray_up_gcp(config: Config) -> Document:
     }
 
     image = section.provider.machine_image
-    if section.workers.gpus and image is None:
-        _given(None, "cluster.provider.machine_image", "a machine image with NVIDIA's driver and Docker")
+    if section.workers.gpus:
+        _given(image, "cluster.provider.machine_image", GPU_IMAGE)
     disk = {
         "boot": True,
         "autoDelete": True,

@@ -24,7 +24,7 @@ from cluster.tune import SPACES, Sweep, report_sweep, sweep_space
 from tvilfm.config import ClusterSection
 from tvilfm.report.sweep import TrialRecord, read_trials
 from tvilfm.report.tables import Results
-from tvilfm.tuning import Space, load_space
+from tvilfm.tuning import Space, Trial, load_space
 
 CONFIG = Path("ray_config.yaml")
 SHORT = (
@@ -112,27 +112,36 @@ def test_asha_stops_bad_trials_and_their_epochs_show_it(shared: tuple[str, ...],
     assert all(epochs[record.name] == 1 + 8 for record in records if record.status == "done")
 
 
-def test_a_trial_of_optuna_that_failed_runs_again_under_its_name(
-    tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("fault", "at_first"), [("raises", "failed"), ("dies", "done")])
+def test_a_trial_whose_process_died_starts_again_and_one_that_raised_an_error_only_when_resumed(
+    fault: str, at_first: str, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails_at_first(params: dict[str, Any], *, sweep: Sweep) -> None:
         mark = sweep.folder / ray.tune.get_context().get_trial_id()
-        if not mark.exists():
-            mark.touch()
-            raise ValueError("a full disk")
-        ray.tune.report({sweep.space.metric: params["optim.text_lr"], tune.DONE: True})
+
+        def run_(sweep: Sweep, _: Trial) -> dict[str, float]:
+            if not mark.exists():
+                mark.touch()
+                if fault == "dies":
+                    os._exit(1)
+                raise ValueError("a full disk")
+            return {sweep.space.metric: params["optim.text_lr"]}
+
+        (sweep.folder / "trials" / mark.name).mkdir(parents=True, exist_ok=True)
+        tune._run = run_
+        tune._trial(params, sweep=sweep)  # in this process nobody has replaced it
 
     monkeypatch.setattr(tune, "_trial", fails_at_first)
     monkeypatch.setattr(tune, "_records", _bare_records)
     where = {"config_path": CONFIG, "overrides": [f"run.dir={tmp_path}", CAPTIONS], "size": "tiny"}
     values = {"searcher": "optuna", "budget": {"num_samples": 2}, "parameters": {"optim.text_lr": [1e-3, 1e-2]}}
     space = Space.model_validate({"name": "rates", "description": "trials that fail at first", **values})
-    failed, done = (
+    first, resumed = (
         read_trials(sweep_space(space, name="rates", resume=resume, **where) / "trials.jsonl")
         for resume in (False, True)
     )
-    assert [record.status for record in failed] == ["failed"] * 2
-    assert done == [replace(record, status="done") for record in failed]
+    assert [record.status for record in first] == [at_first] * 2
+    assert resumed == [replace(record, status="done") for record in first]  # under the names that they had
 
 
 @pytest.mark.long
@@ -238,7 +247,7 @@ def test_a_trial_without_its_captions_is_a_row_of_the_table_like_another(tmp_pat
 
 
 @pytest.mark.parametrize("fault", ["of the config", "of the run", "of the results"])
-def test_an_error_is_noted_wherever_a_trial_fails_and_gone_when_it_runs_again(
+def test_an_error_is_noted_wherever_a_trial_fails_and_tried_again_no_more(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep = _prepared(load_space(SPACES / "fusion.yaml"), tmp_path / "sweep")
@@ -250,10 +259,6 @@ def test_an_error_is_noted_wherever_a_trial_fails_and_gone_when_it_runs_again(
         groups.append(group)
         raise ValueError(fault)
 
-    def dies(*_: object, **__: object) -> None:
-        assert not note.exists()
-        raise KeyboardInterrupt  # as a kill, it leaves no word
-
     monkeypatch.setattr(tune, "run", lambda *_, **__: None)
     monkeypatch.setattr(tune, "_with_best_weights", lambda config, *_: config)
     place = {"of the config": (Sweep, "config"), "of the run": (tune, "run"), "of the results": (tune, "_metrics")}
@@ -263,10 +268,9 @@ def test_an_error_is_noted_wherever_a_trial_fails_and_gone_when_it_runs_again(
             tune._trial({"trial": name}, sweep=sweep)
     assert note.read_text() == fault
     assert groups == (["sweep"] if fault == "of the run" else [None])
-    monkeypatch.setattr(tune, "run", dies)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(tune, "run", lambda *_, **__: pytest.fail("it runs again"))
+    with pytest.raises(RuntimeError, match=fault):
         tune._trial({"trial": name}, sweep=sweep)
-    assert not note.exists()
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ REPOSITORY = Path(__file__).parents[2]
 IMAGE = "cluster.image=registry/tvilfm:1"
 AWS = (
     IMAGE,
-    "cluster.provider.region=us-west-2",
+    "cluster.provider={region: us-west-2, machine_image: ami-1}",
     "cluster.head.machine=m5.2xlarge",
     "cluster.workers.machine=g5.xlarge",
 )
@@ -300,6 +300,11 @@ def test_the_slurm_script_starts_every_machine_and_ends_with_the_commands_status
         ("ray-up-azure", (), r"--target: expected one of ray-up-aws, "),
         ("ray-up-aws", (), r"cluster\.provider\.region: expected a region"),
         ("ray-up-aws", AWS[1:], r"cluster\.image: expected a container image"),
+        (
+            "ray-up-aws",
+            (*AWS, "cluster.workers.gpus=1", "cluster.provider.machine_image=null"),
+            r"cluster\.provider\.machine_image: expected a machine image with NVIDIA's driver",
+        ),
         ("ray-up-aws", AWS[:-1], r"cluster\.workers\.machine: expected a machine type"),
         ("ray-up-gcp", (*GCP[:-1], "cluster.workers.gpus=1"), r"cluster\.workers\.accelerator: expected a type"),
         (

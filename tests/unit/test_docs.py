@@ -14,11 +14,13 @@ import pytest
 import yaml
 
 from cluster.__main__ import app
+from cluster.deploy.render import render
 from cluster.submit import parse
 from tvilfm.tuning import Space, load_space
 
 REPOSITORY = Path(__file__).parents[2]
-PAGES = ("README.md", *(f"docs/{name}.md" for name in ("service", "cluster", "reproduce", "cameras", "extend")))
+DOCS = ("service", "cluster", "reproduce", "cameras", "extend", "method")
+PAGES = ("README.md", *(f"docs/{name}.md" for name in DOCS))
 # Programs of others that the pages name; everything else has to be ours.
 OTHERS = ("ray", "docker", "make", "curl", "printf", "-d")
 
@@ -29,7 +31,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 def commands(page: str) -> list[str]:
     lines = [line for block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines()]
-    return [line for line in lines if line.strip()]
+    return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
 @pytest.mark.parametrize(("page", "line"), [(page, line) for page in PAGES for line in commands(page)])
@@ -45,7 +47,9 @@ def test_a_command_of_the_documentation_can_be_given(page: str, line: str) -> No
     if arguments[0] == "jobs":
         assert arguments[1] in ("list", "logs", "status", "stop")
         return
-    parse(app, arguments, REPOSITORY / "ray_config.yaml")
+    command = parse(app, arguments, REPOSITORY / "ray_config.yaml")
+    if arguments[:2] == ["cluster", "render"]:
+        assert render(command.parameters["target"], command.config)
 
 
 @pytest.mark.parametrize("line", [line for page in PAGES for line in commands(page) if "base64" in line])
