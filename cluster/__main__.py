@@ -146,7 +146,9 @@ def index_command(
         str | None,
         typer.Option(help="Folder or URI of your own pictures; default the run's test images.", show_default=False),
     ] = None,
-    camid: Annotated[int | None, typer.Option(help="Camera of --images.", show_default=False)] = None,
+    camid: Annotated[
+        int | None, typer.Option(help="Camera of --images.", show_default=False, min=0, max=2**31 - 1)
+    ] = None,
     config: ConfigOption = None,
     size: SizeOption = None,
     overrides: Overrides = None,
@@ -168,11 +170,8 @@ def serve_command(
 ) -> None:
     """Serve a finished run over HTTP; where no gallery is named or made, its test images are indexed first."""
     from cluster.serve import serve_forever
-    from cluster.storage import absolute_paths
 
-    # Its parts may run elsewhere than in this folder.
-    paths = absolute_paths(_config(config, size, overrides), Path.cwd())
-    serve_forever(_config(config, size, [*(overrides or []), *paths]), show=show)
+    serve_forever(_config(config, size, overrides), show=show)
 
 
 @keys_app.command("add")
@@ -330,7 +329,8 @@ def jobs_logs(
     if follow:
         raise typer.Exit(submit.follow(client, job))
     submit.job(client, job)
-    typer.echo(client.get_job_logs(job), nl=False)
+    with submit.answered(job):
+        typer.echo(client.get_job_logs(job), nl=False)
 
 
 @jobs_app.command("status")
@@ -352,7 +352,8 @@ def jobs_stop(job: JobArgument, config: ConfigOption = None, overrides: Override
 
     client = submit.connect(_config(config, None, overrides).cluster)
     submit.job(client, job)
-    typer.echo(f"{job}: {'stopping' if client.stop_job(job) else 'has ended before'}")
+    with submit.answered(job):
+        typer.echo(f"{job}: {'stopping' if client.stop_job(job) else 'has ended before'}")
 
 
 @cluster_app.command("render")
@@ -432,7 +433,7 @@ def main() -> None:
     _guard()
     try:
         app()
-    except (ValueError, FileExistsError, ConnectionError) as error:
+    except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
 

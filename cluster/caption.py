@@ -35,7 +35,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.depot import Depot, fetched
 from cluster.parts import Parts, alone, open_uri, part_name, shown, to_parquet, write_whole
 from cluster.progress import ProgressFile, watch
-from cluster.session import session
+from cluster.session import plain_errors, session
 from tvilfm.captioning.colors import remove_colors
 from tvilfm.config import CaptionerSection, CaptionSection, ClusterSection, Config
 from tvilfm.datasets import read_dataset
@@ -297,12 +297,8 @@ def _introduce(
 
     A worker loads the models for that: the driver may run where there is neither GPU nor model.
     """
-    try:
+    with plain_errors():
         introduced = ray.get(_load_captioners.options(scheduling_strategy=ANYWHERE, **resources).remote(jobs))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ValueError):
-            raise ValueError(str(error.cause)) from None
-        raise
     filesystem, path = open_uri(out)
     for job, (_, provenance) in zip(jobs, introduced, strict=True):
         note = f"{path}/captioner-{job.modality}.json"

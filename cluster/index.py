@@ -27,7 +27,7 @@ import ray
 from cluster.caption import list_images
 from cluster.depot import Depot, runs_depot, stages_depot
 from cluster.pictures import read_pictures, reference
-from cluster.session import session
+from cluster.session import plain_errors, session
 from tvilfm.config import Config, load_config
 from tvilfm.datasets.manifest import select
 from tvilfm.datasets.splits import TEST_SPLITS
@@ -146,7 +146,7 @@ def index(config: Config, *, images: str | None = None, camid: int | None = None
     prepared = Gallery.prepare(config.gallery_uri, space_id=space, dim=model.spec.dim)
     with closing(prepared) as gallery, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "lance is not fork-safe")  # Ray forks to start other programs alone
-        with session(config.cluster):
+        with session(config.cluster), plain_errors():
             people = _with_vectors(rows, root, run, config)
             if len(gallery):
                 # Ties rank in the order of writing, so the order has to survive the workers.

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import ray
 
 from cluster.progress import ProgressFile
+from cluster.session import plain_errors
 from tvilfm.config import DataSection
 from tvilfm.datasets.pixels import create, decode_files
 
@@ -38,10 +39,11 @@ def decode_dataset(folder: Path, root: Path, manifest: pa.Table, section: DataSe
     )
     pixels = create(folder / "pixels.npy", manifest.num_rows, height=section.height, width=section.width)
     progress, done = ProgressFile(folder / "progress.json"), 0
-    for batch in decoded.iter_batches(batch_size=None):
-        pixels[batch["row"]] = batch["pixels"]
-        done += len(batch["row"])
-        progress.update(done, manifest.num_rows)
+    with plain_errors():
+        for batch in decoded.iter_batches(batch_size=None):
+            pixels[batch["row"]] = batch["pixels"]
+            done += len(batch["row"])
+            progress.update(done, manifest.num_rows)
     pixels.flush()
     pq.write_table(manifest, folder / "manifest.parquet")
 

@@ -42,12 +42,13 @@ from rich.console import Console
 from cluster.deploy.render import http_options
 from cluster.index import FinishedRun, build_index, finished_run, index
 from cluster.session import address_of, session
+from cluster.storage import absolute_paths
 from tvilfm.captioning.captioner import Captioner
 from tvilfm.captioning.colors import remove_colors
-from tvilfm.config import CaptionerSection, Config, EvaluateSection, ServeSection
+from tvilfm.config import CaptionerSection, Config, EvaluateSection, ServeSection, resolve
 from tvilfm.evaluation.extract import encode_pixels
 from tvilfm.models import TVILFM
-from tvilfm.retrieval.gallery import Gallery
+from tvilfm.retrieval.gallery import POINTER, Gallery
 from tvilfm.retrieval.pictures import Pixels, resized
 from tvilfm.retrieval.query import Query, QueryEncoder, Question
 from tvilfm.retrieval.search import Answer, Request, Searcher
@@ -472,7 +473,9 @@ def serving(config: Config) -> Iterator[str]:
         ValueError: the run is not finished, what it needs to serve is not there, this machine is too small, or Serve
             runs on the cluster already and listens otherwise.
     """
-    if config.gallery.uri is None and not Path(config.gallery_uri).exists():
+    # Its parts may run elsewhere than in this folder.
+    config = resolve(config.model_dump(mode="json"), absolute_paths(config, Path.cwd()))
+    if config.gallery.uri is None and not (Path(config.gallery_uri) / POINTER).exists():
         index(config)
     section = config.serve
     with session(config.cluster):

@@ -55,9 +55,25 @@ def session(section: ClusterSection) -> Iterator[None]:
         ray.shutdown()
 
 
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """A worker's word on bad input without Ray's traceback around it.
+
+    Raises:
+        ValueError: with the words of the ValueError or OSError that the worker raised.
+    """
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ValueError | OSError):
+            raise ValueError(str(error.cause)) from None
+        raise
+
+
 def _quiet() -> None:
     """This program shows its own progress."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # see `plain_errors`
     logging.getLogger("ray.data").setLevel(logging.ERROR)

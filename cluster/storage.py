@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import uuid
 from pathlib import Path
@@ -126,9 +127,12 @@ def absolute_paths(config: Config, base: Path | None) -> list[str]:
 
 def excluded(config: Config, folder: Path) -> list[str]:
     """What of a folder stays on this machine, as gitignore patterns: `EXCLUDED`, data, runs, galleries, keys."""
-    here = folder.resolve()
     secrets = [path for path in (config.cluster.token_path, config.cluster.provider.ssh_key) if path is not None]
     named = [path for path in paths_of(config).values() if "://" not in path]
-    paths = [(folder / path).expanduser().resolve() for path in (*secrets, *named)]
-    inside = {f"/{path.relative_to(here)}" for path in paths if path != here and path.is_relative_to(here)}
+    paths = [folder / Path(path).expanduser() for path in (*secrets, *named)]
+    inside = set()
+    for meant in (os.path.abspath, os.path.realpath):  # Ray follows links, so that both ends of one stay
+        here = meant(folder)
+        found = (os.path.relpath(meant(path), here) for path in paths)
+        inside |= {f"/{path}" for path in found if path != "." and not path.startswith("..")}
     return [*EXCLUDED, *sorted(inside)]

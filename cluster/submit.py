@@ -16,7 +16,8 @@ import shlex
 import socket
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -295,6 +296,21 @@ def job(client: JobSubmissionClient, job_id: str) -> JobDetails:
         ) from None
 
 
+@contextmanager
+def answered(job_id: str) -> Iterator[None]:
+    """What Ray refuses to say or do of a job, as one message.
+
+    Raises:
+        ConnectionError: in place of what its client raises.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(
+            f"job {job_id}: expected an answer of its cluster, got {error}. `tvilfm jobs list` shows what it knows."
+        ) from None
+
+
 def follow(client: JobSubmissionClient, job_id: str) -> int:
     """Print a job's log as it grows, from its beginning, until it ends.
 
@@ -338,7 +354,10 @@ def report_end(client: JobSubmissionClient, job_id: str, *, shown: bool) -> int:
     details = job(client, job_id)
     status = exit_status(details)
     if details.status == JobStatus.FAILED and not shown:
-        typer.echo("\n".join(client.get_job_logs(job_id).splitlines()[-TAIL_LINES:]), err=True)
+        try:
+            typer.echo("\n".join(client.get_job_logs(job_id).splitlines()[-TAIL_LINES:]), err=True)
+        except RuntimeError as error:  # its machine may be gone
+            typer.echo(f"{job_id}: its log cannot be had: {error}", err=True)
     if details.status == JobStatus.FAILED and details.driver_exit_code is None:
         typer.echo(details.message, err=True)  # it has no log: Ray could not start it
     typer.echo(f"{job_id}: {details.status.value.lower()}, exit status {status}", err=True)

@@ -7,6 +7,7 @@ that a job or service reads, so that what runs is what was rendered and not what
 
 from __future__ import annotations
 
+import argparse
 import shlex
 from collections.abc import Callable
 from importlib.metadata import version
@@ -393,11 +394,22 @@ def slurm(config: Config, command: str) -> str:
         workers=section.workers,
         nodes=max(section.workers.max, 1),
         python=shlex.quote(section.python),
-        token=None if section.token_path is None else shlex.quote(str(section.token_path)),
+        token=None if section.token_path is None else shlex.quote(str(section.token_path.expanduser())),
         description=to_yaml(resolve(config.model_dump(mode="json"), ["cluster.address=null"])),
         entrypoint=_entrypoint(config, command, '"$description"', quoted=True),
-        sweep=shlex.split(command)[0] == "tune",
+        sweep=_begun(config, shlex.split(command)),
     )
+
+
+def _begun(config: Config, words: list[str]) -> str | None:
+    """The file that a sweep has once Tune knows its trials; None for another command."""
+    if words[0] != "tune":
+        return None
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("space", type=Path)
+    parser.add_argument("--name")
+    given, _ = parser.parse_known_args(words[1:])
+    return shlex.quote(str(config.run.dir / (given.name or given.space.stem) / "tune" / "tuner.pkl"))
 
 
 def _on_the_cluster(config: Config) -> Config:

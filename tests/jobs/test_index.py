@@ -137,10 +137,13 @@ def test_a_large_gallery_gets_an_index_that_finds_what_an_exact_search_finds(ray
     [
         (("--size", "tiny"), "run.name: expected a finished run in"),
         (("--images", "photos"), "--camid: expected the camera of --images"),
+        (("--images", "photos", "--camid", "-1"), "--camid"),
+        (("--images", "broken", "--camid", "1"), "a.jpg: expected"),
     ],
 )
 def test_what_cannot_be_indexed_is_said_in_one_message(
     untrained_run: UntrainedRun,
+    ray_session: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -149,6 +152,9 @@ def test_what_cannot_be_indexed_is_said_in_one_message(
 ) -> None:
     config: Config = untrained_run.config
     folder = [f"run.dir={tmp_path if '--size' in arguments else config.run.dir}", f"run.name={config.run.name}"]
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.jpg").write_bytes(b"no picture")
+    arguments = tuple(word.replace("broken", str(tmp_path / "broken")) for word in arguments)
     monkeypatch.setattr("sys.argv", ["tvilfm", "index", "--gallery", str(tmp_path / "g"), *arguments, *folder])
     with pytest.raises(SystemExit) as end:
         main()

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, chdir, closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -95,7 +95,13 @@ def config(untrained_run: UntrainedRun, ray_session: None, tmp_path_factory: pyt
 
 @pytest.fixture(scope="module")
 def address(config: Config) -> Iterator[str]:
-    with serving(config) as address:
+    here = Path(config.gallery_uri).parent
+    # As in the folder of a user; the parts of the service run in another.
+    paths = (f"run.dir={os.path.relpath(config.run.dir, here)}", "gallery.uri=gallery", "serve.audit=audit")
+    relative = resolve(config.model_dump(mode="json"), paths)
+    with ExitStack() as stack:
+        with chdir(here):
+            address = stack.enter_context(serving(relative))
         yield address
 
 

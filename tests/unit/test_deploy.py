@@ -256,12 +256,23 @@ STUBS = {
 }
 
 
-def test_the_slurm_script_starts_every_machine_and_ends_with_the_commands_status(tmp_path: Path) -> None:
-    (tmp_path / "bin").mkdir()
-    for name, body in STUBS.items():
-        stub = tmp_path / "bin" / name
+def _slurm(folder: Path, stubs: dict[str, str]) -> dict[str, str]:
+    """The environment of a batch script where these programs are."""
+    (folder / "bin").mkdir()
+    for name, body in stubs.items():
+        stub = folder / "bin" / name
         stub.write_text(f"#!/bin/bash\n{body}\n")
         stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
+    return {
+        **os.environ,
+        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+        "LOG": str(folder / "log"),
+        **{"SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "any"},
+    }
+
+
+def test_the_slurm_script_starts_every_machine_and_ends_with_the_commands_status(tmp_path: Path) -> None:
+    environment = _slurm(tmp_path, STUBS)
     python = tmp_path / "bin" / "fake-python"
     config = load_config(
         Path("ray_config.yaml"),
@@ -271,12 +282,6 @@ def test_the_slurm_script_starts_every_machine_and_ends_with_the_commands_status
     script = tmp_path / "job.sh"
     script.write_text(render("slurm", config, command="tune ablations"))
     assert "#SBATCH --nodes=2" in script.read_text() and "#SBATCH --gres=gpu:a100:4" in script.read_text()
-    environment = {
-        **os.environ,
-        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-        "LOG": str(tmp_path / "log"),
-        **{"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "any"},
-    }
     done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 3, done.stderr
     log = (tmp_path / "log").read_text()
@@ -287,11 +292,25 @@ def test_the_slurm_script_starts_every_machine_and_ends_with_the_commands_status
     assert f"python -m cluster tune ablations --config {tmp_path}/ray_config.7.yaml" in log
     assert load_config(tmp_path / "log.yaml") == config
 
-    # Requeued, a sweep goes on; another command has no such option.
+    # Requeued, a sweep that had begun goes on; another command has no such option.
     environment["SLURM_RESTART_COUNT"] = "1"
+    subprocess.run(["bash", str(script)], env=environment, capture_output=True, timeout=60, check=False)
+    assert "--resume" not in (tmp_path / "log").read_text()
+    begun = tmp_path / "runs" / "ablations" / "tune" / "tuner.pkl"
+    begun.parent.mkdir(parents=True)
+    begun.touch()
     subprocess.run(["bash", str(script)], env=environment, capture_output=True, timeout=60, check=False)
     assert f"--config {tmp_path}/ray_config.7.yaml --resume\n" in (tmp_path / "log").read_text()
     assert "--resume" not in render("slurm", config, command="run")
+
+
+def test_the_slurm_script_ends_where_ray_does_not_start(tmp_path: Path) -> None:
+    environment = _slurm(tmp_path, {**STUBS, "fake-python": "exit 1"})
+    config = load_config(Path("ray_config.yaml"), [f"cluster.python={tmp_path}/bin/fake-python"], size="tiny")
+    script = render("slurm", config, command="tune ablations --name mine")
+    assert "runs/mine/tune/tuner.pkl" in script
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "Ray did not start on one" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -369,3 +388,18 @@ def test_what_does_not_travel_names_the_descriptions_own_folders(tmp_path: Path)
     )
     assert {"/out", "/crops", ".git", "*.safetensors"} <= set(excluded(config, tmp_path))
     assert "/crops" not in excluded(config, tmp_path / "below")
+
+
+def test_no_secret_travels_by_its_short_name_and_no_data_by_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    work = tmp_path / "work"
+    (tmp_path / "elsewhere").mkdir()
+    (work / "real").mkdir(parents=True)
+    (work / "data").symlink_to(tmp_path / "elsewhere")
+    (work / "runs").symlink_to(work / "real")
+    config = load_config(
+        overrides=["run.dir=runs", "data.name=folder", "data.root=data", "cluster.token_path=~/work/token"]
+    )
+    assert {"/data", "/runs", "/real", "/token"} <= set(excluded(config, work))
