@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -21,8 +22,17 @@ import typer
 from ray.job_submission import JobStatus
 
 from cluster import submit
-from cluster.__main__ import app
-from cluster.submit import DATA_PARAMETERS, connect, exit_status, job_paths, on_this_machine, package_of, parse
+from cluster.__main__ import app, main
+from cluster.submit import (
+    DATA_PARAMETERS,
+    Package,
+    connect,
+    exit_status,
+    job_paths,
+    on_this_machine,
+    package_of,
+    parse,
+)
 from tests.processes import descendants, kill_all
 from tvilfm.config import load_config
 
@@ -176,6 +186,50 @@ def test_requirements_without_a_project_are_refused(tmp_path: Path) -> None:
     config = load_config(overrides=["cluster.install=true"])
     with pytest.raises(ValueError, match=r"cluster\.install: expected pyproject\.toml"):
         submit.runtime_env(config.cluster, package_of(tmp_path, config))
+
+
+class Refusing:
+    """A cluster that knows a job of `ray.init`'s, whose log Ray does not keep."""
+
+    def get_job_info(self, job_id: str) -> SimpleNamespace:
+        return SimpleNamespace(status=JobStatus.FAILED, driver_exit_code=3, message="")
+
+    def get_address(self) -> str:
+        return "http://head:8265"
+
+    def refuse(self, *_: object, **__: object) -> None:
+        raise RuntimeError("only of submitted ones")
+
+    get_job_logs = stop_job = submit_job = refuse
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (("jobs", "logs", "01000000"), 2, "job 01000000: expected an answer of its cluster, got only of submitted"),
+        (("jobs", "stop", "01000000"), 2, "job 01000000: expected an answer of its cluster, got only of submitted"),
+        (("jobs", "status", "01000000"), 3, "its log cannot be had: only of submitted ones"),
+        (
+            ("submit", "--", "doctor"),
+            2,
+            "submit: expected the job server at http://head:8265 to take the job, got only",
+        ),
+    ],
+)
+def test_what_ray_refuses_of_a_job_is_one_message(
+    arguments: tuple[str, ...],
+    status: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(submit, "connect", lambda _: Refusing())
+    monkeypatch.setattr(submit, "package_of", lambda *_: Package(folder=Path(), excludes=[], sizes={}))
+    monkeypatch.setattr(submit, "on_this_machine", lambda _: True)
+    monkeypatch.setattr(sys, "argv", ["tvilfm", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == status and message in capsys.readouterr().err
 
 
 def test_addresses_of_this_machine_are_known() -> None:
