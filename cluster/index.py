@@ -37,6 +37,7 @@ from tvilfm.evaluation.protocols import get_protocol
 from tvilfm.models import TVILFM
 from tvilfm.retrieval.gallery import METRIC, Gallery, table_schema, vector_column
 from tvilfm.retrieval.spaces import gallery_vectors, space_id
+from tvilfm.retrieval.terms import MAX_ID, is_id
 
 KEPT = "kept"  # in a run folder: what was fetched of a run that another machine made
 FEWEST_INDEXED = 512  # rows; a codebook of 256 entries is learnt from two each
@@ -176,6 +177,11 @@ def _pictures(uri: str, camid: int) -> pa.Table:
     names = list_images(uri, "visible")["image"].to_pylist()
     nobody = pa.nulls(len(names), pa.int64())
     ids = [reference(uri, name) for name in names]
+    for id in ids:
+        if not is_id(id):  # nobody could ask the service for it, or to erase it
+            raise ValueError(
+                f"--images: expected paths of at most {MAX_ID} printable characters, got {id[:MAX_ID]!r}. Rename it."
+            )
     return pa.table({"name": names, "id": ids, "pid": nobody, "camid": pa.repeat(camid, len(names))})
 
 

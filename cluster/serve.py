@@ -18,7 +18,7 @@ import threading
 import time
 import webbrowser
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ import pyarrow.compute as pc
 import ray
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.serve.config import HTTPOptions
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -48,7 +48,7 @@ from tvilfm.captioning.colors import remove_colors
 from tvilfm.config import CaptionerSection, Config, EvaluateSection, ServeSection, resolve
 from tvilfm.evaluation.extract import encode_pixels
 from tvilfm.models import TVILFM
-from tvilfm.retrieval.gallery import POINTER, Gallery
+from tvilfm.retrieval.gallery import POINTER, Gallery, GalleryLocked
 from tvilfm.retrieval.pictures import Pixels, resized
 from tvilfm.retrieval.query import Query, QueryEncoder, Question
 from tvilfm.retrieval.search import Answer, Request, Searcher
@@ -69,7 +69,7 @@ AT_A_PART = 32  # likewise of another part, at least: the router waits ever long
 HEALTH_S = 1.0  # a replica that died is noticed within this time
 PATIENCE_S = 40.0  # that a part may take to answer anything but compact, its replacement included
 TURN_S = PATIENCE_S / 2  # that a write waits for the change before it: none is made when its client waits no more
-LOCK_S = 60.0  # that a new writer waits for the one before it to end
+LOCK_S = 0.2  # between two looks whether the writer before has ended
 RETENTION_S = 3600.0  # between two looks for people who have to leave the gallery
 BOUNDARIES_S = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
 
@@ -199,37 +199,66 @@ class SearcherReplica:
 
 
 class Writer:
-    """Replica, the only one of its kind: every change of the gallery goes through it."""
+    """Replica, the only one of its kind: every change of the gallery goes through it.
+
+    Where a service is replaced, the writer before ends only once this one is ready. So it is ready at once, and begins
+    when that has ended; changes wait for it as they do for each other.
+    """
 
     def __init__(self, config: Config, space: str) -> None:
-        self._gallery, self._config = _open_for_writing(config.gallery_uri, space), config
-        self._writer = GalleryWriter(self._gallery, Audit(config.audit_path, days=config.serve.audit_days))
+        self._config, self._space = config, space
         self._days = config.serve.retention_days
         self._on_disk = True  # whether people who left may still be in files: a writer before may have been killed
+        self._begun = threading.Event()
+        try:
+            self._begin()
+        except GalleryLocked:
+            threading.Thread(target=self._begin_later, daemon=True).start()
+
+    def _begin(self) -> None:
+        audit = Audit(self._config.audit_path, days=self._config.serve.audit_days)
+        self._gallery = Gallery.open(self._config.gallery_uri, write=True, space_id=self._space)
+        self._writer = GalleryWriter(self._gallery, audit)
+        self._begun.set()
         if self._days is not None:
             threading.Thread(target=self._retain, daemon=True).start()
+
+    def _begin_later(self) -> None:
+        while not self._begun.is_set():
+            time.sleep(LOCK_S)
+            with _going_on("the gallery could not be opened"), suppress(GalleryLocked):
+                self._begin()
+
+    def _at_work(self, until: float) -> GalleryWriter:
+        if not self._begun.wait(max(0.0, until - time.monotonic())):
+            raise Unavailable("gallery: expected the end of the writer before, got none in time")
+        return self._writer
 
     async def upsert(self, rows: pa.Table, space: str, by: str | None) -> Change:
         """Write rows."""
         if self._days is not None:  # who has no time could never leave; see also `_forget_before`
             now = pa.scalar(datetime.now(UTC), rows["time"].type)
             rows = rows.set_column(rows.column_names.index("time"), "time", pc.fill_null(rows["time"], now))
-        return await asyncio.to_thread(self._writer.upsert, rows, space_id=space, by=by, until=_turn())
+        end = _turn()
+        return await asyncio.to_thread(lambda: self._at_work(end).upsert(rows, space_id=space, by=by, until=end))
 
     async def delete(self, ids: Sequence[str], by: str | None) -> Change:
         """Remove rows."""
-        return await asyncio.to_thread(self._writer.delete, ids, by=by, until=_turn())
+        end = _turn()
+        return await asyncio.to_thread(lambda: self._at_work(end).delete(ids, by=by, until=end))
 
     async def delete_person(self, pid: int, by: str | None) -> Change:
         """Remove the rows of a person."""
-        return await asyncio.to_thread(self._writer.delete_person, pid, by=by, until=_turn())
+        end = _turn()
+        return await asyncio.to_thread(lambda: self._at_work(end).delete_person(pid, by=by, until=end))
 
     async def compact(self, by: str | None) -> Change:
         """Remove from disk what was removed, and have a large gallery indexed."""
-        return await asyncio.to_thread(self._writer.change, "compact", self._compact, by=by)
+        end = _turn()
+        return await asyncio.to_thread(lambda: self._at_work(end).change("compact", self._compact, by=by))
 
     async def ready(self) -> None:
-        """Answers when there is a writer."""
+        """Answers when there is a writer, begun or not."""
 
     def _compact(self) -> int:
         self._gallery.compact()
@@ -330,7 +359,7 @@ class Ingress:
             except BackPressureError:
                 self._refusals.inc(tags={"why": "busy"})
                 raise Busy("service: expected room for one more request, got a full queue") from None
-            except (RayActorError, DeploymentUnavailableError, TimeoutError):
+            except (RayActorError, ObjectLostError, DeploymentUnavailableError, TimeoutError):
                 if last:
                     self._refusals.inc(tags={"why": "unavailable"})
                     raise Unavailable("service: expected an answer, got none while a part is replaced") from None
@@ -388,18 +417,6 @@ def _unlike_the_evaluation(section: EvaluateSection) -> str | None:
         if given != plain:
             return f"evaluate.{key}: expected {plain} to rank as the evaluation does, got {given}. It serves without."
     return None
-
-
-def _open_for_writing(uri: str, space: str) -> Gallery:
-    """The gallery, once the writer before is gone: it may take a moment to die."""
-    deadline = time.monotonic() + LOCK_S
-    while True:
-        try:
-            return Gallery.open(uri, write=True, space_id=space)
-        except ValueError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)
 
 
 def application(args: dict[str, Any]) -> serve.Application:

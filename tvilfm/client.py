@@ -13,6 +13,7 @@ whoever stands before it answers with an error of its own: Serve's proxy with a 
 from __future__ import annotations
 
 import base64
+import ssl
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -43,12 +44,21 @@ class Client:
         key: API key; None where it asks for none.
         retries: further tries of a request that is worth one.
         timeout_s: that an answer may take.
+        verify: who vouches for the service's certificate; of one's own: `ssl.create_default_context(cafile=...)`.
     """
 
-    def __init__(self, url: str, *, key: str | None = None, retries: int = 2, timeout_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        key: str | None = None,
+        retries: int = 2,
+        timeout_s: float = 60.0,
+        verify: ssl.SSLContext | bool = True,
+    ) -> None:
         self._retries = retries
         headers = {} if key is None else {HEADER: key}
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout_s, trust_env=False)
+        self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout_s, trust_env=False, verify=verify)
 
     def __enter__(self) -> Client:
         return self
@@ -105,8 +115,8 @@ class Client:
         return Written.model_validate(self._call("DELETE", f"/v1/people/{pid}"))
 
     def compact(self, *, timeout_s: float = 3600.0) -> Written:
-        """Remove from disk what was deleted; of a large gallery that takes its time."""
-        return Written.model_validate(self._call("POST", "/v1/gallery/compact", timeout=timeout_s))
+        """Remove from disk what was deleted; of a large gallery that takes its time, and goes on where that is out."""
+        return Written.model_validate(self._call("POST", "/v1/gallery/compact", timeout=timeout_s, goes_on=True))
 
     def picture(self, id: str) -> bytes:
         """The thumbnail of a row, a JPEG."""
@@ -122,18 +132,20 @@ class Client:
     def _call(self, method: str, path: str, **body: Any) -> Any:
         return self._send(method, path, **body).json()
 
-    def _send(self, method: str, path: str, **body: Any) -> httpx.Response:
+    def _send(self, method: str, path: str, *, goes_on: bool = False, **body: Any) -> httpx.Response:
+        """A request and its answer; what goes on without its client is not begun again when time is out."""
         for tries_left in reversed(range(self._retries + 1)):
             wait_s = float(RETRY_S)
             try:
                 response = self._http.request(method, path, **body)
-            except httpx.TransportError:
-                if not tries_left:
+            except httpx.TransportError as error:
+                if not tries_left or (goes_on and isinstance(error, httpx.ReadTimeout)):
                     raise
             else:
                 if response.is_success:
                     return response
-                if not _worth_another(response) or not tries_left:
+                timed_out = response.status_code == httpx.codes.REQUEST_TIMEOUT
+                if not _worth_another(response) or not tries_left or (goes_on and timed_out):
                     raise ServiceError(response.status_code, _said(response))
                 told = response.headers.get("Retry-After", "")
                 wait_s = float(told if told.isdecimal() else RETRY_S)  # a proxy may tell a date

@@ -139,6 +139,7 @@ def test_a_large_gallery_gets_an_index_that_finds_what_an_exact_search_finds(ray
         (("--images", "photos"), "--camid: expected the camera of --images"),
         (("--images", "photos", "--camid", "-1"), "--camid"),
         (("--images", "broken", "--camid", "1"), "a.jpg: expected"),
+        (("--images", "unprintable", "--camid", "1"), "--images: expected paths of at most 512 printable"),
     ],
 )
 def test_what_cannot_be_indexed_is_said_in_one_message(
@@ -154,7 +155,9 @@ def test_what_cannot_be_indexed_is_said_in_one_message(
     folder = [f"run.dir={tmp_path if '--size' in arguments else config.run.dir}", f"run.name={config.run.name}"]
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.jpg").write_bytes(b"no picture")
-    arguments = tuple(word.replace("broken", str(tmp_path / "broken")) for word in arguments)
+    (tmp_path / "unprintable").mkdir()
+    (tmp_path / "unprintable" / "12.30\u202fPM.jpg").touch()
+    arguments = tuple(str(tmp_path / word) if word in ("broken", "unprintable") else word for word in arguments)
     monkeypatch.setattr("sys.argv", ["tvilfm", "index", "--gallery", str(tmp_path / "g"), *arguments, *folder])
     with pytest.raises(SystemExit) as end:
         main()

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pytest
 import ray
 import torch
-from ray.exceptions import RayTaskError
+from ray.exceptions import OwnerDiedError, RayTaskError
 from ray.serve._private.common import DeploymentID
 from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import DeploymentUnavailableError
@@ -511,6 +511,35 @@ def test_who_is_told_that_the_gallery_is_compacted_is_not_written_afterwards(
     with pytest.raises(Unavailable, match="gallery: expected the end of a change"):
         asyncio.run(ingress(untrained_run.config, writer=part).delete(["a"], by=None))
     assert part.calls == 1
+
+
+def test_a_writer_is_ready_before_the_one_before_it_ends_and_writes_after_that(
+    untrained_run: UntrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, rows = small_gallery(untrained_run.config, tmp_path)
+    rows = rows.append_column("time", pa.nulls(3, TIME))
+    monkeypatch.setattr("cluster.serve.TURN_S", 0.05)
+    before = Gallery.open(str(tmp_path), write=True)
+    writer = Writer(config, "space")
+    asyncio.run(writer.ready())
+    for change in (writer.upsert(rows, "space", None), writer.delete(["a"], None), writer.compact(None)):
+        with pytest.raises(Unavailable, match="the end of the writer before"):
+            asyncio.run(change)
+    before.upsert(rows.slice(0, 1), space_id="space")
+    before.close()
+    until(writer._begun.is_set)
+    assert ids(Gallery.open(str(tmp_path))) == {"a"}  # nothing that was refused was written later
+    assert asyncio.run(writer.upsert(rows, "space", None)).count == 3
+    writer._gallery.close()
+    with pytest.raises(ValueError, match="expected vectors of another"):
+        Writer(config, "another")
+
+
+def test_an_answer_that_went_with_its_machine_is_asked_for_again(untrained_run: UntrainedRun) -> None:
+    part = Part(error=OwnerDiedError("0" * 56, None, ""))
+    with pytest.raises(Unavailable):
+        asyncio.run(ingress(untrained_run.config, writer=part).delete(["a"], by=None))
+    assert part.calls == 2
 
 
 def test_the_service_is_ready_when_every_part_answers(untrained_run: UntrainedRun) -> None:

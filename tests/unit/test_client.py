@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
+import httpx
 import pytest
 
 from tvilfm.client import Client, ServiceError
@@ -22,6 +24,10 @@ class Scripted(ThreadingHTTPServer):
 
     script: list[tuple[int, bytes] | None]
     retry_after = "0"
+    wait_s = 0.0
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client may be gone before its answer."""
 
 
 class _Answer(BaseHTTPRequestHandler):
@@ -29,6 +35,7 @@ class _Answer(BaseHTTPRequestHandler):
         assert isinstance(self.server, Scripted)
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         answer = self.server.script.pop(0)
+        time.sleep(self.server.wait_s)
         if answer is None:
             self.connection.close()
             return
@@ -68,11 +75,26 @@ def server() -> Iterator[Scripted]:
 def test_what_got_no_answer_of_the_service_is_tried_again(server: Scripted, failure: tuple[int, bytes] | None) -> None:
     server.script = [failure, (200, STATUS), failure, failure, failure]
     with Client("http://{}:{}".format(*server.server_address), retries=2) as client:
-        assert client.compact().version == 3
+        assert client.put_bulk([]).version == 3
         with pytest.raises(Exception) as caught:
-            client.compact()
+            client.put_bulk([])
     assert server.script == []
     assert (failure is None) != isinstance(caught.value, ServiceError)
+
+
+def test_a_compaction_that_takes_longer_than_somebody_waits_goes_on_and_is_not_asked_for_twice(
+    server: Scripted,
+) -> None:
+    server.script = [(408, b"Request timed out"), (503, b""), (200, STATUS)]
+    with Client("http://{}:{}".format(*server.server_address)) as client:
+        with pytest.raises(ServiceError, match="408"):
+            client.compact()
+        assert client.compact().version == 3  # after the 503
+        server.script = [(200, STATUS)]
+        server.wait_s = 0.5
+        with pytest.raises(httpx.ReadTimeout):
+            client.compact(timeout_s=0.1)
+    assert server.script == []
 
 
 @pytest.mark.parametrize("status", [401, 404, 409, 422, 500])

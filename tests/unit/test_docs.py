@@ -89,8 +89,8 @@ def test_the_space_of_the_documentation_is_one(tmp_path: Path) -> None:
     assert yaml.safe_load(text)["metric"] == space.metric
 
 
-def test_the_python_of_the_documentation_imports_what_there_is() -> None:
-    (code,) = blocks("docs/extend.md", "python")
+@pytest.mark.parametrize(("page", "code"), [(page, code) for page in PAGES for code in blocks(page, "python")])
+def test_the_python_of_the_documentation_imports_what_there_is(page: str, code: str) -> None:
     imports = "\n".join(line for line in code.splitlines() if line.startswith(("import ", "from ")))
-    compile(code, "extend.md", "exec")
+    compile(code, page, "exec")
     exec(imports, {})

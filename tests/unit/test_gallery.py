@@ -14,6 +14,7 @@ import lance
 import numpy as np
 import pyarrow as pa
 import pytest
+from lance.file import LanceFileSession
 
 from tvilfm.retrieval import gallery as gallery_module
 from tvilfm.retrieval.gallery import Gallery, vector_column, vectors_of
@@ -322,7 +323,7 @@ def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return "s3://people/gallery"
 
 
-def test_an_object_store_holds_a_gallery_and_two_writers_do_not_double_a_row(bucket: str) -> None:
+def test_an_object_store_holds_a_gallery_and_two_writers_do_not_double_a_row(bucket: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a gallery, got s3://people/gallery"):
         Gallery.open(bucket)
     gallery = Gallery.prepare(bucket, space_id=SPACE, dim=DIM)
@@ -356,7 +357,11 @@ def test_an_object_store_holds_a_gallery_and_two_writers_do_not_double_a_row(buc
         other.compact()  # no lock says whether somebody fills it
     assert other._spaces() == {SPACE, OTHER}
     lance.LanceDataset.drop(gallery.table_uri)
+    store, written = LanceFileSession(other.table_uri), tmp_path / "part"
+    written.write_bytes(b"what another process is about to commit")
+    store.upload_file(str(written), "data/part.lance")
     other.compact()
+    assert store.contains("data/part.lance")
     assert content(reader) == expected(rows(["x"])) and len(other.versions()) == 1
 
 

@@ -13,6 +13,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -423,6 +424,17 @@ def test_a_body_is_read_when_its_sender_may_send_it(untrained_run: UntrainedRun,
     assert answer.json() == {"error": "X-API-Key: expected an API key, got none. Ask an operator for one."}
     assert service.app.openapi()["paths"]["/v1/search"]["post"]["security"] == [{"APIKeyHeader": []}]
     service.backend._gallery.close()
+
+
+def test_of_commands_that_change_a_key_file_at_once_none_is_lost(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    add_key(path, "leaked", ["read"])
+    with ThreadPoolExecutor(8) as pool:
+        added = [pool.submit(add_key, path, str(number), ["read"]) for number in range(8)]
+        removed = pool.submit(remove_key, path, "leaked")
+        for one in (*added, removed):
+            one.result()
+    assert sorted(key.name for key in KeyFile(path).read()) == [str(number) for number in range(8)]
 
 
 def test_key_files_are_checked(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ compared, so a new model means a new table; it is filled beside the old one and 
 
 Every write is one Lance commit: a new version, seen whole or not at all. Lance leaves the disk to the kernel, so on a
 local disk a write is flushed here, data before the commit that names it, and only then returns. A table has one
-writer; on a local disk a lock says so, on an object store a second one cannot double a row.
+writer: on a disk a lock says so; on an object store nothing does, and a second one doubles no row.
 
 A row has two vectors because the evaluation compares in two spaces: infrared alone through the base stage's head,
 everything with a text through the current one. Raw features would take half the bytes, but Lance can index vectors
@@ -39,7 +39,7 @@ from lance.dataset import MergeInsertBuilder
 from lance.file import LanceFileSession
 from lance.optimize import Compaction, CompactionOptions
 
-from tvilfm.retrieval.terms import MAX_ID
+from tvilfm.retrieval.terms import MAX_ID, is_id
 
 POINTER = "current"
 SPACE_KEY = b"space_id"
@@ -117,6 +117,10 @@ class GalleryVersion:
 
     number: int
     time: datetime
+
+
+class GalleryLocked(ValueError):
+    """Somebody else writes to that table."""
 
 
 class Gallery:
@@ -382,13 +386,14 @@ class Gallery:
     def clean(self) -> None:
         """Merge what was written piece by piece, and remove everything that is deleted from every file of this table.
 
-        No version before this one is left, nor what a killed write left behind. Readers of older versions have to
+        No version before this one is left, nor, on a disk, what a killed write left behind: on an object store that may
+        be the write of another process that is under way, and goes after seven days. Readers of older versions have to
         refresh.
         """
         self._check_writer()
         self._merge({"materialize_deletions_threshold": 0.0})
         self.update_index()
-        self.dataset.cleanup_old_versions(retain_versions=1, delete_unverified=True)
+        self.dataset.cleanup_old_versions(retain_versions=1, delete_unverified=not _is_remote(self.uri))
 
     def picture(self, id: str) -> tuple[str | None, bytes | None] | None:
         """Where the picture of a row lies and its thumbnail, each if it has one; None if there is no such row.
@@ -502,7 +507,7 @@ class Gallery:
             raise ValueError(f"rows: expected the columns of row_schema({self.dim}), got an error: {error}.") from None
         ids = rows["id"].to_pylist()
         for id in ids:
-            if not id or len(id) > MAX_ID or not id.isprintable():
+            if not is_id(id):
                 raise ValueError(f"rows.id: expected 1 to {MAX_ID} printable characters, got {id[:MAX_ID]!r}.")
         if len(set(ids)) < len(ids):
             twice = next(id for id in ids if ids.count(id) > 1)
@@ -593,7 +598,7 @@ def _lock(uri: str, space_id: str) -> IO[str]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise ValueError(f"gallery.uri: expected one writer of {uri}, got a second one. Stop the first.") from None
+        raise GalleryLocked(f"gallery.uri: expected one writer of {uri}, got a second one. Stop the first.") from None
     return file
 
 

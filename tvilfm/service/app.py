@@ -32,6 +32,7 @@ from tvilfm.retrieval import search
 from tvilfm.retrieval.gallery import Where, row_schema, vector_column
 from tvilfm.retrieval.pictures import Pixels, thumbnail
 from tvilfm.retrieval.query import Query, Question
+from tvilfm.retrieval.search import Answer
 from tvilfm.service import keys, messages
 from tvilfm.service.audit import Audit
 from tvilfm.service.backend import Backend, Busy, Change, Unavailable
@@ -202,9 +203,12 @@ class _Handlers:
                 raise HTTPException(
                     409, f"min_version: expected at most {answer.version}, the newest, got {query.min_version}."
                 )
-            hits = [hit.id for hit in answer.hits]
-            self._audit.note("search", key=request.state.key, version=answer.version, ids=hits)
+        await asyncio.to_thread(self._note, request.state.key, answers)
         return [_answer(query, answer, own) for query, answer, own in zip(queries, answers, requests, strict=True)]
+
+    def _note(self, key: str | None, answers: Sequence[Answer]) -> None:
+        for answer in answers:
+            self._audit.note("search", key=key, version=answer.version, ids=[hit.id for hit in answer.hits])
 
     async def _encoded(self, asked: Sequence[SearchQuery]) -> list[Query]:
         async with self._decoded([query.image for query in asked]) as images:

@@ -5,11 +5,13 @@ A key is 256 random bits, so one round of SHA-256 keeps it as well as a slow has
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import hmac
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, get_args
@@ -96,15 +98,18 @@ def add_key(path: Path, name: str, scopes: Sequence[str]) -> str:
     unknown = sorted(set(scopes) - set(SCOPES))
     if unknown or not scopes:
         raise ValueError(f"scope: expected some of {', '.join(SCOPES)}, got {', '.join(unknown) or 'none'}.")
-    keys = _read(path) if path.exists() else []
     if not name.isprintable() or not name.strip():
         raise ValueError(f"name: expected printable characters, got {name!r}.")
-    if any(key.name == name for key in keys):
-        raise ValueError(f"name: expected a new one, got {name}, which has a key. Remove it first: tvilfm keys remove.")
-    token, now = PREFIX + secrets.token_urlsafe(32), datetime.now(UTC)
-    _write(
-        path, [*keys, Key.model_validate({"name": name, "scopes": scopes, "sha256": _digest(token), "created": now})]
-    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(path):
+        keys = _read(path) if path.exists() else []
+        if any(key.name == name for key in keys):
+            raise ValueError(
+                f"name: expected a new one, got {name}, which has a key. Remove it first: tvilfm keys remove."
+            )
+        token, now = PREFIX + secrets.token_urlsafe(32), datetime.now(UTC)
+        made = {"name": name, "scopes": scopes, "sha256": _digest(token), "created": now}
+        _write(path, [*keys, Key.model_validate(made)])
     return token
 
 
@@ -114,10 +119,20 @@ def remove_key(path: Path, name: str) -> None:
     Raises:
         ValueError: there is no key of that name, or the file is none of keys.
     """
-    keys = list(KeyFile(path).read())
-    if name not in [key.name for key in keys]:
-        raise ValueError(f"name: expected one of {[key.name for key in keys]}, got {name}.")
-    _write(path, [key for key in keys if key.name != name])
+    file = KeyFile(path)
+    with _alone(path):
+        keys = list(file.read())
+        if name not in [key.name for key in keys]:
+            raise ValueError(f"name: expected one of {[key.name for key in keys]}, got {name}.")
+        _write(path, [key for key in keys if key.name != name])
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Change a file while no other command does: what it changed would be lost, a key that was removed come back."""
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _digest(token: str) -> str:
@@ -134,7 +149,6 @@ def _read(path: Path) -> list[Key]:
 
 
 def _write(path: Path, keys: Sequence[Key]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.touch(mode=0o600)
     partial.write_text(yaml.safe_dump(_File(keys=list(keys)).model_dump(mode="json"), sort_keys=False))

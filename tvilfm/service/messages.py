@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, AwareDatetime, Base64Bytes, BaseModel, ConfigDict, Field, model_validator
 
 from tvilfm.config import MAX_BATCH
-from tvilfm.retrieval.terms import MAX_ID, FilterTextSource, SearchKind
+from tvilfm.retrieval.terms import MAX_ID, FilterTextSource, SearchKind, is_id
 
 HEADER = "X-API-Key"
 RETRY_S = 1
@@ -29,7 +29,7 @@ def _in_utc(time: datetime) -> datetime:
 
 
 def _is_id(id: str) -> str:
-    if not id.isprintable():
+    if not is_id(id):
         raise ValueError("expected printable characters")
     return id
 
