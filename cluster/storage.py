@@ -134,5 +134,5 @@ def excluded(config: Config, folder: Path) -> list[str]:
     for meant in (os.path.abspath, os.path.realpath):  # Ray follows links, so that both ends of one stay
         here = meant(folder)
         found = (os.path.relpath(meant(path), here) for path in paths)
-        inside |= {f"/{path}" for path in found if path != "." and not path.startswith("..")}
+        inside |= {f"/{path}" for path in found if path.partition("/")[0] not in (".", "..")}
     return [*EXCLUDED, *sorted(inside)]
