@@ -156,6 +156,7 @@ def _sign_in_and_search(page: Page, token: str, picture: Path) -> None:
     page.locator("#cameras").get_by_label("1", exact=True).uncheck()
     expect(hits).to_have_count(12)
     assert "camera 1" not in page.locator("#hits").inner_text()
+    expect(page.locator("#hits img")).to_have_count(12)
 
 
 @pytest.mark.long
