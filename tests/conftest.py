@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ TINY = Size(train=6, val=2, test=4, images_per_camera=1)
 def pytest_configure(config: pytest.Config) -> None:
     # More threads than cores make tiny tensors slower, and sums of floats depend on their number.
     torch.set_num_threads(1)
+    # Processes that tests start share it.
+    os.environ.setdefault("TVILFM_CACHE", tempfile.mkdtemp(prefix="tvilfm-cache-"))
     # Of the S3 server of the tests, which takes any; Ray's workers inherit them.
     os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -132,18 +133,22 @@ def test_selection_keeps_manifest_order_and_rows_find_their_way_back() -> None:
     assert column(manifest, "pid").dtype == np.int64
 
 
-def test_the_fingerprint_changes_with_a_row_a_size_or_a_time(tmp_path: Path) -> None:
+def test_the_fingerprint_changes_with_a_row_or_a_byte_and_not_with_a_time_or_a_folder(tmp_path: Path) -> None:
     manifest = build_manifest([row("a"), row("b")])
+    root = tmp_path / "data"
+    root.mkdir()
     for name in ("a", "b"):
-        (tmp_path / name).write_bytes(b"x")
-        os.utime(tmp_path / name, (1000, 1000))
-    first = fingerprint(manifest, root=tmp_path)
-    assert first == fingerprint(build_manifest([row("a"), row("b")]), root=tmp_path)
+        (root / name).write_bytes(b"x")
+    first = fingerprint(manifest, root=root)
+    os.utime(root / "b", (1000, 1001))
+    assert fingerprint(manifest, root=root) == first
+    shutil.copytree(root, tmp_path / "copy", copy_function=shutil.copyfile)
+    assert fingerprint(manifest, root=tmp_path / "copy") == first
+    assert first == fingerprint(build_manifest([row("a"), row("b")]), root=root)
     assert len(first) == 16 and int(first, 16) >= 0
-    seen = {first, fingerprint(manifest), fingerprint(build_manifest([row("a"), row("b", pid=2)]), root=tmp_path)}
-    os.utime(tmp_path / "b", (1000, 1001))
-    seen.add(fingerprint(manifest, root=tmp_path))
-    (tmp_path / "b").write_bytes(b"xy")
-    os.utime(tmp_path / "b", (1000, 1000))
-    seen.add(fingerprint(manifest, root=tmp_path))
+    seen = {first, fingerprint(manifest), fingerprint(build_manifest([row("a"), row("b", pid=2)]), root=root)}
+    (root / "b").write_bytes(b"y")
+    seen.add(fingerprint(manifest, root=root))
+    (root / "b").write_bytes(b"xy")
+    seen.add(fingerprint(manifest, root=root))
     assert len(seen) == 5

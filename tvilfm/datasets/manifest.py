@@ -18,6 +18,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tvilfm.datasets.content import content_digests
+
 MANIFEST_SCHEMA = pa.schema(
     [
         pa.field("image", pa.string(), nullable=False),
@@ -90,9 +92,13 @@ def rows_of(manifest: pa.Table, subset: pa.Table) -> npt.NDArray[np.int64]:
 
 
 def fingerprint(*tables: pa.Table, root: Path | None = None) -> str:
-    """A hash that changes when a row changes or, with `root`, when a file's size or time does.
+    """Return a hash of the rows of tables and, with `root`, of the bytes of the first table's images.
 
-    Reading every byte of a dataset on every start would cost minutes, so files are judged as `make` judges them.
+    It is the same wherever and whenever the dataset was copied.
+
+    Args:
+        tables: hashed in this order.
+        root: folder of the images.
 
     Returns:
         16 hexadecimal digits.
@@ -103,7 +109,6 @@ def fingerprint(*tables: pa.Table, root: Path | None = None) -> str:
         for name in table.schema.names:
             digest.update("\0".join(map(str, table[name].to_pylist())).encode())
     if root is not None:
-        for image in tables[0]["image"].to_pylist():
-            stat = (root / image).stat()
-            digest.update(f"{stat.st_size}:{stat.st_mtime_ns};".encode())
+        for content in content_digests(root, tables[0]["image"].to_pylist()):
+            digest.update(content)
     return digest.hexdigest()[:16]

@@ -1,0 +1,92 @@
+"""Digests of files by what is in them, so that a copied or re-downloaded dataset is the same dataset.
+
+Reading every byte on every start would cost minutes, so digests are cached by path, size and modification time, in a
+SQLite file outside the dataset, which may be read-only. The cache saves time and nothing else: without it, or when it
+cannot be written, files are read again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from pathlib import Path
+
+State = tuple[int, int]  # size, modification time in nanoseconds
+
+DIGEST_SIZE = 16
+_TABLE = """
+CREATE TABLE IF NOT EXISTS content (
+    root TEXT, file TEXT, size INTEGER, mtime_ns INTEGER, digest BLOB, PRIMARY KEY (root, file)
+) WITHOUT ROWID
+"""
+
+
+def cache_path() -> Path:
+    """Return the SQLite file of cached digests: in `TVILFM_CACHE`, by default `~/.cache/tvilfm`."""
+    folder = os.environ.get("TVILFM_CACHE") or Path.home() / ".cache" / "tvilfm"
+    return Path(folder) / "content.sqlite"
+
+
+def content_digests(root: Path, files: Sequence[str], *, cache: Path | None = None) -> list[bytes]:
+    """Return a digest of the bytes of each file.
+
+    Args:
+        root: folder that the names are relative to.
+        files: names.
+        cache: SQLite file; None = `cache_path()`.
+
+    Returns:
+        16 bytes per file (BLAKE2b), in the order of `files`.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+    """
+    cache = cache or cache_path()
+    place = str(root.resolve())
+    with ThreadPoolExecutor() as pool:
+        states = list(pool.map(lambda name: _state(root / name), files))
+        known = _read(cache, place)
+        digests = {
+            name: known[name][1]
+            for name, state in zip(files, states, strict=True)
+            if name in known and known[name][0] == state
+        }
+        unknown = [(name, state) for name, state in zip(files, states, strict=True) if name not in digests]
+        hashed = list(pool.map(lambda item: _digest(root / item[0]), unknown))
+    digests |= {name: digest for (name, _), digest in zip(unknown, hashed, strict=True)}
+    if unknown:
+        rows = [(place, name, *state, digests[name]) for name, state in unknown]
+        _write(cache, rows)
+    return [digests[name] for name in files]
+
+
+def _state(path: Path) -> State:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_SIZE)).digest()
+
+
+def _read(cache: Path, root: str) -> dict[str, tuple[State, bytes]]:
+    if not cache.exists():
+        return {}
+    # A cache that is locked, damaged or of another layout is no cache.
+    with suppress(sqlite3.Error), closing(sqlite3.connect(cache)) as database:
+        rows = database.execute("SELECT file, size, mtime_ns, digest FROM content WHERE root = ?", (root,))
+        return {name: ((size, mtime_ns), digest) for name, size, mtime_ns, digest in rows}
+    return {}
+
+
+def _write(cache: Path, rows: Sequence[tuple[str, str, int, int, bytes]]) -> None:
+    with suppress(OSError, sqlite3.Error):
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(cache)) as database, database:
+            database.execute(_TABLE)
+            database.executemany("INSERT OR REPLACE INTO content VALUES (?, ?, ?, ?, ?)", rows)
