@@ -44,7 +44,7 @@ def _train(rank: int, world_size: int, port: int, root: Path, stage: str, target
         model = TVILFM(spec_from_config(config.model, rows.num_classes, with_text=False))
         captions = None
         if stage == "text":
-            model.start_text_stage()
+            model.start_text_stage(config.model.text)
             captions = read_published(root, manifest)
         model.double()
         if stage == "text":

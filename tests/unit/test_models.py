@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.oracles import gem_loop, stretch_loop
-from tvilfm.config import LossSection, ModelSection, OptimSection
+from tvilfm.config import LossSection, ModelSection, OptimSection, TextModelSection
 from tvilfm.datasets.tokens import tokenize
 from tvilfm.datasets.transforms import draw
 from tvilfm.datasets.tri_modal import RECIPES, Batch
@@ -331,7 +331,7 @@ def test_infrared_only_retrieval_stays_what_the_base_stage_ended_with() -> None:
     raw = model.encode_infrared(images)
     before, before_visible = model.embed_infrared_only(images), model.embed_visible_only(images)
     assert torch.equal(before, model.embed(raw))  # before the text stage there is one head
-    model.start_text_stage()
+    model.start_text_stage(TextModelSection(width=16, layers=2, heads=2))
     model.eval()
     assert model.spec == SPEC
     assert model.base_head is not None and model.base_head is not model.head
@@ -342,6 +342,17 @@ def test_infrared_only_retrieval_stays_what_the_base_stage_ended_with() -> None:
     torch.testing.assert_close(model.embed_base(raw), before)
     assert (model.embed(raw) - before).abs().max() > 0.05
     torch.testing.assert_close(before.norm(dim=1), torch.ones(4))
+
+
+def test_the_text_tower_has_the_size_that_the_text_stage_asks_for() -> None:
+    # A base model is shared by runs whose text towers differ.
+    model = make_model(ModelSpec(**{**SPEC.__dict__, "with_text": False}))
+    model.start_text_stage(TextModelSection(width=24, layers=1, heads=3))
+    assert (model.spec.text_width, model.spec.text_layers, model.spec.text_heads) == (24, 1, 3)
+    assert model.text is not None and model.text.tower.token_embedding.weight.shape[1] == 24
+    assert spec_from_config(ModelSection(text={"width": 64}), 3, with_text=False) == spec_from_config(  # type: ignore[arg-type]
+        ModelSection(), 3, with_text=False
+    )
 
 
 def make_batch(seed: int) -> Batch:
@@ -360,7 +371,7 @@ def make_batch(seed: int) -> Batch:
 @pytest.mark.parametrize("freeze_batch_norm", [True, False])
 def test_the_text_stage_moves_text_and_head_and_no_bit_of_the_visual_part(freeze_batch_norm: bool) -> None:
     model = make_model(ModelSpec(**{**SPEC.__dict__, "with_text": False}))
-    model.start_text_stage()
+    model.start_text_stage(TextModelSection(width=16, layers=2, heads=2))
     model.freeze_visual()
     step = StageStep(model, JointObjective(LossSection()), pad=2)
     optimizer = StageOptimizer(model, OptimSection())

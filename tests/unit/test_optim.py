@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.oracles import lr_factors_loop
-from tvilfm.config import OptimSection
+from tvilfm.config import OptimSection, TextModelSection
 from tvilfm.models import TVILFM, ModelSpec
 from tvilfm.training.optim import TOKEN_EMBEDDING, StageOptimizer, lr_factor, parameter_groups
 
@@ -25,7 +25,7 @@ def make_model(*, text: bool) -> TVILFM:
     )
     model = TVILFM(spec)
     if text:
-        model.start_text_stage()
+        model.start_text_stage(TextModelSection(width=8, layers=1, heads=2))
         model.freeze_visual()
     return model
 

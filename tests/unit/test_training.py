@@ -15,7 +15,15 @@ import pytest
 import torch
 
 from tests.oracles import lr_factors_loop
-from tvilfm.config import Config, LossSection, OptimSection, ScheduleSection, TrainSection, load_config
+from tvilfm.config import (
+    Config,
+    LossSection,
+    OptimSection,
+    ScheduleSection,
+    TextModelSection,
+    TrainSection,
+    load_config,
+)
 from tvilfm.datasets.captions import read_published
 from tvilfm.datasets.manifest import CAPTION_SCHEMA, build_manifest, column
 from tvilfm.datasets.pixels import decode_files
@@ -101,7 +109,7 @@ class Toy:
         )
         model = TVILFM(spec)
         if text:
-            model.start_text_stage()
+            model.start_text_stage(TextModelSection(width=16, layers=1, heads=2))
         return model
 
     def run(

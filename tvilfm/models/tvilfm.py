@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tvilfm.config import ModelSection
+from tvilfm.config import ModelSection, TextModelSection
 from tvilfm.models.backbone import ARCHITECTURES, DualStemResNet, load_imagenet
 from tvilfm.models.bn_neck import BNNeck
 from tvilfm.models.gem import GeMPool
@@ -45,13 +45,14 @@ class ModelSpec:
 
 
 def spec_from_config(model: ModelSection, num_classes: int, *, with_text: bool) -> ModelSpec:
-    """The network that a config asks for."""
+    """Return the network that a config asks for; without text, the sizes of its tower are not read."""
+    text = model.text if with_text else TextModelSection()
     return ModelSpec(
         backbone=model.backbone,
         num_classes=num_classes,
-        text_width=model.text.width,
-        text_layers=model.text.layers,
-        text_heads=model.text.heads,
+        text_width=text.width,
+        text_layers=text.layers,
+        text_heads=text.heads,
         with_text=with_text,
     )
 
@@ -79,9 +80,11 @@ class TVILFM(nn.Module):
         self.text = TextEncoder(dim=spec.dim, width=spec.text_width, layers=spec.text_layers, heads=spec.text_heads)
         self.base_pool, self.base_head = copy.deepcopy(self.pool), copy.deepcopy(self.head)
 
-    def start_text_stage(self) -> None:
-        """Add the text tower and keep a copy of the GeM and head that the base stage ended with."""
-        self.spec = ModelSpec(**{**asdict(self.spec), "with_text": True})
+    def start_text_stage(self, text: TextModelSection) -> None:
+        """Add a text tower of the given size and keep a copy of the GeM and head that the base stage ended with."""
+        self.spec = replace(
+            self.spec, text_width=text.width, text_layers=text.layers, text_heads=text.heads, with_text=True
+        )
         self._add_text()
 
     def encode_images(self, visible: Tensor | None, infrared: Tensor | None) -> Tensor:

@@ -53,14 +53,13 @@ def parameter_groups(model: TVILFM, section: OptimSection) -> list[dict[str, Any
 
     Source: METHOD 4, the released solver. Differs: with fidelity corrected the text tower's decay is its own key.
     """
-    text_decay = section.weight_decay if section.text_weight_decay is None else section.text_weight_decay
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or (name == TOKEN_EMBEDDING and section.keep_unused_tokens):
             continue
         lr, decay = section.lr, section.weight_decay
         if name.startswith("text."):
-            decay = text_decay
+            decay = section.weight_decay if section.text_weight_decay is None else section.text_weight_decay
             if ".transformer." in name:
                 lr = section.text_lr
                 if name.endswith("bias"):

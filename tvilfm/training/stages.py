@@ -99,7 +99,7 @@ def train_text(
     """
     torch.manual_seed(config.run.seed + 1)
     rows = TrainingRows.from_manifest(data.manifest, use_val=config.train.text.use_val)
-    base.start_text_stage()
+    base.start_text_stage(config.model.text)
     load_text_weights(base, config.model)
     return _fit(base, config, data, rows, config.train.text, views, 1, device=device, listener=listener, resume=resume)
 
@@ -183,7 +183,7 @@ def _validator(
             images,
             encoded,
             section,
-            filter_text=config.loss.filter_text,
+            filter_text=with_text and config.loss.filter_text,
             seed=config.run.seed,
             split=split,
         )
