@@ -148,9 +148,9 @@ def _caption(folder: Path, out: Path, cluster: ClusterSection, batches: int) -> 
 
 
 def _extract(folder: Path, cluster: ClusterSection, batches: int) -> None:
-    from cluster.features import encode_chunks, image_chunks
     from cluster.progress import ProgressFile
     from cluster.session import session
+    from cluster.stages.extraction import encode_chunks, image_chunks
 
     rows = [number % CROPS for number in range(cluster.extract_workers * batches * BATCH)]
     pool: dict[str, Any] = {"model": folder / "model", "pixels": folder / "pixels.npy", "pad": 0, "seed": 0}

@@ -27,9 +27,10 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
 
-from cluster.learning import Record
-from cluster.run import RESULTS_FILES, evaluator_of, learning_of, make_synthetic, run
+from cluster.run import evaluator_of, learning_of, make_synthetic, run
 from cluster.session import address_of, session
+from cluster.stages.learning import Record
+from cluster.stages.results import RESULTS_FILES
 from cluster.trackers import check_trackers
 from tvilfm.config import ClusterSection, Config, known_keys, load_config, to_yaml, value_at
 from tvilfm.evaluation.ensemble_sweep import MODALITIES, SweptMetric, sweep_ensemble, weight_grid

@@ -650,16 +650,16 @@ def resolve(description: Mapping[str, Any], overrides: Iterable[str] = (), *, si
         except yaml.YAMLError:
             raise ValueError(f"{key}: expected a YAML value, got {text!r}. Close its quotes and brackets.") from None
         node: dict[str, Any] = {}
-        _set(node, key, value)
+        set_value(node, key, value)
         _merge(values, node)
     fidelity = values.get("fidelity", "corrected")
     for key, choices in FIDELITY_SWITCHES.items():
         if isinstance(fidelity, str) and fidelity in choices and value_at(values, key) is None:
-            _set(values, key, choices[fidelity])
+            set_value(values, key, choices[fidelity])
     if value_at(values, "evaluate.protocols") is None:
         name = value_at(values, "data.name") or "synthetic"
         if name in PROTOCOLS:
-            _set(values, "evaluate.protocols", PROTOCOLS[name])
+            set_value(values, "evaluate.protocols", PROTOCOLS[name])
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -716,7 +716,8 @@ def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
             into[key] = value
 
 
-def _set(values: dict[str, Any], dotted: str, value: object) -> None:
+def set_value(values: dict[str, Any], dotted: str, value: object) -> None:
+    """Set the value at a dotted key of nested mappings, and make the mappings that are missing."""
     *sections, key = dotted.split(".")
     for section in sections:
         if values.get(section) is None:

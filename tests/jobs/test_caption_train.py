@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from cluster.__main__ import main
-from cluster.caption_train import fit_captioner
-from cluster.pixels import decode_dataset
+from cluster.stages.captioner_training import fit_captioner
+from cluster.stages.pixels import decode_dataset
 from tests.processes import kill
 from tvilfm.captioning.captioner import Captioner
 from tvilfm.captioning.colors import find_colors
@@ -85,7 +85,7 @@ def plain(lab: tuple[Path, dict[str, str]], tmp_path_factory: pytest.TempPathFac
 DRIVER = """
 import json, sys
 from pathlib import Path
-from cluster.caption_train import fit_captioner
+from cluster.stages.captioner_training import fit_captioner
 from cluster.session import session
 from tvilfm.config import Config
 config, folder, inputs = Config.model_validate_json(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])

@@ -18,7 +18,8 @@ from pyarrow import fs
 from cluster.depot import COMPLETE, Depot, below, fetched
 from cluster.index import finished_run
 from cluster.run import run
-from cluster.stages import StageStore, stages_of
+from cluster.stages.registry import stages_of
+from cluster.stages.store import StageStore
 from tests.processes import kill, kill_tree
 from tvilfm.config import Config, load_config
 from tvilfm.models import TVILFM

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.features import Encoder, image_chunks, text_chunks, write_features, write_views
+from cluster.stages.extraction import Encoder, image_chunks, text_chunks, write_features, write_views
 from tvilfm.config import ClusterSection
 from tvilfm.evaluation.features import FeatureTable
 from tvilfm.models import TVILFM, ModelSpec
@@ -65,6 +65,20 @@ def test_features_of_the_job_equal_the_plain_call(
     texts = FeatureTable.read(tmp_path / "texts.parquet")
     expected = np.concatenate([plain.encode(chunk) for chunk in text_chunks("text", TEXTS, size=CHUNK)])
     np.testing.assert_array_equal(texts.select(TEXTS), expected)
+
+
+def test_a_view_of_an_image_is_the_same_in_any_chunk(lab: SimpleNamespace) -> None:
+    encoder = Encoder(lab.model, lab.pixels, pad=2, seed=5, cuda=False)
+
+    def encode(rows: list[int], size: int) -> np.ndarray:
+        chunks = image_chunks("", rows, "visible", size=size, recipe="visible", view=1)
+        return np.concatenate([encoder.encode(chunk) for chunk in chunks])
+
+    rows = list(range(10))
+    whole = encode(rows, 10)
+    np.testing.assert_allclose(encode(rows, 3), whole, atol=1e-5)
+    np.testing.assert_allclose(encode(rows[::-1], 4)[::-1], whole, atol=1e-5)
+    assert np.abs(encode([0, 0], 2) - encode([0, 1], 2))[1].max() > 1e-3
 
 
 @pytest.mark.slow

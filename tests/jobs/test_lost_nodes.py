@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from cluster.pixels import decode_dataset
-from cluster.train import fit_stage
+from cluster.stages.base import fit_base
+from cluster.stages.pixels import decode_dataset
 from cluster.tune import sweep_space
 from tests.processes import alive, command_line, descendants, kill_all, kill_tree
 from tvilfm.config import Config, load_config
@@ -58,10 +58,10 @@ for _ in range(job["nodes"]):
 ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
 """
 FIT = """
-from cluster.train import fit_stage
+from cluster.stages.base import fit_base
 from tvilfm.config import Config
 
-fit_stage("base", Path(job["folder"]), Config.model_validate(job["config"]), job["inputs"])
+fit_base(Path(job["folder"]), Config.model_validate(job["config"]), job["inputs"])
 """
 SWEEP = """
 from cluster.tune import sweep_space
@@ -151,7 +151,7 @@ def test_a_node_lost_in_training_costs_no_epoch_and_no_number(
     lost, undisturbed = tmp_path / "lost", tmp_path / "undisturbed"
     undisturbed.mkdir()
     lost.mkdir()
-    fit_stage("base", undisturbed, _config(), inputs)
+    fit_base(undisturbed, _config(), inputs)
 
     job = {"config": _config().model_dump(mode="json"), "folder": str(lost), "inputs": inputs}
     # One node more than workers: the lost one's work has a place to go.

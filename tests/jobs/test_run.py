@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from cluster.run import run
-from cluster.stages import stages_of
+from cluster.stages.registry import stages_of
 from tests.processes import kill
 from tvilfm.captioning.colors import find_colors
 from tvilfm.config import Config, load_config
@@ -85,6 +85,17 @@ def test_a_second_run_makes_nothing_and_a_changed_key_only_what_depends_on_it(fi
     assert outcome.made == ("results", "report")
     again = run(_config(finished))
     assert again.made == ()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_copied_dataset_is_the_same_dataset(finished: Path, tmp_path: Path) -> None:
+    # As after an unzip or a download: other times, another folder, and a dataset that cannot be written.
+    copy = shutil.copytree(finished / "data" / "synthetic-tiny-0", tmp_path / "data", copy_function=shutil.copyfile)
+    for path in sorted(copy.rglob("*"), reverse=True):
+        os.utime(path, (1, 1))
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    assert run(_config(finished, f"data.root={copy}")).made == ()
 
 
 @pytest.mark.slow
@@ -164,7 +175,7 @@ def test_killed_at_any_stage_it_goes_on_and_ends_with_the_same_numbers(finished:
         _kill_when(command, moment)
     finish = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     assert finish.returncode == 0, finish.stderr[-2000:]
-    assert "base: there already" in finish.stderr
+    assert "base: finished already" in finish.stderr
     assert _numbers(tmp_path / "tiny") == _numbers(finished / "tiny")
 
 

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
-from cluster.stages import STAGES, StageStore, stage_fingerprints, stages_of
-from tvilfm.config import FIDELITY_SWITCHES, Config, known_keys, load_config
+from cluster.stages.registry import STAGES, stage_fingerprints, stages_of
+from cluster.stages.stage import PLACEMENT, StageJob, UndeclaredInputError, UndeclaredKeyError, covers, view_of
+from cluster.stages.store import StageStore
+from tvilfm.config import FIDELITY_SWITCHES, Config, TextStageSection, known_keys, load_config
 
-DATASET = {"dataset": "d0", "captions": "c0"}
-FREE = (
-    *("run.name", "run.dir", "run.stages_dir", "run.trackers", "run.mlflow_uri"),
-    *("data.name", "data.root", "data.decode_batch", "data.synthetic", "data.split", "data.captions"),
-    *("caption.workers", "caption.decoders", "caption.max_bad_share"),
-    *("train.loader_workers", "gallery", "serve", "cluster", "fidelity"),
-)
+SOURCES = {"dataset": "d0", "caption_files": "c0"}
+REPORT_ONLY = ("run.name", "data.split", "data.synthetic", "fidelity")  # what a dataset is decides its fingerprint
 
 
 def _load(*overrides: str) -> Config:
     return load_config(Path("ray_config.yaml"), ["caption.source=files", *overrides], size="tiny")
 
 
-def _changed(before: Config, after: Config, dataset: dict[str, str] = DATASET) -> set[str]:
-    old, new = stage_fingerprints(before, DATASET), stage_fingerprints(after, dataset)
+def _changed(before: Config, after: Config, sources: dict[str, str] = SOURCES) -> set[str]:
+    old, new = stage_fingerprints(before, SOURCES), stage_fingerprints(after, sources)
     return {name for name in STAGES if old.get(name) != new.get(name)}
 
 
@@ -44,8 +44,10 @@ CASES = {
     "train.pretrain.steps=9": {"pretrain", "base", "views"} | AFTER_TEXT,
     "data.height=64": {"pixels", "pretrain", "base", "views"} | AFTER_TEXT,
     "cluster.extract_workers=1": set(),
-    "run.name=other": set(),
-    "caption.train.epochs=9": set(),  # captions come from files
+    "run.name=other": {"report"},
+    "evaluate.batch=7": set(),
+    "data.root=elsewhere": set(),
+    "caption.train.epochs=9": {"report"},  # captions come from files
 }
 
 
@@ -54,10 +56,112 @@ def test_a_changed_key_changes_exactly_the_stages_that_depend_on_it(override: st
     assert _changed(_load(), _load(override)) == CASES[override]
 
 
+UNCACHED = "train.text.cache_views=0"
+# The paper's own recipe caches no views: the text stage has to know the base model all the same.
+UNCACHED_CASES = {
+    "model.backbone=resnet50": {"pretrain", "base"} | AFTER_TEXT,
+    "train.base.epochs=7": {"base"} | AFTER_TEXT,
+    "data.height=64": {"pixels", "pretrain", "base"} | AFTER_TEXT,
+    "model.text.layers=2": AFTER_TEXT,
+}
+
+
+@pytest.mark.parametrize("override", UNCACHED_CASES)
+def test_without_cached_views_the_text_stage_follows_the_base_stage(override: str) -> None:
+    assert _changed(_load(UNCACHED), _load(UNCACHED, override)) == UNCACHED_CASES[override]
+
+
+def _other(value: object) -> object:
+    """Return a value of the same kind that is not this one; what validation would say does not matter here."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    return (*value, "other") if isinstance(value, tuple) else f"{value}-other"
+
+
+def _with(section: BaseModel, key: str) -> BaseModel:
+    name, _, rest = key.partition(".")
+    value = getattr(section, name)
+    return section.model_copy(update={name: _with(value, rest) if rest else _other(value)})
+
+
+def _descendants(config: Config, names: set[str]) -> set[str]:
+    for name in stages_of(config):
+        if names.intersection(STAGES[name].inputs(config)):
+            names = names | {name}
+    return names
+
+
+RECIPES = [
+    (size, f"fidelity={fidelity}", f"train.text.cache_views={views}", f"caption.source={source}")
+    for size in (None, "small", "tiny")
+    for fidelity, views in (("corrected", 0), ("corrected", 2), ("published", 0))
+    for source in ("files", "captioner", "finetuned")
+]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # pydantic, of values that no validation saw
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_each_key_renames_exactly_the_stages_that_declare_it_and_their_descendants(
+    recipe: tuple[str | None, ...],
+) -> None:
+    size, *overrides = recipe
+    config = load_config(Path("ray_config.yaml"), [str(one) for one in overrides], size=size)
+    for key in known_keys():
+        changed = _with(config, key)
+        assert isinstance(changed, Config)
+        both = set(stages_of(config)) | set(stages_of(changed))
+        declaring = {name for name in both if not covers(PLACEMENT, key) and covers(STAGES[name].keys, key)}
+        appeared = set(stages_of(config)) ^ set(stages_of(changed))
+        expected = _descendants(config, declaring | appeared) | _descendants(changed, declaring | appeared)
+        assert _changed(config, changed) == expected, key
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_stages_read_earlier_stages_alone(recipe: tuple[str | None, ...]) -> None:
+    size, *overrides = recipe
+    config = load_config(Path("ray_config.yaml"), [str(one) for one in overrides], size=size)
+    finished = set(SOURCES)
+    for name in stages_of(config):
+        assert set(STAGES[name].inputs(config)) <= finished, name
+        finished.add(name)
+
+
+def test_a_stage_reads_the_keys_that_it_declares_and_no_other() -> None:
+    view = pickle.loads(pickle.dumps(view_of(_load(), "text", STAGES["text"].keys)))
+    assert isinstance(view.train.text, TextStageSection) and view.train.p == 4
+    assert view.cluster.train_workers == 1  # where it works decides no result
+    for read in (lambda: view.train.base.epochs, lambda: view.model.backbone, lambda: view.run.name):
+        with pytest.raises(UndeclaredKeyError, match="stage text"):
+            read()
+    assert view_of(_load(), "any", ("run.name",)).run.path.name == "tiny"
+    with pytest.raises(UndeclaredKeyError, match=r"run\.name"):
+        _ = view.run.path  # derived from a key that is not declared
+
+
+def test_a_stage_reads_the_inputs_that_it_declares_and_no_other(tmp_path: Path) -> None:
+    job = StageJob(
+        stage="text",
+        config=_load(),
+        data_root=tmp_path,
+        stages_root=tmp_path,
+        depot=None,
+        lock=lambda name: nullcontext(),
+        folders={"base": tmp_path / "base"},
+        tables={},
+        fingerprints={},
+    )
+    assert job.input("base") == tmp_path / "base" and job.has("base") and not job.has("views")
+    for read in (lambda: job.input("pixels"), lambda: job.manifest, lambda: job.captions, lambda: job.caption_files):
+        with pytest.raises(UndeclaredInputError, match="stage text"):
+            read()
+
+
 def test_new_captions_redo_the_text_stage_and_leave_the_base_model() -> None:
     config = _load()
-    assert _changed(config, config, {**DATASET, "captions": "c1"}) == AFTER_TEXT
-    assert _changed(config, config, {**DATASET, "dataset": "d1"}) == set(stages_of(config)) - {"pretrain"}
+    assert _changed(config, config, {**SOURCES, "caption_files": "c1"}) == AFTER_TEXT
+    assert _changed(config, config, {**SOURCES, "dataset": "d1"}) == set(stages_of(config)) - {"pretrain"}
 
 
 def test_captions_that_the_run_writes_decide_what_builds_on_them_and_those_of_files_nothing_else() -> None:
@@ -70,21 +174,19 @@ def test_captions_that_the_run_writes_decide_what_builds_on_them_and_those_of_fi
     assert changed("caption.train.epochs=9") == {"captioner_visible", "captioner_infrared", "captions"} | AFTER_TEXT
     assert changed("caption.rephrase.max_words=9") == {"captions"} | AFTER_TEXT
     assert changed("run.seed=1").isdisjoint({"captioner_visible", "captioner_infrared", "captions"})
-    assert _changed(finetuned, finetuned, {**DATASET, "captions": "c1"}) == changed("caption.train.epochs=9")
+    assert _changed(finetuned, finetuned, {**SOURCES, "caption_files": "c1"}) == changed("caption.train.epochs=9")
     written = _load("caption.source=captioner")
     assert stages_of(written)[:3] == ["pixels", "captions", "pretrain"]
     assert stage_fingerprints(written, {"dataset": "d0"}).keys() == set(stages_of(written))
 
 
-def test_every_key_is_read_by_a_stage_or_listed_as_without_influence() -> None:
-    read = {key for stage in STAGES.values() for key in stage.keys}
-
-    def covered(key: str, by: tuple[str, ...] | set[str]) -> bool:
-        return any(key == prefix or key.startswith(prefix + ".") for prefix in by)
-
+def test_every_key_decides_a_stage_or_is_listed_as_without_influence() -> None:
+    decides = tuple(key for name, stage in STAGES.items() if name != "report" for key in stage.keys)
     for key in known_keys():
-        assert covered(key, read) != covered(key, FREE), key
-    assert all(covered(key, read) for key in FIDELITY_SWITCHES)
+        places = [covers(keys, key) for keys in (decides, PLACEMENT, REPORT_ONLY)]
+        assert sum(places) == 1 or (covers(("evaluate",), key) and places == [True, True, False]), key
+    assert all(covers(decides, key) for key in FIDELITY_SWITCHES)
+    assert all(covers((*STAGES["report"].keys, *PLACEMENT), key) for key in known_keys())
 
 
 def test_a_stage_that_fails_is_not_taken_for_done_and_keeps_its_working_folder(tmp_path: Path) -> None:

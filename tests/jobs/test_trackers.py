@@ -10,8 +10,8 @@ from mlflow.tracking import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cluster import trackers as module
-from cluster.learning import Learning, Record, follow, read_records
-from cluster.stages import StageStore
+from cluster.stages.learning import Learning, Record, follow, read_records
+from cluster.stages.store import StageStore
 from cluster.trackers import check_trackers, log_record, trackers
 from tvilfm.config import Config, load_config
 
@@ -109,7 +109,7 @@ def test_learning_is_read_while_its_stage_is_renamed(tmp_path: Path, monkeypatch
             path.parent.rename(store.path("base"))
         return read_records(path)
 
-    monkeypatch.setattr("cluster.learning.read_records", read_just_after)
+    monkeypatch.setattr("cluster.stages.learning.read_records", read_just_after)
     assert [record["step"] for record in Learning(store, _config(tmp_path)).records()] == [1]
 
 

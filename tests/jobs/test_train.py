@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from cluster.pixels import decode_dataset
-from cluster.train import fit_stage
+from cluster.stages.base import fit_base
+from cluster.stages.pixels import decode_dataset
+from cluster.stages.text import fit_text
 from tvilfm.config import Config, load_config
 from tvilfm.datasets import read_dataset
 from tvilfm.datasets.captions import read_published
@@ -43,7 +44,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> dict[
 def _fit(stage: str, folder: Path, inputs: dict[str, str], *overrides: str) -> tuple[TVILFM, dict[str, float]]:
     config: Config = load_config(Path("ray_config.yaml"), [*OVERRIDES, *overrides], size="tiny")
     folder.mkdir()
-    fit_stage(stage, folder, config, inputs)
+    {"base": fit_base, "text": fit_text}[stage](folder, config, inputs)
     record = json.loads((folder / "metrics.jsonl").read_text())
     return TVILFM.from_pretrained(folder / "model"), record
 

@@ -8,8 +8,9 @@ Shapes: B images.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -81,6 +82,26 @@ def draw(recipe: Recipe, count: int, rng: np.random.Generator, *, height: int, w
         erase_B4=torch.from_numpy(erase),
         channel_B=torch.from_numpy(channel),
     )
+
+
+def draw_views(
+    recipe: Recipe, images: Sequence[int], *, seed: int, view: int, height: int, width: int, pad: int
+) -> Draws:
+    """Draw a view of each image from (seed, recipe, image, view) alone, whatever images are drawn together.
+
+    Args:
+        recipe: as of `draw`.
+        images: their numbers in the dataset.
+        seed: of the run.
+        view: number of the view.
+        height, width, pad: pixels.
+    """
+    kind = get_args(Recipe).index(recipe)
+    draws = [
+        draw(recipe, 1, np.random.default_rng([seed, 13, kind, view, image]), height=height, width=width, pad=pad)
+        for image in images
+    ]
+    return Draws(**{field.name: torch.cat([getattr(one, field.name) for one in draws]) for field in fields(Draws)})
 
 
 def _draw_erasing(

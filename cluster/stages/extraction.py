@@ -19,7 +19,7 @@ from cluster.depot import Depot, fetched
 from cluster.progress import ProgressFile
 from tvilfm.config import ClusterSection
 from tvilfm.datasets.pixels import open_pixels
-from tvilfm.datasets.transforms import Recipe, draw
+from tvilfm.datasets.transforms import Recipe, draw_views
 from tvilfm.evaluation.extract import encode_pixels, encode_texts
 from tvilfm.evaluation.features import IMAGES_FILE, FeatureTable
 from tvilfm.models import TVILFM
@@ -53,7 +53,9 @@ class Chunk:
 class Encoder:
     """Actor: loads the model once, then encodes chunks."""
 
-    def __init__(self, model: Path, pixels: Path, pad: int, seed: int, cuda: bool, depot: Depot | None = None) -> None:
+    def __init__(
+        self, model: Path, pixels: Path, cuda: bool, pad: int = 0, seed: int = 0, depot: Depot | None = None
+    ) -> None:
         self._model = TVILFM.from_pretrained(fetched(model, depot)).to("cuda" if cuda else "cpu").eval()
         self._pixels = open_pixels(fetched(pixels, depot))
         self._pad, self._seed = pad, seed
@@ -76,9 +78,10 @@ class Encoder:
         if not chunk.recipe:
             return encode_pixels(self._model, pixels, chunk.modality)
         _, height, width, _ = self._pixels.shape
-        rng = np.random.default_rng([self._seed, 13, chunk.view, chunk.start])
         recipe: Recipe = chunk.recipe  # type: ignore[assignment]
-        draws = draw(recipe, len(pixels), rng, height=height, width=width, pad=self._pad)
+        draws = draw_views(
+            recipe, chunk.rows, seed=self._seed, view=chunk.view, height=height, width=width, pad=self._pad
+        )
         return encode_pixels(self._model, pixels, chunk.modality, draws=draws, pad=self._pad)
 
 
@@ -112,10 +115,10 @@ def encode_chunks(
     *,
     model: Path,
     pixels: Path,
-    pad: int,
-    seed: int,
     section: ClusterSection,
     progress: ProgressFile,
+    pad: int = 0,
+    seed: int = 0,
     depot: Depot | None = None,
 ) -> Iterator[tuple[str, npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
     """Encode chunks on an actor pool.
@@ -124,10 +127,10 @@ def encode_chunks(
         chunks: the work.
         model: folder of `save_pretrained`.
         pixels: the array that chunks' rows refer to.
-        pad: augmentation border, pixels.
-        seed: of the run.
         section: pool size and GPUs.
         progress: told of encoded rows.
+        pad: augmentation border, pixels; of chunks with a recipe.
+        seed: of the augmentation draws.
         depot: where workers find model and pixels that are not on their machine.
 
     Yields:

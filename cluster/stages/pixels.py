@@ -13,8 +13,23 @@ import ray
 
 from cluster.progress import ProgressFile
 from cluster.session import plain_errors
-from tvilfm.config import DataSection
+from cluster.stages.stage import DATASET, Stage, StageJob
+from tvilfm.config import Config, DataSection
 from tvilfm.datasets.pixels import create, decode_files
+
+
+class Pixels(Stage):
+    """Decode and resize every image once."""
+
+    name = "pixels"
+    keys = ("data.height", "data.width")
+    unit = "images"
+
+    def inputs(self, config: Config) -> tuple[str, ...]:
+        return (DATASET,)
+
+    def make(self, folder: Path, job: StageJob) -> None:
+        decode_dataset(folder, job.data_root, job.manifest, job.config.data)
 
 
 def decode_dataset(folder: Path, root: Path, manifest: pa.Table, section: DataSection) -> None:

@@ -14,8 +14,8 @@ import ray.train.torch
 import torch
 
 from cluster.depot import Depot, fetched
-from cluster.learning import METRICS_FILE, Record, write_records
-from cluster.train import Reporter, last_checkpoint, trainer_of
+from cluster.stages.learning import METRICS_FILE, Record, write_records
+from cluster.stages.trainer import Reporter, last_checkpoint, trainer_of
 from tvilfm.captioning.captioner import Captioner
 from tvilfm.captioning.conv_captioner import NAME, build_conv_captioner
 from tvilfm.captioning.finetune import Pairs, caption_pairs, finetune, mean_loss
@@ -62,7 +62,7 @@ def fit_captioner(
         model = str(Path(model).absolute())  # workers run in other folders
     job = {
         "folder": str(folder),
-        "config": config.model_dump(mode="json"),
+        "config": config,
         "captioner": captioner.model_copy(update={"model": model}).model_dump(mode="json"),
         "modality": modality,
         "inputs": dict(inputs),
@@ -92,7 +92,7 @@ def _pairs(config: Config, modality: Modality, inputs: Mapping[str, str], split:
 
 def _worker(job: dict[str, Any]) -> tuple[list[Record], Marks] | None:
     """The records of all epochs and the captioner's marks, from rank 0."""
-    config, folder, depot = Config.model_validate(job["config"]), Path(job["folder"]), job["depot"]
+    config, folder, depot = job["config"], Path(job["folder"]), job["depot"]
     modality = job["modality"]
     inputs = {name: str(fetched(Path(path), depot)) for name, path in job["inputs"].items()}
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_train_worker)))

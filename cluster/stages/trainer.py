@@ -6,60 +6,51 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.train
 import ray.train.torch
 import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
-from safetensors.torch import load_file, save
 
 from cluster.depot import Depot, fetched
-from cluster.learning import METRICS_FILE, Record, read_records, write_records
 from cluster.progress import ProgressFile
+from cluster.stages.learning import METRICS_FILE, Record, read_records, write_records
 from tvilfm.config import ClusterSection, Config
 from tvilfm.datasets.pixels import open_pixels
-from tvilfm.datasets.tri_modal import RECIPES
-from tvilfm.evaluation.features import IMAGES_FILE, FeatureTable
 from tvilfm.models import TVILFM
-from tvilfm.models.backbone import DualStemResNet
-from tvilfm.training import stages
-from tvilfm.training.pretrain import attribute_labels, pretrain
 
 
-def fit_stage(name: str, folder: Path, config: Config, inputs: dict[str, str], depot: Depot | None = None) -> None:
-    """Run a training stage on Ray Train and leave its network in `folder/model` (pretrain: `backbone.safetensors`).
+def fit_network(
+    worker: Callable[[dict[str, Any]], list[Record]],
+    folder: Path,
+    config: Config,
+    inputs: dict[str, str],
+    depot: Depot | None = None,
+) -> None:
+    """Train a network on Ray Train and leave the selected one in `folder/model`.
 
-    The run lives in `folder/train` or its copy; if an interrupted attempt left one there, it goes on from its last
+    The run is stored in `folder/train` or its copy; if an interrupted attempt left one there, it goes on from its last
     checkpoint.
 
     Args:
-        name: pretrain, base or text.
+        worker: what every worker runs; returns the records of all epochs.
         folder: the stage's working folder; without a depot, on storage that every node sees.
-        config: the run.
-        inputs: name -> path of what the stage reads (pixels, captions, pretrain, base, views).
+        config: the run, or a stage's view of it.
+        inputs: name -> path of what the stage reads.
         depot: where workers find the inputs that are not on their machine, and keep checkpoints; None = in folders.
 
     Raises:
         ray.train.TrainingFailedError: a worker failed more often than `cluster.max_failures`.
     """
-    job = {
-        "stage": name,
-        "folder": str(folder),
-        "config": config.model_dump(mode="json"),
-        "inputs": inputs,
-        "depot": depot,
-    }
-    workers = 1 if name == "pretrain" else config.cluster.train_workers
-    result = trainer_of(_worker, job, folder, config.cluster, workers=workers, depot=depot).fit()
-    if name == "pretrain":
-        (folder / "backbone.safetensors").write_bytes(result.return_value)
-        return
+    job = {"folder": str(folder), "config": config, "inputs": inputs, "depot": depot}
+    result = trainer_of(worker, job, folder, config.cluster, workers=config.cluster.train_workers, depot=depot).fit()
     write_records(folder / METRICS_FILE, result.return_value)
     assert result.checkpoint is not None
     with result.checkpoint.as_directory() as checkpoint:
@@ -69,8 +60,21 @@ def fit_stage(name: str, folder: Path, config: Config, inputs: dict[str, str], d
     (folder / "selection.json").write_text(json.dumps(progress))
 
 
+def read_job(job: dict[str, Any]) -> tuple[Config, Path, dict[str, Path]]:
+    """Return config, stage folder and inputs of a worker's job; inputs are fetched where they are missing."""
+    config: Config = job["config"]
+    torch.set_num_threads(max(1, int(config.cluster.cpus_per_train_worker)))
+    inputs = {name: fetched(Path(path), job["depot"]) for name, path in job["inputs"].items()}
+    return config, Path(job["folder"]), inputs
+
+
+def read_pixels(folder: Path) -> tuple[pa.Table, npt.NDArray[np.uint8]]:
+    """Return the manifest and the memory-mapped pixels, (N, H, W, 3), of a folder of `decode_dataset`."""
+    return pq.read_table(folder / "manifest.parquet"), open_pixels(folder / "pixels.npy")
+
+
 def trainer_of(
-    worker: Callable[[dict[str, Any]], None],
+    worker: Callable[[dict[str, Any]], Any],
     job: dict[str, Any],
     folder: Path,
     section: ClusterSection,
@@ -166,57 +170,3 @@ class Reporter:
             return
         write_records(checkpoint / METRICS_FILE, self.records)
         ray.train.report({"records": self.records}, checkpoint=Checkpoint.from_directory(str(checkpoint)))
-
-
-def _worker(job: dict[str, Any]) -> bytes | list[Record]:
-    """What the driver wants: the pre-trained backbone's safetensors file, or the records of all epochs."""
-    config = Config.model_validate(job["config"])
-    folder = Path(job["folder"])
-    inputs = {name: fetched(Path(path), job["depot"]) for name, path in job["inputs"].items()}
-    torch.set_num_threads(max(1, int(config.cluster.cpus_per_train_worker)))
-    device = ray.train.torch.get_device()
-    manifest = pq.read_table(inputs["pixels"] / "manifest.parquet")
-    pixels = open_pixels(inputs["pixels"] / "pixels.npy")
-    if job["stage"] == "pretrain":
-        return _pretrain(config, folder, inputs, manifest, pixels, device)
-    data = stages.StageData(manifest=manifest, pixels=pixels, captions=pq.read_table(inputs["captions"]))
-    schedule = config.train.base if job["stage"] == "base" else config.train.text
-    with last_checkpoint() as resume:
-        reporter = Reporter(folder, schedule.epochs, resume)
-        if job["stage"] == "base":
-            backbone = None
-            if "pretrain" in inputs:
-                backbone = load_file(inputs["pretrain"] / "backbone.safetensors")
-            stages.train_base(config, data, backbone=backbone, device=device, listener=reporter, resume=resume)
-        else:
-            views = None
-            if "views" in inputs:
-                data = replace(data, images=FeatureTable.read(inputs["views"] / IMAGES_FILE))
-                views = {recipe: np.load(inputs["views"] / f"{recipe}.npy", mmap_mode="r") for recipe in RECIPES}
-            base = TVILFM.from_pretrained(inputs["base"] / "model")
-            stages.train_text(config, data, base=base, views=views, device=device, listener=reporter, resume=resume)
-    return reporter.records
-
-
-def _pretrain(
-    config: Config, folder: Path, inputs: dict[str, Path], manifest: Any, pixels: Any, device: torch.device
-) -> bytes:
-    torch.manual_seed(config.train.pretrain.seed)
-    backbone = DualStemResNet(config.model.backbone)
-    progress = ProgressFile(folder / "progress.json")
-
-    def on_step(record: Record) -> None:
-        progress.update(int(record["step"]), int(record["num_steps"]), f"loss {record['loss']:.3f}")
-
-    pretrain(
-        backbone,
-        manifest,
-        pixels,
-        attribute_labels(inputs["truth"], manifest),
-        config.train.pretrain,
-        pad=config.data.pad,
-        seed=config.train.pretrain.seed,
-        device=device,
-        on_step=on_step,
-    )
-    return save({key: value.detach().cpu().contiguous() for key, value in backbone.state_dict().items()})

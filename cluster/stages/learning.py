@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cluster.stages import StageStore
+from cluster.stages.store import StageStore
 from tvilfm.config import Config
 from tvilfm.report.tables import write_text_atomic
 
@@ -33,6 +33,24 @@ def write_records(path: Path, records: Sequence[Record]) -> None:
     write_text_atomic(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
+def numbered(records: Mapping[str, Sequence[Record]], *, base_epochs: int) -> list[Record]:
+    """Return the records of both training stages in one list.
+
+    Args:
+        records: stage name -> its records.
+        base_epochs: epochs of the base stage.
+
+    Returns:
+        Records with stage, epoch, step (epochs of both stages, from 1), losses and validation metrics.
+    """
+    offset = {"base": 0, "text": base_epochs}
+    return [
+        {"stage": name, "step": offset[name] + int(record["epoch"]) + 1, **record}
+        for name in TRAINED
+        for record in records[name]
+    ]
+
+
 class Learning:
     """The epochs of a run's training stages, as far as they are written.
 
@@ -42,18 +60,12 @@ class Learning:
     """
 
     def __init__(self, store: StageStore, config: Config) -> None:
-        self._store = store
-        self._offset = {"base": 0, "text": config.train.base.epochs}
+        self._store, self._base_epochs = store, config.train.base.epochs
         self._seen = 0
 
     def records(self) -> list[Record]:
-        """Every record so far: stage, epoch, step (epochs of both stages, from 1), losses, validation metrics."""
-        records: list[Record] = []
-        for name in TRAINED:
-            for record in self._written(name):
-                step = self._offset[name] + int(record["epoch"]) + 1
-                records.append({"stage": name, "step": step, **record})
-        return records
+        """Return every record so far, as `numbered` does."""
+        return numbered({name: self._written(name) for name in TRAINED}, base_epochs=self._base_epochs)
 
     def _written(self, name: str) -> list[Record]:
         finished, partial = self._store.path(name), self._store.partial(name)

@@ -1,0 +1,75 @@
+"""The stage that captions every image, and rephrases the captions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cluster.caption import caption_images
+from cluster.depot import below
+from cluster.progress import ProgressFile
+from cluster.rephrase import rephrase_table
+from cluster.stages.stage import DATASET, Stage, StageJob
+from tvilfm.config import Config
+from tvilfm.datasets.captions import read_captions
+from tvilfm.datasets.manifest import MODALITIES
+
+
+class Captions(Stage):
+    """Caption every image with the captioners of the config or those that the run fine-tuned."""
+
+    name = "captions"
+    keys = (
+        *("caption.source", "caption.visible", "caption.infrared", "caption.batch", "caption.dtype"),
+        *("caption.filter_colors", "caption.rephrase", "caption.seed"),
+    )
+    unit = "images"
+
+    def applies(self, config: Config) -> bool:
+        return config.caption.source != "files"
+
+    def inputs(self, config: Config) -> tuple[str, ...]:
+        finetuned = config.caption.source == "finetuned"
+        return (DATASET, *(f"captioner_{modality}" for modality in MODALITIES if finetuned))
+
+    def make(self, folder: Path, job: StageJob) -> None:
+        section, progress = job.config.caption, ProgressFile(folder / "progress.json")
+        if section.source == "finetuned":
+            captioners = {
+                modality: getattr(section, modality).model_copy(
+                    update={"model": str(job.input(f"captioner_{modality}") / "captioner"), "revision": None}
+                )
+                for modality in MODALITIES
+            }
+            section = section.model_copy(update=captioners)
+        # Workers write what they caption where the driver finds it.
+        out = str(folder) if job.depot is None else job.depot.uri_of(folder)
+        summary = caption_images(
+            job.manifest.select(["image", "modality"]),
+            str(job.data_root.absolute()),
+            out,
+            section,
+            depot=job.depot,
+            cluster=job.config.cluster,
+            seed=section.seed,
+            progress=progress,
+        )
+        summary.check(section.max_bad_share)
+        job.bring(folder / "captions.parquet", folder / "quarantine.parquet")
+        if section.rephrase.engine != "none":
+            rephrase_table(
+                read_captions(job.manifest, job.data_root, folder / "captions.parquet"),
+                job.manifest["modality"].to_pylist(),
+                below(out, "rephrased"),
+                section.rephrase,
+                dtype=section.dtype,
+                cluster=job.config.cluster,
+                seed=section.seed,
+                progress=progress,
+            )
+            job.bring(folder / "rephrased" / "captions.parquet")
+
+
+def captions_path(folder: Path, config: Config) -> Path:
+    """Return the caption table in the folder of the finished stage."""
+    rephrased = config.caption.rephrase.engine != "none"
+    return (folder / "rephrased" if rephrased else folder) / "captions.parquet"

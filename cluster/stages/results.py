@@ -1,0 +1,54 @@
+"""The stage that evaluates: protocols and metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+
+from cluster.stages.stage import DATASET, Stage, StageJob, captions_input, evaluated_splits
+from tvilfm.config import Config
+from tvilfm.evaluation.evaluator import Evaluator, Split
+from tvilfm.evaluation.features import IMAGES_FILE, FeatureTable
+from tvilfm.models import TVILFM
+from tvilfm.report.build import build_results
+
+RESULTS_FILES: dict[Split, str] = {"test": "results.json", "val": "validation.json"}
+
+
+class EvaluateResults(Stage):
+    """Evaluate every protocol, query and text source on test and validation identities."""
+
+    name = "results"
+    keys = ("data.name", "run.seed", "evaluate", "loss.filter_text", "train.base.use_val", "train.text.use_val")
+
+    def inputs(self, config: Config) -> tuple[str, ...]:
+        return (DATASET, "text", "features", captions_input(config))
+
+    def make(self, folder: Path, job: StageJob) -> None:
+        for split in evaluated_splits(job.manifest, job.config):
+            build_results(job_evaluator(job, split), job.config).write(folder / RESULTS_FILES[split])
+
+
+def job_evaluator(job: StageJob, split: Split = "test") -> Evaluator:
+    """Return the evaluator of a stage that has the inputs of `results`."""
+    return read_evaluator(
+        job.config, job.manifest, job.captions, text=job.input("text"), features=job.input("features"), split=split
+    )
+
+
+def read_evaluator(
+    config: Config, manifest: pa.Table, captions: pa.Table, *, text: Path, features: Path, split: Split = "test"
+) -> Evaluator:
+    """Return the evaluator of a run from the folders of its finished stages `text` and `features`."""
+    return Evaluator(
+        TVILFM.from_pretrained(text / "model").eval(),
+        manifest,
+        captions,
+        FeatureTable.read(features / IMAGES_FILE),
+        FeatureTable.read(features / "texts.parquet"),
+        config.evaluate,
+        filter_text=config.loss.filter_text,
+        seed=config.run.seed,
+        split=split,
+    )

@@ -1,0 +1,66 @@
+"""The stage that caches features of the frozen visual part: of augmented training views and of evaluated images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+
+from cluster.stages.extraction import Images, write_views
+from cluster.stages.stage import DATASET, Stage, StageJob
+from tvilfm.config import Config
+from tvilfm.datasets.manifest import MODALITIES, rows_of, select
+from tvilfm.datasets.splits import TEST_SPLITS
+from tvilfm.datasets.transforms import Recipe
+from tvilfm.datasets.tri_modal import RECIPES, TrainingRows
+
+
+class Views(Stage):
+    """Extract features of augmented views of the training images, and of the images to be evaluated."""
+
+    name = "views"
+    keys = ("run.seed", "data.pad", "train.text.cache_views", "train.text.use_val")
+    unit = "images"
+
+    def applies(self, config: Config) -> bool:
+        return bool(config.train.text.cache_views)
+
+    def inputs(self, config: Config) -> tuple[str, ...]:
+        return (DATASET, "pixels", "base")
+
+    def make(self, folder: Path, job: StageJob) -> None:
+        config = job.config
+        rows = TrainingRows.from_manifest(job.manifest, use_val=config.train.text.use_val)
+        pixel_rows: dict[Recipe, list[int]] = {
+            recipe: rows_of(job.manifest, rows.infrared if recipe == "infrared" else rows.visible).tolist()
+            for recipe in RECIPES
+        }
+        write_views(
+            folder,
+            pixel_rows,
+            config.train.text.cache_views,
+            evaluated_images(job.manifest),
+            pad=config.data.pad,
+            seed=config.run.seed,
+            **pool_of(job, "base"),
+        )
+
+
+def evaluated_images(manifest: pa.Table) -> Images:
+    """Return the images that any protocol may evaluate, by modality, with their pixel rows."""
+    images = {}
+    for modality in MODALITIES:
+        subset = select(manifest, split=("val", *TEST_SPLITS), modality=modality)
+        images[modality] = (subset["image"].to_pylist(), rows_of(manifest, subset).tolist())
+    return images
+
+
+def pool_of(job: StageJob, model: str) -> dict[str, object]:
+    """Return the arguments of an extraction with the model of a stage, see `encode_chunks`."""
+    return {
+        "model": job.input(model) / "model",
+        "pixels": job.input("pixels") / "pixels.npy",
+        "section": job.config.cluster,
+        "depot": job.depot,
+        "chunk_size": job.config.evaluate.batch,
+    }
