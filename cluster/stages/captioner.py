@@ -14,16 +14,15 @@ from tvilfm.datasets.manifest import Modality
 class Captioner(Stage):
     """Fine-tune a modality's captioner on the training images and their captions of files."""
 
-    keys = (
-        *("caption.train", "caption.dtype", "caption.seed", "caption.batch"),
-        *("data.name", "data.height", "data.width"),
-    )
     unit = "steps"
 
     def __init__(self, modality: Modality) -> None:
         self.modality = modality
-        self.name = f"captioner_{modality}"  # type: ignore[misc]
-        self.keys = (*Captioner.keys, f"caption.{modality}")  # type: ignore[misc]
+        self.name = f"captioner_{modality}"
+        self.keys = (
+            *("caption.train", "caption.dtype", "caption.seed", "caption.batch", f"caption.{modality}"),
+            *("data.name", "data.height", "data.width"),
+        )
 
     def applies(self, config: Config) -> bool:
         return config.caption.source == "finetuned"

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import pyarrow as pa
 from pydantic import BaseModel
@@ -116,9 +116,9 @@ class Stage(ABC):
         unit: what the progress line counts; empty = no progress line.
     """
 
-    name: ClassVar[str]
-    keys: ClassVar[tuple[str, ...]] = ()
-    unit: ClassVar[str] = ""
+    name: str
+    keys: tuple[str, ...]
+    unit: str = ""
 
     def applies(self, config: Config) -> bool:
         """Return whether a run of this config has the stage."""
