@@ -1,9 +1,9 @@
 """The run description: frozen, typed sections that are read once and written beside the results.
 
 Precedence: defaults < fidelity preset < YAML file < `section.key=value` overrides. The preset is how
-`fidelity: published` and `fidelity: corrected` choose the dozen switches in which the released code and ours differ;
-in the file, `null` for such a switch means "as fidelity says". The resolved configuration that lands in the run
-folder holds no null switch: every choice is spelled out.
+`fidelity: published` and `fidelity: corrected` choose the switches in which the released code and ours differ
+(`FIDELITY_SWITCHES`); in the file, `null` for such a switch means "as fidelity says". The resolved configuration that
+is written to the run folder holds no null switch: every choice is spelled out.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import copy
 import difflib
 import ipaddress
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -32,14 +33,79 @@ PROTOCOLS: dict[str, tuple[str, ...]] = {
     "llcm": ("llcm/infrared-visible", "llcm/visible-infrared"),
     "folder": ("folder/infrared-visible",),
 }
-FIDELITY_SWITCHES: dict[str, dict[Fidelity, object]] = {
-    "loss.wrt_numerics": {"published": "published", "corrected": "corrected"},
-    "optim.keep_unused_tokens": {"published": False, "corrected": True},
-    "optim.text_weight_decay": {"published": None, "corrected": 4e-5},
-    "train.base.select": {"published": "test", "corrected": "val"},
-    "train.text.select": {"published": "test", "corrected": "val"},
-    "train.text.freeze_batch_norm": {"published": False, "corrected": True},
+
+
+@dataclass(frozen=True, kw_only=True)
+class Switch:
+    """A choice in which the released code and ours differ.
+
+    Attributes:
+        published: value of the released code.
+        corrected: ours.
+        why: the reason, for docs/method.md.
+        regdb: value of the released RegDB script, where it is another.
+    """
+
+    published: object
+    corrected: object
+    why: str
+    regdb: object = ...
+
+    def value(self, fidelity: Fidelity, dataset: str) -> object:
+        """Return the value of a fidelity for a dataset."""
+        if fidelity == "published" and dataset == "regdb" and self.regdb is not ...:
+            return self.regdb
+        return self.published if fidelity == "published" else self.corrected
+
+
+_SELECT = "a checkpoint that the test set chose flatters the test result"
+_ALL_IDS = "validation identities choose the checkpoint, so they are not trained on"
+_SELECT_BY = "mAP counts every match; the released code keeps the highest rank-1, and the later epoch of equal ones"
+_EVAL_EVERY = "the released code evaluates every second epoch"
+_EVAL_FROM = "the best epoch is often an early one"
+FIDELITY_SWITCHES: dict[str, Switch] = {
+    "loss.wrt_numerics": Switch(
+        published="published", corrected="corrected", why="far negatives underflow and are not pushed away"
+    ),
+    "optim.lr": Switch(published=3.5e-4, corrected=3.5e-4, regdb=2e-3, why="set by the RegDB script"),
+    "optim.text_lr": Switch(published=3.5e-4, corrected=3.5e-4, regdb=1e-5, why="set by the RegDB script"),
+    "optim.keep_unused_tokens": Switch(
+        published=False, corrected=True, why="decay erases the words that the training captions do not use"
+    ),
+    "optim.text_weight_decay": Switch(
+        published=None, corrected=4e-5, why="the released flag has no effect; null = optim.weight_decay"
+    ),
+    "optim.text_bias_weight_decay": Switch(
+        published=5e-4, corrected=0.0, regdb=0.0, why="biases are usually not decayed; the RegDB script does not"
+    ),
+    "train.base.select": Switch(published="test", corrected="val", why=_SELECT),
+    "train.base.select_by": Switch(published="rank1", corrected="mAP", why=_SELECT_BY),
+    "train.base.use_val": Switch(published=True, corrected=False, why=_ALL_IDS),
+    "train.base.eval_every": Switch(published=2, corrected=5, why=_EVAL_EVERY),
+    "train.base.eval_from": Switch(published=80, corrected=1, why=_EVAL_FROM),
+    "train.text.select": Switch(published="test", corrected="val", why=_SELECT),
+    "train.text.select_by": Switch(published="rank1", corrected="mAP", why=_SELECT_BY),
+    "train.text.use_val": Switch(published=True, corrected=False, why=_ALL_IDS),
+    "train.text.eval_every": Switch(published=2, corrected=1, why=_EVAL_EVERY),
+    "train.text.eval_from": Switch(published=1, corrected=1, regdb=80, why=_EVAL_FROM),
+    "train.text.freeze_batch_norm": Switch(
+        published=False, corrected=True, why="the frozen network's statistics drift with the training batches"
+    ),
 }
+
+
+def fidelity_table() -> str:
+    """Return the switches as a Markdown table: key, released value, ours, and why."""
+    lines = ["| key | published | corrected | why |", "|---|---|---|---|"]
+    for key, switch in FIDELITY_SWITCHES.items():
+        published = _cell(switch.published) + ("" if switch.regdb is ... else f"; RegDB {_cell(switch.regdb)}")
+        lines.append(f"| `{key}` | {published} | {_cell(switch.corrected)} | {switch.why} |")
+    return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    return f"`{yaml.safe_dump(value).splitlines()[0]}`"
+
 
 MAX_BATCH = 10_000  # that serve.max_batch may be: so much is checked of a body before it is counted
 
@@ -213,8 +279,12 @@ class LossSection(Section):
 
 
 class OptimSection(Section):
-    lr: float = Field(3.5e-4, gt=0, description="visual rate; also embeddings, ln_final, projection (METHOD 4)")
-    text_lr: float = Field(3.5e-4, gt=0, description="rate of the text transformer (RegDB: 1e-5)")
+    lr: float = Field(
+        3.5e-4,
+        gt=0,
+        description="visual rate; also embeddings, ln_final, projection (METHOD 4); null = as fidelity says",
+    )
+    text_lr: float = Field(3.5e-4, gt=0, description="rate of the text transformer; null = as fidelity says")
     head_lr_factor: float = Field(2.0, gt=0, description="head rate over lr")
     text_bias_lr_factor: float = Field(2.0, gt=0, description="text biases' rate over text_lr")
     weight_decay: float = Field(5e-4, ge=0, description="Adam's coupled L2")
@@ -222,6 +292,9 @@ class OptimSection(Section):
         4e-5,
         ge=0,
         description="decay of the text transformer; null = as fidelity says (published ignores the flag)",
+    )
+    text_bias_weight_decay: float = Field(
+        0.0, ge=0, description="decay of the text transformer's biases; null = as fidelity says"
     )
     keep_unused_tokens: bool = Field(
         True, description="no decay, no update for token rows without gradient; null = as fidelity says"
@@ -233,8 +306,19 @@ class ScheduleSection(Section):
     warmup_epochs: int = Field(10, ge=0, description="linear warm-up from 0.01 to 1")
     milestones: tuple[int, ...] = Field((40, 60, 100), description="epochs at which the rate falls tenfold")
     select: Selection = Field("val", description="checkpoint kept: val, last, test (published); null = fidelity")
-    use_val: bool = Field(False, description="train on the validation identities too (needs select: last)")
-    eval_every: int = Field(5, ge=1, description="epochs between validations")
+    select_by: Literal["rank1", "mAP"] = Field(
+        "mAP",
+        description="score that selects the checkpoint: mAP (the earlier of equal epochs) or rank1 (the later); "
+        "null = fidelity",
+    )
+    use_val: bool = Field(
+        False,
+        description="train on the validation identities too (needs select: last or test); null = fidelity",
+    )
+    eval_every: int = Field(5, ge=1, description="epochs between validations; null = fidelity")
+    eval_from: int = Field(
+        1, ge=1, description="first epoch that is validated, counted from 1; the last always is; null = fidelity"
+    )
 
     @model_validator(mode="after")
     def _no_selection_on_training_ids(self) -> ScheduleSection:
@@ -248,7 +332,7 @@ class ScheduleSection(Section):
 
 class TextStageSection(ScheduleSection):
     epochs: int = Field(20, ge=1, description="20 in the paper, 120 in the released code")
-    eval_every: int = Field(1, ge=1, description="epochs between validations")
+    eval_every: int = Field(1, ge=1, description="epochs between validations; null = fidelity")
     cache_views: int = Field(0, ge=0, description="frozen features of so many augmented views an image; 0 = none")
     freeze_batch_norm: bool = Field(True, description="frozen visual BN in eval mode; null = as fidelity says")
     llm_probability: float = Field(0.5, ge=0, le=1, description="share of texts replaced by their rephrase")
@@ -652,10 +736,11 @@ def resolve(description: Mapping[str, Any], overrides: Iterable[str] = (), *, si
         node: dict[str, Any] = {}
         set_value(node, key, value)
         _merge(values, node)
-    fidelity = values.get("fidelity", "corrected")
-    for key, choices in FIDELITY_SWITCHES.items():
-        if isinstance(fidelity, str) and fidelity in choices and value_at(values, key) is None:
-            set_value(values, key, choices[fidelity])
+    fidelity, dataset = values.get("fidelity", "corrected"), str(value_at(values, "data.name"))
+    if fidelity in get_args(Fidelity):  # else validation refuses it by name
+        for key, switch in FIDELITY_SWITCHES.items():
+            if value_at(values, key) is None:
+                set_value(values, key, switch.value(fidelity, dataset))
     if value_at(values, "evaluate.protocols") is None:
         name = value_at(values, "data.name") or "synthetic"
         if name in PROTOCOLS:

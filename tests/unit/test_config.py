@@ -57,30 +57,67 @@ def test_a_null_switch_in_the_file_means_what_fidelity_says(tmp_path: Path) -> N
     assert load_config(path).loss.wrt_numerics == "corrected"
 
 
+# Spelled out again, from METHOD 3 and 4: a wrong preset must not pass by agreeing with itself.
+PUBLISHED = {
+    "loss.wrt_numerics": "published",
+    "optim.lr": 3.5e-4,
+    "optim.text_lr": 3.5e-4,
+    "optim.keep_unused_tokens": False,
+    "optim.text_weight_decay": None,
+    "optim.text_bias_weight_decay": 5e-4,
+    "train.base.select": "test",
+    "train.base.select_by": "rank1",
+    "train.base.use_val": True,
+    "train.base.eval_every": 2,
+    "train.base.eval_from": 80,
+    "train.text.select": "test",
+    "train.text.select_by": "rank1",
+    "train.text.use_val": True,
+    "train.text.eval_every": 2,
+    "train.text.eval_from": 1,
+    "train.text.freeze_batch_norm": False,
+}
+REGDB = {"optim.lr": 2e-3, "optim.text_lr": 1e-5, "optim.text_bias_weight_decay": 0.0, "train.text.eval_from": 80}
+CORRECTED = {
+    "loss.wrt_numerics": "corrected",
+    "optim.lr": 3.5e-4,
+    "optim.text_lr": 3.5e-4,
+    "optim.keep_unused_tokens": True,
+    "optim.text_weight_decay": 4e-5,
+    "optim.text_bias_weight_decay": 0.0,
+    "train.base.select": "val",
+    "train.base.select_by": "mAP",
+    "train.base.use_val": False,
+    "train.base.eval_every": 5,
+    "train.base.eval_from": 1,
+    "train.text.select": "val",
+    "train.text.select_by": "mAP",
+    "train.text.use_val": False,
+    "train.text.eval_every": 1,
+    "train.text.eval_from": 1,
+    "train.text.freeze_batch_norm": True,
+}
+
+
 @pytest.mark.parametrize("path", [None, FILE])
-@pytest.mark.parametrize("fidelity", ["published", "corrected"])
-def test_the_preset_sets_every_switch(path: Path | None, fidelity: str) -> None:
-    # Spelled out again, from METHOD 3 and 4: a wrong preset must not pass by agreeing with itself.
-    published = {
-        "loss.wrt_numerics": "published",
-        "optim.keep_unused_tokens": False,
-        "optim.text_weight_decay": None,
-        "train.base.select": "test",
-        "train.text.select": "test",
-        "train.text.freeze_batch_norm": False,
-    }
-    corrected = {
-        "loss.wrt_numerics": "corrected",
-        "optim.keep_unused_tokens": True,
-        "optim.text_weight_decay": 4e-5,
-        "train.base.select": "val",
-        "train.text.select": "val",
-        "train.text.freeze_batch_norm": True,
-    }
-    expected = published if fidelity == "published" else corrected
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["fidelity=published"], PUBLISHED),
+        (["fidelity=published", "data.name=regdb", "data.root=/data"], PUBLISHED | REGDB),
+        (["fidelity=corrected"], CORRECTED),
+        (["data.name=regdb", "data.root=/data"], CORRECTED),
+    ],
+)
+def test_the_preset_sets_every_switch(path: Path | None, overrides: list[str], expected: dict[str, object]) -> None:
     assert set(FIDELITY_SWITCHES) == set(expected)
-    config = load_config(path, [f"fidelity={fidelity}"])
+    config = load_config(path, overrides)
     assert {key: value_of(config, key) for key in expected} == expected
+
+
+def test_a_switch_that_is_set_stays_as_it_is_set() -> None:
+    config = load_config(FILE, ["fidelity=published", "data.name=regdb", "data.root=/data", "optim.lr=0.1"])
+    assert (config.optim.lr, config.optim.text_lr) == (0.1, 1e-5)
 
 
 def test_the_papers_constants_are_the_defaults() -> None:
@@ -169,7 +206,7 @@ def test_a_value_out_of_bounds_names_the_dotted_key_and_the_value(override: str,
             ["train.text.cache_views=2", "train.text.freeze_batch_norm=false"],
             r"train\.text\.cache_views: expected 0 .* got 2",
         ),
-        (["fidelity=published", "train.base.use_val=true"], r"train\.text\.use_val: expected the same"),
+        (["fidelity=published", "train.text.use_val=false"], r"train\.text\.use_val: expected the same"),
         (["model.text.heads=5"], r"model\.text\.heads: expected a divisor of width 512, got 5"),
         (["evaluate.text_sources=[own]"], r"evaluate\.default_text_source: expected one of \['own'\], got witness"),
         (

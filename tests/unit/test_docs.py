@@ -16,6 +16,7 @@ import yaml
 from cluster.__main__ import app
 from cluster.deploy.render import render
 from cluster.submit import parse
+from tvilfm.config import fidelity_table
 from tvilfm.tuning import Space, load_space
 
 REPOSITORY = Path(__file__).parents[2]
@@ -27,6 +28,10 @@ OTHERS = ("ray", "docker", "make", "curl", "printf", "-d")
 
 def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (REPOSITORY / page).read_text(), re.DOTALL)
+
+
+def test_the_page_of_the_method_has_the_table_of_switches_as_the_code_has_it() -> None:
+    assert fidelity_table() in (REPOSITORY / "docs" / "method.md").read_text()
 
 
 def commands(page: str) -> list[str]:

@@ -165,6 +165,40 @@ def test_the_used_rows_first_step_is_adams() -> None:
     torch.testing.assert_close(token_rows(sparse), token_rows(dense), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("overflowing", [TOKEN_EMBEDDING, "head.classifier.weight"])
+def test_a_step_that_overflows_moves_no_parameter_of_either_optimiser(overflowing: str) -> None:
+    model = make_model(text=True)
+    optimizer, scaler = StageOptimizer(model, SECTION), torch.amp.GradScaler("cpu", init_scale=4.0)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    before = {name: parameter.detach().clone() for name, parameter in trained.items()}
+
+    def step(bad: str | None) -> set[str]:
+        optimizer.zero_grad()
+        scaler.scale(torch.zeros(()))  # starts the scaler
+        for name, parameter in trained.items():
+            parameter.grad = torch.ones_like(parameter)
+            if name == bad:
+                parameter.grad.view(-1)[0] = float("inf")
+        optimizer.step(scaler)
+        scaler.update()
+        return {name for name, parameter in trained.items() if not torch.equal(parameter, before[name])}
+
+    assert step(overflowing) == set()
+    assert scaler.get_scale() == 2.0
+    assert {TOKEN_EMBEDDING, "head.classifier.weight"} <= step(None)
+
+
+def test_the_biases_of_the_text_transformer_have_a_decay_of_their_own() -> None:
+    section = SECTION.model_copy(update={"text_bias_weight_decay": 0.125})
+    decays = {
+        name: group["weight_decay"]
+        for group in parameter_groups(make_model(text=True), section)
+        for name in group["names"]
+    }
+    decayed = {name for name, decay in decays.items() if decay == 0.125}
+    assert decayed == {name for name in decays if ".transformer." in name and name.endswith("bias")}
+
+
 def test_the_state_of_all_optimisers_comes_back() -> None:
     model, other = make_model(text=True), make_model(text=True)
     optimizer, restored = StageOptimizer(model, SECTION), StageOptimizer(other, SECTION)

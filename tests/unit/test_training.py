@@ -38,7 +38,7 @@ from tvilfm.models.backbone import DualStemResNet
 from tvilfm.models.tvilfm import parameter_digest
 from tvilfm.training import loop, stages
 from tvilfm.training.checkpoint import load_trainer
-from tvilfm.training.loop import StageSettings, train_stage
+from tvilfm.training.loop import StageSettings, _evaluates, train_stage
 from tvilfm.training.pretrain import attribute_labels, pretrain
 from tvilfm.training.stages import StageData, train_base, train_text
 from tvilfm.training.step import StageStep
@@ -345,11 +345,44 @@ def stage_data(tiny_benchmark: Path) -> StageData:
     )
 
 
+def test_the_published_schedule_validates_every_second_epoch_from_the_eightieth_on() -> None:
+    schedule = load_config(overrides=["fidelity=published"]).train.base
+    assert [epoch + 1 for epoch in range(90) if _evaluates(schedule, epoch)] == [80, 82, 84, 86, 88, 90]
+    corrected = load_config().train.base
+    assert [epoch + 1 for epoch in range(12) if _evaluates(corrected, epoch)] == [5, 10]
+
+
+@pytest.mark.parametrize(("select_by", "kept"), [("rank1", 2), ("mAP", 1)])
+def test_of_equal_scores_rank1_keeps_the_later_epoch_and_map_the_earlier(
+    tiny_benchmark: Path,
+    stage_data: StageData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    select_by: str,
+    kept: int,
+) -> None:
+    scores = iter([0.2, 0.5, 0.5, 0.1])
+    monkeypatch.setattr(stages, "_validator", lambda *args, **options: lambda model: {"score": next(scores)})
+    overrides = ["train.base.epochs=4", "train.base.eval_every=1", f"train.base.select_by={select_by}"]
+    recorder = Recorder(tmp_path)
+    train_base(tiny_config(tiny_benchmark, *overrides), stage_data, backbone=None, device=CPU, listener=recorder)
+    progress, _, _ = load_trainer(recorder.checkpoint(3))
+    assert progress.best_epoch == kept
+
+
 @pytest.mark.parametrize(
     ("overrides", "split", "num_classes"),
     [
         ([], "val", 6),
-        (["fidelity=published"], "test", 6),
+        (
+            [
+                "fidelity=published",
+                "train.base={eval_from: 1, eval_every: 1}",
+                "train.text={eval_from: 1, eval_every: 1}",
+            ],
+            "test",
+            8,
+        ),
         (["train.base.select=last", "train.text.select=last"], None, 6),
         (
             ["train.base={select: last, use_val: true}", "train.text={select: last, use_val: true}"],
@@ -393,7 +426,8 @@ def test_both_stages_run_and_choose_by_the_split_the_config_names(
     for record in recorder.epochs + text_recorder.epochs:
         assert ("score" in record) == bool(split)
         if split:
-            assert 0 <= record["val_rank1"] <= 1 and record["score"] == record["val_mAP"]
+            selected = "val_rank1" if config.fidelity == "published" else "val_mAP"
+            assert 0 <= record["val_rank1"] <= 1 and record["score"] == record[selected]
 
 
 def test_cached_views_of_the_frozen_network_train_without_pixels(

@@ -69,16 +69,26 @@ def test_both_numerics_agree_where_nothing_underflows() -> None:
 
 @pytest.mark.parametrize(("numerics", "pushes"), [("published", False), ("corrected", True)])
 def test_far_negatives_are_pushed_by_the_corrected_numerics_only(numerics: Numerics, pushes: bool) -> None:
-    # Two people far from each other and further apart within: each should leave the other.
-    features = torch.tensor([[0.0, 0], [0, 220], [200, 0], [200, 220]], dtype=torch.float32, requires_grad=True)
+    # Two people far from each other and further apart within: each should leave the other. Differences stay below 88,
+    # where the published soft margin becomes infinite.
+    features = torch.tensor([[0.0, 0], [0, 86], [84, 0], [84, 86]], dtype=torch.float32, requires_grad=True)
     wrt_triplet_loss(features, torch.tensor([0, 0, 1, 1]), numerics=numerics).backward()  # type: ignore[no-untyped-call]
     assert features.grad is not None
     away = features.grad[:, 0]  # descent moves against the gradient
     if pushes:
         assert (away[:2] > 0.1).all() and (away[2:] < -0.1).all()
     else:
-        assert torch.equal(away, torch.zeros(4))
+        assert (away.abs() < 1e-20).all()
     assert (features.grad[[0, 2], 1] < -0.1).all() and (features.grad[[1, 3], 1] > 0.1).all()  # both pull
+
+
+def test_the_published_soft_margin_is_infinite_where_the_released_one_is() -> None:
+    # pull - push: the negatives' weights have underflowed, so push is 0 in the published numerics.
+    for pull, finite in ((87.0, True), (90.0, False)):
+        features = torch.tensor([[0.0, 0], [0, pull], [200, 0], [200, pull]])
+        loss = wrt_triplet_loss(features, torch.tensor([0, 0, 1, 1]), numerics="published")
+        assert bool(loss.isfinite()) is finite
+        assert wrt_triplet_loss(features, torch.tensor([0, 0, 1, 1]), numerics="corrected").isfinite()
 
 
 def test_gradients_of_the_corrected_loss_are_right() -> None:

@@ -25,7 +25,8 @@ def wrt_triplet_loss(
         labels_N: int64 training labels.
         numerics: `published` subtracts inside each softmax the maximum of the *masked* matrix (zeros where masked)
             and adds 1e-6 to the sum: once negatives are further than about 20-30 their weights underflow and nothing
-            pushes any more. `corrected` is a masked softmax, equal wherever the other does not underflow.
+            pushes any more. Its soft margin log(1 + exp(x)) is infinite for x above about 88. `corrected` is a masked
+            softmax and a stable soft margin, equal wherever the others do not underflow or overflow.
 
     Returns:
         Scalar, mean over anchors.
@@ -44,6 +45,8 @@ def wrt_triplet_loss(
             soft = _masked_softmax
         pull_N = (distance_NN * soft(distance_NN, positive_NN)).sum(dim=1)
         push_N = (distance_NN * soft(-distance_NN, ~positive_NN)).sum(dim=1)
+        if numerics == "published":
+            return (1 + (pull_N - push_N).exp()).log().mean()
         return F.softplus(pull_N - push_N).mean()
 
 

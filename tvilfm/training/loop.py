@@ -6,6 +6,7 @@ from (seed, epoch, batch), so a stage that was killed and resumed ends with the 
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -123,10 +124,12 @@ def train_stage(
         model.eval()
         last = epoch + 1 == schedule.epochs
         keep_this = validate is None
-        if validate is not None and rank() == 0 and (last or (epoch + 1) % schedule.eval_every == 0):
+        if validate is not None and rank() == 0 and (last or _evaluates(schedule, epoch)):
             scores = validate(model)
             record |= scores
-            keep_this = scores["score"] > progress.best_score
+            # Published: a tie goes to the later epoch.
+            tie = schedule.select_by == "rank1" and scores["score"] == progress.best_score
+            keep_this = tie or scores["score"] > progress.best_score
             if keep_this:
                 progress = Progress(epochs_done=epoch, best_score=scores["score"], best_epoch=epoch)
         progress = Progress(
@@ -146,6 +149,11 @@ def train_stage(
     return model
 
 
+def _evaluates(schedule: ScheduleSection, epoch: int) -> bool:
+    """Return whether an epoch, counted from 0, is validated."""
+    return epoch + 1 >= schedule.eval_from and (epoch + 1) % schedule.eval_every == 0
+
+
 def _run_epoch(
     step: nn.Module,
     sampler: PKSampler,
@@ -158,6 +166,8 @@ def _run_epoch(
     listener: Listener,
 ) -> dict[str, float | int]:
     dtype = AUTOCAST_DTYPES.get(settings.train.autocast) if device.type == "cuda" else None
+    # The released soft margin is infinite for far pairs, and its scaler then skips the step.
+    skips_overflow = scaler.is_enabled() and settings.loss.wrt_numerics == "published"
     sums: dict[str, float] = {}
     started = time.monotonic()
     batches: Iterator = iter(  # type: ignore[type-arg]
@@ -176,7 +186,9 @@ def _run_epoch(
             total = torch.stack(list(terms.values())).sum()
         values = {name: float(term.detach()) for name, term in terms.items()}
         for name, value in values.items():
-            if value != value or abs(value) == float("inf"):
+            if not math.isfinite(value):
+                if skips_overflow:
+                    continue
                 raise FloatingPointError(
                     f"loss.{name}: expected a finite number, got {value} in epoch {epoch}, batch {index}. "
                     "Lower the learning rate or look at this batch's images."

@@ -44,7 +44,8 @@ def lr_factor(
 def parameter_groups(model: TVILFM, section: OptimSection) -> list[dict[str, Any]]:
     """Trainable parameters by learning rate and decay, the token embedding left out when it is kept sparse.
 
-    Backbone and GeM: lr. Text transformer: text_lr; its biases: text_lr x factor, no decay. Head: lr x factor.
+    Backbone and GeM: lr. Text transformer: text_lr; its biases: text_lr x factor, with a decay of
+    their own. Head: lr x factor.
     Token and position embeddings, ln_final, text_projection: lr. Decay: weight_decay, or text_weight_decay for the
     text tower where that is set.
 
@@ -63,7 +64,7 @@ def parameter_groups(model: TVILFM, section: OptimSection) -> list[dict[str, Any
             if ".transformer." in name:
                 lr = section.text_lr
                 if name.endswith("bias"):
-                    lr, decay = section.text_lr * section.text_bias_lr_factor, 0.0
+                    lr, decay = section.text_lr * section.text_bias_lr_factor, section.text_bias_weight_decay
         elif name.startswith("head."):
             lr = section.lr * section.head_lr_factor
         group = groups.setdefault((lr, decay), {"params": [], "names": [], "lr": lr, "weight_decay": decay})
@@ -104,11 +105,20 @@ class StageOptimizer:
             optimizer.zero_grad(set_to_none=True)
 
     def step(self, scaler: torch.amp.GradScaler) -> None:
-        """Update from the gradients; `scaler` undoes loss scaling and skips steps that overflowed."""
+        """Update from the gradients; `scaler` undoes loss scaling, and a step that overflowed is skipped."""
         if self._tokens is not None and self._tokens.grad is not None:
             self._tokens.grad = _touched_rows(self._tokens.grad)
+        if not scaler.is_enabled():
+            for optimizer in self._optimizers:
+                optimizer.step()
+            return
         for optimizer in self._optimizers:
-            scaler.step(optimizer)
+            scaler.unscale_(optimizer)
+        # Both are skipped or neither: `step` alone would look at each one's own gradients.
+        overflows = (scaler._found_inf_per_device(optimizer).values() for optimizer in self._optimizers)
+        if not any(float(overflow) for of_optimizer in overflows for overflow in of_optimizer):
+            for optimizer in self._optimizers:
+                scaler.step(optimizer)
 
     def state_dict(self) -> list[dict[str, Any]]:
         return [optimizer.state_dict() for optimizer in self._optimizers]

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from tvilfm.config import PROTOCOLS, Config, EvaluateSection, ScheduleSection, Selection, TextStageSection
+from tvilfm.config import PROTOCOLS, Config, EvaluateSection, ScheduleSection, TextStageSection
 from tvilfm.datasets.manifest import rows_of, select
 from tvilfm.datasets.transforms import Recipe
 from tvilfm.datasets.tri_modal import TrainingRows, TriModalDataset
@@ -146,18 +146,19 @@ def _fit(
         dataset,
         settings,
         device=device,
-        validate=_validator(config, data, schedule.select, with_text=text is not None),
+        validate=_validator(config, data, schedule, with_text=text is not None),
         listener=listener,
         resume=resume,
     )
 
 
 def _validator(
-    config: Config, data: StageData, selection: Selection, *, with_text: bool
+    config: Config, data: StageData, schedule: ScheduleSection, *, with_text: bool
 ) -> Callable[[TVILFM], dict[str, float]] | None:
-    if selection == "last":
+    select_by = schedule.select_by
+    if schedule.select == "last":
         return None
-    split: Split = "test" if selection == "test" else "val"
+    split: Split = "test" if schedule.select == "test" else "val"
     # Not of `evaluate`: another table must not mean another training.
     protocol = PROTOCOLS[config.data.name][0]
     section = EvaluateSection(
@@ -190,7 +191,7 @@ def _validator(
         kind = "fusion" if with_text else "infrared"
         (case,) = (case for case in evaluator.evaluate() if case.query == kind)
         rank1, mean_ap = (float(np.mean([getattr(t, name) for t in case.trials])) for name in ("rank1", "mAP"))
-        return {"val_rank1": rank1, "val_mAP": mean_ap, "score": mean_ap}
+        return {"val_rank1": rank1, "val_mAP": mean_ap, "score": rank1 if select_by == "rank1" else mean_ap}
 
     return validate
 
