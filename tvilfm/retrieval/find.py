@@ -271,8 +271,8 @@ def encode_query(
         )
     infrared_D = text_D = filter_D = None
     if images:
-        size = {"height": opened.height, "width": opened.width}
-        pixels = [decode(_content(path), name=f"--image {path}", **size) for path in images]
+        height, width = opened.height, opened.width
+        pixels = [decode(_content(path), name=f"--image {path}", height=height, width=width) for path in images]
         infrared_D = _on_device(opened.model, encode_pixels(opened.model, np.stack(pixels), "infrared")).mean(dim=0)
     if sentence:
         filtered = bool(images and infrared_caption and opened.config.loss.filter_text)
