@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from cluster.__main__ import app
 from tests.unit.test_released import released
-from tests.untrained_run import UntrainedRun
+from tests.untrained_run import UntrainedRun, evaluated_rankings
 from tvilfm.config import EnsembleWeights
 from tvilfm.datasets.pixels import decode_files
 from tvilfm.evaluation.extract import encode_pixels, encode_texts
@@ -116,6 +116,23 @@ def test_ranks_as_direct_similarity_does(loose: Loose, kind: str) -> None:
     for name, of_name in shares.items():
         assert [row.shares[name] for row in ranking] == pytest.approx(of_name[order].tolist(), abs=1e-5)
     assert any("No --infrared-caption" in line for line in remarks) == (kind == "both")
+
+
+def test_ranks_as_the_evaluation_does(untrained_run: UntrainedRun, loose: Loose, tmp_path: Path) -> None:
+    rankings = list(evaluated_rankings(untrained_run.config, untrained_run.evaluator))
+    asked = rankings[:2] + [one for one in rankings if one.sentence][:2]
+    opened = open_model(loose.run)
+    for expected in asked:
+        (tmp_path / "query.jpg").write_bytes(expected.image)
+        ranking, _ = find(
+            opened,
+            untrained_run.root,
+            images=[tmp_path / "query.jpg"],
+            sentence=expected.sentence,
+            infrared_caption=expected.infrared_caption,
+            count=999,
+        )
+        assert [row.path for row in ranking if row.path in set(expected.names)] == expected.names
 
 
 @pytest.mark.parametrize("temperature", [None, 0.1])
