@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from tvilfm.config import Config, load_config
 from tvilfm.models.released import load_released, read_pickle
@@ -43,6 +44,15 @@ class OpenedModel:
         return self.config.data.width
 
 
+class _WithoutDraws(TorchFunctionMode):
+    """Skip random initial weights, which take seconds and are replaced by the file's."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 def open_model(path: Path) -> OpenedModel:
     """Open a run folder, a folder of `save_pretrained`, or a released checkpoint file.
 
@@ -55,18 +65,19 @@ def open_model(path: Path) -> OpenedModel:
     Raises:
         ValueError: nothing there, an unfinished run, or a file that holds no TVI-LFM model.
     """
-    if path.is_file():
-        model, reported = _open_file(path)
-        config = Config()
-    elif (path / "run.json").is_file():
-        model, config, reported = _open_run(path)
-    elif path.is_dir():
-        model, config, reported = TVILFM.from_pretrained(path), Config(), []
-    else:
+    if not path.exists():
         raise ValueError(
             f"model: expected a run folder, a model folder or a checkpoint file, got {path}, which does not exist. "
             "Check the path."
         )
+    with _WithoutDraws():
+        if path.is_file():
+            model, reported = _open_file(path)
+            config = Config()
+        elif (path / "run.json").is_file():
+            model, config, reported = _open_run(path)
+        else:
+            model, config, reported = TVILFM.from_pretrained(path), Config(), []
     if not (path / "run.json").is_file():
         reported.append(
             f"{path} does not record its settings: images are resized to {config.data.height} x {config.data.width} "
