@@ -93,6 +93,59 @@ def _run(config: Config, *, until: str) -> None:
         console.print(f"run: {outcome.path}", highlight=False)
 
 
+@app.command("find")
+def find_command(
+    model: Annotated[Path, typer.Argument(help="Run folder, model folder, or released checkpoint file.")],
+    folder: Annotated[Path, typer.Option("--in", help="Folder of images to search, with all folders in it.")],
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Infrared image of the person; give several times.", show_default=False)
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="A sentence about the person.", show_default=False)] = None,
+    infrared_caption: Annotated[
+        str | None,
+        typer.Option(help="What the infrared image shows; subtracted from the sentence (SFF).", show_default=False),
+    ] = None,
+    count: Annotated[int, typer.Option("-k", min=1, help="Images to print.")] = 20,
+    html: Annotated[Path | None, typer.Option(help="Contact sheet to write.", show_default=False)] = None,
+    csv: Annotated[Path | None, typer.Option("--csv", help="Table to write.", show_default=False)] = None,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Table to write.", show_default=False)] = None,
+) -> None:
+    """Find a person in a folder of loose images. Needs no labels, gallery or service; images are encoded once."""
+    if not image and not text:
+        raise ValueError("query: expected an infrared image, a sentence, or both, got neither. Give --image or --text.")
+    for path in (html, csv, as_json):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"{path}: expected a file in an existing folder. Make {path.parent} first.")
+    from tvilfm.models.opening import open_model
+    from tvilfm.retrieval.contact_sheet import write_contact_sheet
+    from tvilfm.retrieval.find import find, table_lines, write_csv, write_json
+
+    def progress(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            typer.echo(f"\rencoded {done} of {total} images", err=True, nl=done >= total)
+
+    images = image or []
+    ranking, remarks = find(
+        open_model(model),
+        folder,
+        images=images,
+        sentence=text,
+        infrared_caption=infrared_caption,
+        count=count,
+        progress=progress,
+    )
+    for line in remarks:
+        typer.echo(line, err=True)
+    for line in table_lines(ranking):
+        typer.echo(line)
+    if html is not None:
+        write_contact_sheet(ranking, folder, html, images=images, sentence=text)
+    if csv is not None:
+        write_csv(ranking, csv)
+    if as_json is not None:
+        write_json(ranking, as_json)
+
+
 @app.command("tune")
 def tune_command(
     space: Annotated[str, typer.Argument(help="Name of a space in tune_spaces/, or the path of a YAML file.")],

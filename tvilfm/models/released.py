@@ -149,19 +149,25 @@ def write_released(model: TVILFM, path: Path, *, stage: Stage) -> None:
     torch.save(released_state_dict(model, stage=stage), path)
 
 
+def read_pickle(path: Path) -> Any:
+    """What a checkpoint file holds, read onto the CPU with `weights_only=True`.
+
+    Raises:
+        ValueError: no such file, or one that this refuses.
+    """
+    if not path.is_file():
+        raise ValueError(f"checkpoint: expected a released state-dict file, got {path}. Check the path.")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"checkpoint: expected a pickled state dict, got {path}, which weights_only loading refuses: {first}"
+        ) from None
+
+
 def _read(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    state: Any = source
-    if isinstance(source, str | Path):
-        path = Path(source)
-        if not path.is_file():
-            raise ValueError(f"checkpoint: expected a released state-dict file, got {path}. Check the path.")
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-            first = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ValueError(
-                f"checkpoint: expected a pickled state dict, got {path}, which weights_only loading refuses: {first}"
-            ) from None
+    state: Any = read_pickle(Path(source)) if isinstance(source, str | Path) else source
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         held = ", ".join(map(repr, list(state)[:_SHOWN])) if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(

@@ -62,6 +62,31 @@ class Query:
     filter_text_source: FilterTextSource
 
 
+@torch.inference_mode()
+def query_parts(
+    model: TVILFM, infrared_D: Tensor | None, text_D: Tensor | None, filter_D: Tensor | None
+) -> dict[str, Tensor]:
+    """The unit vectors that a question is compared by.
+
+    Args:
+        model: in eval mode.
+        infrared_D: raw feature of the infrared image; None without one.
+        text_D: raw feature of the sentence; None without one.
+        filter_D: raw feature of the text that fusion subtracts; None fuses without.
+
+    Returns:
+        Modality -> (D,) float32 on the CPU, see `Query.parts`.
+    """
+    if text_D is None:
+        assert infrared_D is not None
+        return {"infrared": model.embed_base(infrared_D[None])[0].cpu()}
+    if infrared_D is None:
+        return {"text": model.embed(text_D[None])[0].cpu()}
+    fusion_D = semantic_filtered_fusion(infrared_D, text_D, filter_D)
+    unit = model.embed(torch.stack([infrared_D, text_D, fusion_D])).cpu()
+    return dict(zip(("infrared", "text", "fusion"), unit, strict=True))
+
+
 class QueryEncoder:
     """Encodes questions, many at once; each as it would be alone, up to rounding.
 
@@ -100,21 +125,10 @@ class QueryEncoder:
         for question, raw_D, (filter_text, source) in zip(questions, raw_infrared, filters, strict=True):
             text_D = raw_text[question.sentence] if question.sentence else None
             filter_D = raw_text[filter_text] if filter_text else None
-            parts = self._parts(raw_D, text_D, filter_D)
+            parts = query_parts(self._model, raw_D, text_D, filter_D)
             base = text_D is None
             queries.append(Query(parts=parts, base=base, space_id=self.space_id, filter_text_source=source))
         return queries
-
-    @torch.inference_mode()
-    def _parts(self, infrared_D: Tensor | None, text_D: Tensor | None, filter_D: Tensor | None) -> dict[str, Tensor]:
-        if text_D is None:
-            assert infrared_D is not None
-            return {"infrared": self._model.embed_base(infrared_D[None])[0].cpu()}
-        if infrared_D is None:
-            return {"text": self._model.embed(text_D[None])[0].cpu()}
-        fusion_D = semantic_filtered_fusion(infrared_D, text_D, filter_D)
-        unit = self._model.embed(torch.stack([infrared_D, text_D, fusion_D])).cpu()
-        return dict(zip(("infrared", "text", "fusion"), unit, strict=True))
 
     def _images(self, images: Sequence[Pixels | None]) -> list[Tensor | None]:
         inputs = [resized(image, **self._size) for image in images if image is not None]

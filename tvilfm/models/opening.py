@@ -1,0 +1,126 @@
+"""Open a model from whatever holds one: a run folder, a model folder, or a checkpoint file of the released code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from tvilfm.config import Config, load_config
+from tvilfm.models.released import load_released, read_pickle
+from tvilfm.models.tvilfm import TVILFM
+
+WRAPPERS = ("state_dict", "model")
+PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedModel:
+    """A model and what is known about how it was trained.
+
+    Attributes:
+        model: in eval mode, on the CPU.
+        config: the run's, or the defaults for a model without a run.
+        reported: what the opening assumed or changed, one sentence each.
+        path: what was opened.
+    """
+
+    model: TVILFM
+    config: Config
+    reported: tuple[str, ...]
+    path: Path
+
+    @property
+    def height(self) -> int:
+        return self.config.data.height
+
+    @property
+    def width(self) -> int:
+        return self.config.data.width
+
+
+class _WithoutDraws(TorchFunctionMode):
+    """Skip random initial weights, which take seconds and are replaced by the file's."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def open_model(path: Path) -> OpenedModel:
+    """Open a run folder, a folder of `save_pretrained`, or a released checkpoint file.
+
+    A checkpoint file may hold the state dict as `state_dict` or `model`, and its keys may begin with `module.` or
+    `_orig_mod.`; a file of the base stage gives a model without a text stage.
+
+    Args:
+        path: of the folder or the file.
+
+    Raises:
+        ValueError: nothing there, an unfinished run, or a file that holds no TVI-LFM model.
+    """
+    if not path.exists():
+        raise ValueError(
+            f"model: expected a run folder, a model folder or a checkpoint file, got {path}, which does not exist. "
+            "Check the path."
+        )
+    with _WithoutDraws():
+        if path.is_file():
+            model, reported = _open_file(path)
+            config = Config()
+        elif (path / "run.json").is_file():
+            model, config, reported = _open_run(path)
+        else:
+            model, config, reported = TVILFM.from_pretrained(path), Config(), []
+    if not (path / "run.json").is_file():
+        reported.append(
+            f"{path} does not record its settings: images are resized to {config.data.height} x {config.data.width} "
+            "(height x width), and the modalities have equal weights."
+        )
+    return OpenedModel(model=model.eval(), config=config, reported=tuple(reported), path=path)
+
+
+def _open_run(path: Path) -> tuple[TVILFM, Config, list[str]]:
+    try:
+        stages = dict(json.loads((path / "run.json").read_text())["stages"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path / 'run.json'}: expected the stages of a run, got {error!r}. Run it again.") from None
+    name = next((name for name in ("text", "base") if name in stages), None)
+    if name is None:
+        raise ValueError(f"{path}: expected a run with a trained stage, got {sorted(stages)}. Finish it: tvilfm train.")
+    folder = path / stages[name] / "model"
+    if not folder.is_dir():
+        raise ValueError(f"{path}: expected its model in {folder}, got no such folder. Copy the run's stages too.")
+    reported = [] if name == "text" else [f"{path} has only a base stage: its model cannot read sentences."]
+    return TVILFM.from_pretrained(folder), load_config(path / "config.yaml"), reported
+
+
+def _open_file(path: Path) -> tuple[TVILFM, list[str]]:
+    held, reported = read_pickle(path), []
+    for key in WRAPPERS:
+        if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
+            held = held[key]
+            reported.append(f"{path}: the state dict was read from {key!r}.")
+            break
+    state, removed = _without_prefixes(held)
+    if removed:
+        reported.append(f"{path}: the prefix {removed!r} was removed from the keys.")
+    return load_released(state), reported
+
+
+def _without_prefixes(held: Any) -> tuple[Mapping[str, Tensor], str]:
+    """The state dict without what wrappers put before all of its keys, and that prefix."""
+    removed = ""
+    while isinstance(held, Mapping) and held:
+        prefix = next((prefix for prefix in PREFIXES if all(str(key).startswith(prefix) for key in held)), None)
+        if prefix is None:
+            break
+        held = {str(key).removeprefix(prefix): value for key, value in held.items()}
+        removed += prefix
+    return held, removed

@@ -1,0 +1,433 @@
+"""Find a person in a folder of loose images, without labels, cameras, splits, a gallery or a service.
+
+Every image of the folder is taken for a visible one and encoded once. Its raw feature is kept in a store, under the
+hash of its content, so a later question encodes only the query. Ranking is the evaluation's: the same spaces, the same
+ensemble, the same similarity.
+
+The store is a folder of FeatureTables, one for each batch that was encoded. Files are only added, each written whole
+and then renamed, so calls at the same time do not disturb each other.
+
+Shapes: N images of the folder, D feature.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tvilfm.config import EnsembleWeights
+from tvilfm.datasets.pixels import decode
+from tvilfm.evaluation.extract import encode_pixels, encode_texts
+from tvilfm.evaluation.features import FeatureTable
+from tvilfm.models import TVILFM
+from tvilfm.models.opening import OpenedModel
+from tvilfm.retrieval.ensemble import ensemble_query
+from tvilfm.retrieval.query import query_parts
+from tvilfm.retrieval.similarity import similarity
+from tvilfm.retrieval.spaces import space_id
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+SYSTEM_NAMES = ("Thumbs.db", ".DS_Store", "__MACOSX", "@eaDir")  # files and folders
+BATCH = 32
+SAVED = 1024  # images between two writes of the store: what an interrupted call loses at most
+NAMED = 5  # unreadable images that the warning names
+Vectors = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderFeatures:
+    """Raw features of the readable images of a folder.
+
+    Attributes:
+        names: paths in the folder, sorted, with /.
+        raw_ND: float32, not normalised.
+        unreadable: paths that could not be decoded.
+        encoded: images that were encoded; the others were in the store.
+    """
+
+    names: tuple[str, ...]
+    raw_ND: Vectors
+    unreadable: tuple[str, ...]
+    encoded: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """One row of the ranking.
+
+    Attributes:
+        rank: from 1.
+        path: in the folder.
+        score: similarity; higher is closer.
+        shares: modality -> its summand of the score.
+    """
+
+    rank: int
+    path: str
+    score: float
+    shares: Mapping[str, float]
+
+
+def list_images(folder: Path) -> list[str]:
+    """Paths in the folder of all images below it, sorted; linked folders are not entered.
+
+    Raises:
+        ValueError: no such folder, or no image in it.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"--in: expected a folder of images, got {folder}. Check the path.")
+    names = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not _is_system(name)]
+        names += [
+            (Path(parent) / name).relative_to(folder).as_posix()
+            for name in files
+            if name.lower().endswith(SUFFIXES) and not _is_system(name)
+        ]
+    if not names:
+        raise ValueError(f"--in: expected images ({' '.join(SUFFIXES)}) in {folder}, got none. Check the path.")
+    return sorted(names)
+
+
+def _is_system(name: str) -> bool:
+    return name in SYSTEM_NAMES or name.startswith("._")
+
+
+def store_folders(opened: OpenedModel) -> list[Path]:
+    """Where features may be kept, best first: beside the model, or in the user's cache."""
+    path = opened.path.absolute()
+    beside = path / "find" if path.is_dir() else path.with_name(f"{path.name}.find")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return [beside, cache / "tvilfm" / "find"]
+
+
+class Store:
+    """Features and content hashes that earlier calls left.
+
+    Args:
+        folders: those that are read; the first that can be written to is.
+        space: name of the model and its image size.
+    """
+
+    def __init__(self, folders: Sequence[Path], space: str) -> None:
+        self._folders, self._space = tuple(folders), space
+
+    def load(self, keys: set[str]) -> dict[str, Vectors]:
+        """Content hash -> (D,) raw feature, of those keys that are there. A damaged file is left out."""
+        found: dict[str, Vectors] = {}
+        for folder in self._folders:
+            for path in sorted((folder / self._space).glob("*.parquet")):
+                try:
+                    table = FeatureTable.read(path)
+                except (OSError, ValueError, KeyError):
+                    continue
+                found |= {key: row for key, row in zip(table.keys, table.vectors_ND, strict=True) if key in keys}
+        return found
+
+    def add(self, features: Mapping[str, Vectors]) -> None:
+        table = FeatureTable(keys=tuple(features), vectors_ND=np.stack(list(features.values())))
+        name = hashlib.sha256("".join(features).encode()).hexdigest()[:16]
+        self._write(f"{self._space}/{name}.parquet", table.write)
+
+    def hashes(self, folder: Path) -> dict[str, list[int | str]]:
+        """Path -> [size, time of modification in ns, content hash], as an earlier call saw the folder."""
+        for parent in self._folders:
+            try:
+                return dict(json.loads((parent / _hashes_name(folder)).read_text()))
+            except (OSError, ValueError, TypeError):
+                continue
+        return {}
+
+    def keep_hashes(self, folder: Path, hashes: Mapping[str, list[int | str]]) -> None:
+        self._write(_hashes_name(folder), lambda path: path.write_text(json.dumps(hashes)))
+
+    def _write(self, name: str, write: Callable[[Path], object]) -> None:
+        for folder in self._folders:
+            path = folder / name
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as partial:
+                    write(Path(partial) / "file")
+                    os.replace(Path(partial) / "file", path)
+            except OSError:
+                continue  # read-only or full: the next folder, or no store, which costs time alone
+            return
+
+
+def _hashes_name(folder: Path) -> str:
+    return f"hashes-{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]}.json"
+
+
+def hash_files(folder: Path, names: Sequence[str], store: Store) -> dict[str, str]:
+    """Path -> hash of its content; a file of the size and time of an earlier call is not read again.
+
+    A file that cannot be read is left out.
+    """
+    before = store.hashes(folder)
+    now: dict[str, list[int | str]] = {}
+    for name in names:
+        try:
+            stat = (folder / name).stat()
+            seen = [stat.st_size, stat.st_mtime_ns]
+            known = before.get(name)
+            if known is not None and known[:2] == seen:
+                now[name] = known
+            else:
+                now[name] = [*seen, hashlib.sha256((folder / name).read_bytes()).hexdigest()]
+        except OSError:
+            continue
+    if now != before:
+        store.keep_hashes(folder, now)
+    return {name: str(entry[2]) for name, entry in now.items()}
+
+
+def folder_features(
+    opened: OpenedModel, folder: Path, store: Store, *, progress: Callable[[int, int], None] | None = None
+) -> FolderFeatures:
+    """The features of a folder's images; what the store has is not encoded again.
+
+    Args:
+        opened: its model in eval mode, on its device.
+        folder: walked down to the last level.
+        store: read and added to.
+        progress: called with (images done, images to encode).
+
+    Raises:
+        ValueError: no folder, no image, or no readable one.
+    """
+    names = list_images(folder)
+    key_of = hash_files(folder, names, store)
+    raw = store.load(set(key_of.values()))
+    wanted = {key: name for name, key in reversed(key_of.items()) if key not in raw}
+    waiting: dict[str, Vectors] = {}
+    done = 0
+    for keys, pixels in _decoded(folder, list(wanted.items()), opened.height, opened.width):
+        waiting |= dict(zip(keys, encode_pixels(opened.model, pixels, "visible"), strict=True))
+        done += len(keys)
+        if len(waiting) >= SAVED or done == len(wanted):
+            raw |= waiting
+            store.add(waiting)
+            waiting = {}
+        if progress is not None:
+            progress(done, len(wanted))
+    if waiting:
+        raw |= waiting
+        store.add(waiting)
+    readable = tuple(name for name in names if key_of.get(name) in raw)
+    if not readable:
+        raise ValueError(f"--in: expected readable images in {folder}, got {len(names)} that cannot be decoded.")
+    return FolderFeatures(
+        names=readable,
+        raw_ND=np.stack([raw[key_of[name]] for name in readable]),
+        unreadable=tuple(name for name in names if key_of.get(name) not in raw),
+        encoded=done,
+    )
+
+
+def _decoded(
+    folder: Path, wanted: Sequence[tuple[str, str]], height: int, width: int
+) -> Iterator[tuple[list[str], npt.NDArray[np.uint8]]]:
+    """Batches of (keys, (B, H, W, 3) uint8) of (key, path) pairs; what is no picture is left out."""
+    keys: list[str] = []
+    pixels: list[npt.NDArray[np.uint8]] = []
+    for key, name in wanted:
+        try:
+            pixels.append(decode((folder / name).read_bytes(), height=height, width=width, name=name))
+        except (ValueError, OSError):
+            continue
+        keys.append(key)
+        if len(keys) == BATCH:
+            yield keys, np.stack(pixels)
+            keys, pixels = [], []
+    if keys:
+        yield keys, np.stack(pixels)
+
+
+def encode_query(
+    opened: OpenedModel, images: Sequence[Path], sentence: str | None, infrared_caption: str | None
+) -> dict[str, Tensor]:
+    """Unit vectors of what is known of the person, as `query.query_parts`; several images count as their mean.
+
+    Raises:
+        ValueError: neither image nor sentence, an unreadable image, or a sentence for a model without text tower.
+    """
+    if not images and not sentence:
+        raise ValueError("query: expected an infrared image, a sentence, or both, got neither. Give --image or --text.")
+    if sentence and opened.model.text is None:
+        raise ValueError(
+            f"--text: expected a model with a text tower, got {opened.path}, which is of the base stage. "
+            "Ask with --image alone, or give a model of the text stage."
+        )
+    infrared_D = text_D = filter_D = None
+    if images:
+        height, width = opened.height, opened.width
+        pixels = [decode(_content(path), name=f"--image {path}", height=height, width=width) for path in images]
+        infrared_D = _on_device(opened.model, encode_pixels(opened.model, np.stack(pixels), "infrared")).mean(dim=0)
+    if sentence:
+        filtered = bool(images and infrared_caption and opened.config.loss.filter_text)
+        texts = [sentence, *([infrared_caption] if filtered and infrared_caption else [])]
+        encoded = _on_device(opened.model, encode_texts(opened.model, texts))
+        text_D, filter_D = encoded[0], encoded[1] if filtered else None
+    return query_parts(opened.model, infrared_D, text_D, filter_D)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"--image: expected an image file, got {path} ({error.strerror}). Check the path.") from None
+
+
+def _on_device(model: TVILFM, raw_ND: Vectors) -> Tensor:
+    return torch.from_numpy(raw_ND).to(next(model.parameters()).device)
+
+
+@torch.inference_mode()
+def rank(
+    model: TVILFM, parts: Mapping[str, Tensor], features: FolderFeatures, ensemble: EnsembleWeights, count: int
+) -> list[Found]:
+    """The best images of a folder, ties in the order of their paths.
+
+    Infrared alone is compared through the base stage's head, everything else through the current one.
+
+    Args:
+        model: in eval mode.
+        parts: of `encode_query`.
+        features: of the folder.
+        ensemble: weights of the modalities and the temperature of their votes; of no effect with one modality.
+        count: rows wanted, at least 1.
+
+    Source: METHOD 7. Differs: as `evaluation.evaluator`.
+    """
+    if count < 1:
+        raise ValueError(f"-k: expected 1 or more, got {count}.")
+    raw_ND = _on_device(model, features.raw_ND)
+    embed = model.embed_base if set(parts) == {"infrared"} else model.embed
+    gallery_ND = embed(raw_ND).cpu()
+    votes = {name: similarity(vector_D[None], gallery_ND) for name, vector_D in parts.items()}
+    if len(parts) == 1:
+        weights = dict.fromkeys(parts, 1.0)
+        score_N = next(iter(votes.values()))[0]
+    else:
+        weights = {name: weight for name, weight in ensemble.weights.items() if weight > 0 and name in parts}
+        if ensemble.temperature is None:
+            vectors_1D = ensemble_query({name: vector_D[None] for name, vector_D in parts.items()}, weights)
+            score_N = similarity(vectors_1D, gallery_ND)[0]
+        else:
+            votes = {name: (vote / ensemble.temperature).softmax(dim=1) for name, vote in votes.items()}
+            score_N = ensemble_query(votes, weights)[0]
+    best_K = np.argsort(-score_N.numpy(), kind="stable")[:count].tolist()
+    return [
+        Found(
+            rank=place + 1,
+            path=features.names[row],
+            score=float(score_N[row]),
+            shares={name: weight * float(votes[name][0, row]) for name, weight in weights.items()},
+        )
+        for place, row in enumerate(best_K)
+    ]
+
+
+def remarks(opened: OpenedModel, features: FolderFeatures, *, fused: bool, infrared_caption: str | None) -> list[str]:
+    """What the reader of the ranking has to know about it, one sentence or two each."""
+    found = list(opened.reported)
+    if features.unreadable:
+        shown = ", ".join(map(printable, features.unreadable[:NAMED]))
+        more = len(features.unreadable) - NAMED
+        rest = f" and {more} more" if more > 0 else ""
+        found.append(f"{len(features.unreadable)} unreadable images were skipped: {shown}{rest}.")
+    if fused and not opened.config.loss.filter_text:
+        if infrared_caption:
+            found.append("--infrared-caption has no effect: this model was trained without the filter (SFF).")
+    elif fused and not infrared_caption:
+        found.append(
+            "No --infrared-caption: what the infrared image shows anyway (coat, bag) is not subtracted from the "
+            "sentence, so it counts twice in the fusion, and colours count less than in the evaluation. Say in "
+            "--infrared-caption what the infrared image shows, without colours."
+        )
+    elif infrared_caption and not fused:
+        found.append("--infrared-caption has no effect: it is used only with both --image and --text.")
+    if opened.config.evaluate.rerank.method != "none":
+        found.append(f"The run's re-ranking ({opened.config.evaluate.rerank.method}) is not applied.")
+    return found
+
+
+def find(
+    opened: OpenedModel,
+    folder: Path,
+    *,
+    images: Sequence[Path] = (),
+    sentence: str | None = None,
+    infrared_caption: str | None = None,
+    count: int = 20,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[Found], list[str]]:
+    """Rank the images of a folder by their similarity to a person.
+
+    Args:
+        opened: the model; moved to the GPU where there is one.
+        folder: of visible images.
+        images: infrared images of the person.
+        sentence: a description of the person.
+        infrared_caption: what the infrared images show, which fusion subtracts from the sentence.
+        count: rows wanted.
+        progress: called with (images done, images to encode).
+
+    Returns:
+        The ranking, best first, and remarks about it.
+
+    Raises:
+        ValueError: bad input, before anything is encoded.
+    """
+    list_images(folder)
+    if count < 1:
+        raise ValueError(f"-k: expected 1 or more, got {count}.")
+    store = Store(store_folders(opened), space_id(opened.model, height=opened.height, width=opened.width))
+    opened.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    parts = encode_query(opened, images, sentence, infrared_caption)
+    features = folder_features(opened, folder, store, progress=progress)
+    ranking = rank(opened.model, parts, features, opened.config.evaluate.ensemble, count)
+    return ranking, remarks(opened, features, fused=len(parts) > 1, infrared_caption=infrared_caption)
+
+
+def printable(name: str) -> str:
+    """A file's name for a terminal or a text file: control characters and undecodable bytes as escapes."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in name)
+
+
+def table_lines(ranking: Sequence[Found]) -> list[str]:
+    """The ranking as aligned text; a header first."""
+    shares = list(ranking[0].shares)
+    width = max(len("path"), *(len(printable(row.path)) for row in ranking))
+    lines = [f"{'rank':>4}  {'path':<{width}}  {'score':>7}" + "".join(f"  {name:>8}" for name in shares)]
+    for row in ranking:
+        parts = "".join(f"  {row.shares[name]:>8.4f}" for name in shares)
+        lines.append(f"{row.rank:>4}  {printable(row.path):<{width}}  {row.score:>7.4f}{parts}")
+    return lines
+
+
+def write_csv(ranking: Sequence[Found], path: Path) -> None:
+    """Write columns `rank`, `path`, `score`, and `share_<modality>` of each."""
+    shares = list(ranking[0].shares)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["rank", "path", "score", *(f"share_{name}" for name in shares)])
+        for row in ranking:
+            writer.writerow([row.rank, printable(row.path), row.score, *(row.shares[name] for name in shares)])
+
+
+def write_json(ranking: Sequence[Found], path: Path) -> None:
+    """Write a list with an object a row."""
+    rows = [{"rank": row.rank, "path": row.path, "score": row.score, "shares": dict(row.shares)} for row in ranking]
+    path.write_text(json.dumps(rows, indent=2) + "\n")
