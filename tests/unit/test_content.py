@@ -74,6 +74,13 @@ def test_a_cache_that_cannot_be_used_costs_time_and_nothing_else(tmp_path: Path,
     assert content_digests(root, ["a"], cache=cache) == expected
 
 
+def test_names_that_are_no_utf8_are_cached_too(tmp_path: Path, read: list[str]) -> None:
+    name = os.fsdecode(b"\xe9.png")  # as an archive from another system leaves it
+    _files(tmp_path / "data", **{name: b"1"})
+    digests = [content_digests(tmp_path / "data", [name], cache=tmp_path / "c.sqlite") for _ in range(2)]
+    assert digests[0] == digests[1] and read == [name]
+
+
 def test_a_dataset_that_cannot_be_written_is_no_obstacle(tmp_path: Path) -> None:
     _files(tmp_path / "data", a=b"1")
     (tmp_path / "data").chmod(0o555)

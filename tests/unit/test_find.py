@@ -186,11 +186,11 @@ def test_a_damaged_store_costs_time_alone(loose: Loose, encoded: list[int]) -> N
 def test_features_go_to_the_users_cache_beside_a_model_that_cannot_be_written_to(
     loose: Loose, encoded: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TVILFM_CACHE", str(tmp_path / "cache"))
     (loose.run / "find").write_text("a file, so that no folder can be made")
     for _ in range(2):
         find(open_model(loose.run), loose.folder, sentence=SENTENCE)
-    assert sum(encoded) == 12 and list((tmp_path / "cache/tvilfm/find").rglob("*.parquet"))
+    assert sum(encoded) == 12 and list((tmp_path / "cache/find").rglob("*.parquet"))
 
 
 def test_skips_unreadable_images_and_system_files(loose: Loose) -> None:

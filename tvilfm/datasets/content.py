@@ -20,15 +20,14 @@ State = tuple[int, int]  # size, modification time in nanoseconds
 DIGEST_SIZE = 16
 _TABLE = """
 CREATE TABLE IF NOT EXISTS content (
-    root TEXT, file TEXT, size INTEGER, mtime_ns INTEGER, digest BLOB, PRIMARY KEY (root, file)
+    root BLOB, file BLOB, size INTEGER, mtime_ns INTEGER, digest BLOB, PRIMARY KEY (root, file)
 ) WITHOUT ROWID
 """
 
 
-def cache_path() -> Path:
-    """Return the SQLite file of cached digests: in `TVILFM_CACHE`, by default `~/.cache/tvilfm`."""
-    folder = os.environ.get("TVILFM_CACHE") or Path.home() / ".cache" / "tvilfm"
-    return Path(folder) / "content.sqlite"
+def cache_folder() -> Path:
+    """Return the user's folder of caches: `TVILFM_CACHE`, by default `~/.cache/tvilfm`."""
+    return Path(os.environ.get("TVILFM_CACHE") or Path.home() / ".cache" / "tvilfm")
 
 
 def content_digests(root: Path, files: Sequence[str], *, cache: Path | None = None) -> list[bytes]:
@@ -37,7 +36,7 @@ def content_digests(root: Path, files: Sequence[str], *, cache: Path | None = No
     Args:
         root: folder that the names are relative to.
         files: names.
-        cache: SQLite file; None = `cache_path()`.
+        cache: SQLite file; None = `content.sqlite` in `cache_folder()`.
 
     Returns:
         16 bytes per file (BLAKE2b), in the order of `files`.
@@ -45,8 +44,8 @@ def content_digests(root: Path, files: Sequence[str], *, cache: Path | None = No
     Raises:
         FileNotFoundError: a file is missing.
     """
-    cache = cache or cache_path()
-    place = str(root.resolve())
+    cache = cache or cache_folder() / "content.sqlite"
+    place = os.fsencode(root.resolve())
     with ThreadPoolExecutor() as pool:
         states = list(pool.map(lambda name: _state(root / name), files))
         known = _read(cache, place)
@@ -59,7 +58,7 @@ def content_digests(root: Path, files: Sequence[str], *, cache: Path | None = No
         hashed = list(pool.map(lambda item: _digest(root / item[0]), unknown))
     digests |= {name: digest for (name, _), digest in zip(unknown, hashed, strict=True)}
     if unknown:
-        rows = [(place, name, *state, digests[name]) for name, state in unknown]
+        rows = [(place, os.fsencode(name), *state, digests[name]) for name, state in unknown]
         _write(cache, rows)
     return [digests[name] for name in files]
 
@@ -74,17 +73,17 @@ def _digest(path: Path) -> bytes:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_SIZE)).digest()
 
 
-def _read(cache: Path, root: str) -> dict[str, tuple[State, bytes]]:
+def _read(cache: Path, root: bytes) -> dict[str, tuple[State, bytes]]:
     if not cache.exists():
         return {}
     # A cache that is locked, damaged or of another layout is no cache.
     with suppress(sqlite3.Error), closing(sqlite3.connect(cache)) as database:
         rows = database.execute("SELECT file, size, mtime_ns, digest FROM content WHERE root = ?", (root,))
-        return {name: ((size, mtime_ns), digest) for name, size, mtime_ns, digest in rows}
+        return {os.fsdecode(name): ((size, mtime_ns), digest) for name, size, mtime_ns, digest in rows}
     return {}
 
 
-def _write(cache: Path, rows: Sequence[tuple[str, str, int, int, bytes]]) -> None:
+def _write(cache: Path, rows: Sequence[tuple[bytes, bytes, int, int, bytes]]) -> None:
     with suppress(OSError, sqlite3.Error):
         cache.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(cache)) as database, database:

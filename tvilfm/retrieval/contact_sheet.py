@@ -1,4 +1,4 @@
-"""The ranking of a folder as one HTML file that needs nothing else: pictures inside, names escaped."""
+"""The ranking of a folder as one HTML file that needs nothing else: images inside, names escaped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tvilfm.datasets.pixels import decode
 from tvilfm.retrieval.find import Found, printable
 from tvilfm.retrieval.pictures import thumbnail
 
-HEIGHT = 224  # pixels of a picture
+HEIGHT = 224  # pixels of an image
 _STYLE = (
     "body{font:14px system-ui,sans-serif;margin:2em}"
     "main,header{display:flex;flex-wrap:wrap;gap:1em}"
@@ -24,7 +24,7 @@ _STYLE = (
 def write_contact_sheet(
     ranking: Sequence[Found], folder: Path, path: Path, *, images: Sequence[Path] = (), sentence: str | None = None
 ) -> None:
-    """Write the pictures of a ranking with their names, scores and shares.
+    """Write the images of a ranking with their names, scores and shares.
 
     Args:
         ranking: of `find`.

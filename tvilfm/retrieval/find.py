@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from tvilfm.config import EnsembleWeights
+from tvilfm.datasets.content import cache_folder, content_digests
 from tvilfm.datasets.pixels import decode
 from tvilfm.evaluation.extract import encode_pixels, encode_texts
 from tvilfm.evaluation.features import FeatureTable
@@ -108,12 +109,11 @@ def store_folders(opened: OpenedModel) -> list[Path]:
     """Where features may be kept, best first: beside the model, or in the user's cache."""
     path = opened.path.absolute()
     beside = path / "find" if path.is_dir() else path.with_name(f"{path.name}.find")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return [beside, cache / "tvilfm" / "find"]
+    return [beside, cache_folder() / "find"]
 
 
 class Store:
-    """Features and content hashes that earlier calls left.
+    """Features that earlier calls left.
 
     Args:
         folders: those that are read; the first that can be written to is.
@@ -140,18 +140,6 @@ class Store:
         name = hashlib.sha256("".join(features).encode()).hexdigest()[:16]
         self._write(f"{self._space}/{name}.parquet", table.write)
 
-    def hashes(self, folder: Path) -> dict[str, list[int | str]]:
-        """Path -> [size, time of modification in ns, content hash], as an earlier call saw the folder."""
-        for parent in self._folders:
-            try:
-                return dict(json.loads((parent / _hashes_name(folder)).read_text()))
-            except (OSError, ValueError, TypeError):
-                continue
-        return {}
-
-    def keep_hashes(self, folder: Path, hashes: Mapping[str, list[int | str]]) -> None:
-        self._write(_hashes_name(folder), lambda path: path.write_text(json.dumps(hashes)))
-
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
         for folder in self._folders:
             path = folder / name
@@ -165,31 +153,11 @@ class Store:
             return
 
 
-def _hashes_name(folder: Path) -> str:
-    return f"hashes-{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]}.json"
-
-
-def hash_files(folder: Path, names: Sequence[str], store: Store) -> dict[str, str]:
-    """Path -> hash of its content; a file of the size and time of an earlier call is not read again.
-
-    A file that cannot be read is left out.
-    """
-    before = store.hashes(folder)
-    now: dict[str, list[int | str]] = {}
-    for name in names:
-        try:
-            stat = (folder / name).stat()
-            seen = [stat.st_size, stat.st_mtime_ns]
-            known = before.get(name)
-            if known is not None and known[:2] == seen:
-                now[name] = known
-            else:
-                now[name] = [*seen, hashlib.sha256((folder / name).read_bytes()).hexdigest()]
-        except OSError:
-            continue
-    if now != before:
-        store.keep_hashes(folder, now)
-    return {name: str(entry[2]) for name, entry in now.items()}
+def hash_files(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """Return path -> digest of the content, of the files that can be read."""
+    readable = [name for name in names if os.access(folder / name, os.R_OK)]
+    digests = content_digests(folder, readable)
+    return {name: digest.hex() for name, digest in zip(readable, digests, strict=True)}
 
 
 def folder_features(
@@ -207,7 +175,7 @@ def folder_features(
         ValueError: no folder, no image, or no readable one.
     """
     names = list_images(folder)
-    key_of = hash_files(folder, names, store)
+    key_of = hash_files(folder, names)
     raw = store.load(set(key_of.values()))
     wanted = {key: name for name, key in reversed(key_of.items()) if key not in raw}
     waiting: dict[str, Vectors] = {}
@@ -238,7 +206,7 @@ def folder_features(
 def _decoded(
     folder: Path, wanted: Sequence[tuple[str, str]], height: int, width: int
 ) -> Iterator[tuple[list[str], npt.NDArray[np.uint8]]]:
-    """Batches of (keys, (B, H, W, 3) uint8) of (key, path) pairs; what is no picture is left out."""
+    """Batches of (keys, (B, H, W, 3) uint8) of (key, path) pairs; invalid images are left out."""
     keys: list[str] = []
     pixels: list[npt.NDArray[np.uint8]] = []
     for key, name in wanted:
