@@ -25,6 +25,7 @@ from tvilfm.evaluation.evaluator import Evaluator
 from tvilfm.evaluation.features import FeatureTable
 from tvilfm.evaluation.metrics import RankingMetrics, ranking_metrics
 from tvilfm.evaluation.protocols import get_protocol
+from tvilfm.evaluation.query_texts import draw_query_texts
 from tvilfm.models import TVILFM, ModelSpec
 
 PROTOCOL = "sysu_mm01/all/single"
@@ -113,7 +114,8 @@ def sysu_sized_evaluator(rng: np.random.Generator) -> Callable[[EnsembleWeights]
 
     def make(weights: EnsembleWeights) -> Evaluator:
         section = EvaluateSection(protocols=(PROTOCOL,), text_sources=("witness",), ensemble=weights)
-        return Evaluator(model, manifest, captions_table, images, texts, section, filter_text=True, seed=0)
+        query_texts = draw_query_texts(manifest, captions_table, section, seed=0)
+        return Evaluator(model, manifest, query_texts, images, texts, section, filter_text=True)
 
     return make
 

@@ -40,7 +40,8 @@ from tvilfm.datasets import read_dataset
 from tvilfm.datasets.captions import read_captions
 from tvilfm.datasets.manifest import fingerprint, select
 from tvilfm.datasets.synthetic import SIZES, write_sysu_layout
-from tvilfm.evaluation.evaluator import Evaluator, Split
+from tvilfm.evaluation.evaluator import Evaluator
+from tvilfm.evaluation.protocols import Split
 from tvilfm.report.tables import Results, write_text_atomic
 
 # What a reader wants of a run folder, the stages apart.
@@ -230,7 +231,7 @@ class _Job:
 
     def evaluator(self, split: Split = "test") -> Evaluator:
         text, features = self.store.path("text"), self.store.path("features")
-        return read_evaluator(self.config, self.manifest, self.captions, text=text, features=features, split=split)
+        return read_evaluator(self.config, self.manifest, text=text, features=features, split=split)
 
     def _write_run_folder(self) -> None:
         path = self.config.run.path

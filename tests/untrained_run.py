@@ -19,10 +19,11 @@ from tvilfm.datasets.captions import read_captions
 from tvilfm.datasets.manifest import select
 from tvilfm.datasets.pixels import decode_files
 from tvilfm.datasets.splits import TEST_SPLITS
-from tvilfm.evaluation.evaluator import Evaluator, all_texts
+from tvilfm.evaluation.evaluator import Evaluator
 from tvilfm.evaluation.extract import encode_pixels, encode_texts
 from tvilfm.evaluation.features import FeatureTable
 from tvilfm.evaluation.protocols import get_protocol
+from tvilfm.evaluation.query_texts import draw_query_texts, sentences_of
 from tvilfm.models import TVILFM, spec_from_config
 
 
@@ -72,7 +73,8 @@ def write_untrained_run(folder: Path, benchmark: Path) -> UntrainedRun:
         pixels = decode_files(benchmark, names, height=config.data.height, width=config.data.width)
         keys += names
         parts.append(encode_pixels(model, pixels, modality))
-    texts = all_texts(manifest, captions, config.evaluate, seed=0)
+    query_texts = draw_query_texts(manifest, captions, config.evaluate, seed=0)
+    texts = sentences_of(query_texts)
     images = FeatureTable(keys=tuple(keys), vectors_ND=np.concatenate(parts))
     sentences = FeatureTable(keys=tuple(texts), vectors_ND=encode_texts(model, texts))
 
@@ -88,7 +90,7 @@ def write_untrained_run(folder: Path, benchmark: Path) -> UntrainedRun:
     (config.run.path / "config.yaml").write_text(to_yaml(config))
     relative = {name: str(path.relative_to(config.run.path)) for name, path in stages.items()}
     (config.run.path / "run.json").write_text(json.dumps({"stages": relative}))
-    evaluator = Evaluator(model, manifest, captions, images, sentences, config.evaluate, filter_text=True, seed=0)
+    evaluator = Evaluator(model, manifest, query_texts, images, sentences, config.evaluate, filter_text=True)
     return UntrainedRun(config=config, model=model, evaluator=evaluator, manifest=manifest, root=benchmark)
 
 

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 Fidelity = Literal["published", "corrected"]
 Numerics = Literal["published", "corrected"]
+WitnessDraw = Literal["released", "seeded"]
 Selection = Literal["val", "last", "test"]
 QueryTextSource = Literal["witness", "witness-heldout", "own"]
 RephraseEngine = Literal["none", "rules", "transformers", "openai", "vllm"]
@@ -90,6 +91,11 @@ FIDELITY_SWITCHES: dict[str, Switch] = {
     "train.text.eval_from": Switch(published=1, corrected=1, regdb=80, why=_EVAL_FROM),
     "train.text.freeze_batch_norm": Switch(
         published=False, corrected=True, why="the frozen network's statistics drift with the training batches"
+    ),
+    "evaluate.witness_draw": Switch(
+        published="released",
+        corrected="seeded",
+        why="the spread over training seeds includes that of the sentences",
     ),
 }
 
@@ -407,6 +413,10 @@ class EvaluateSection(Section):
         ("witness", "witness-heldout", "own"), description="query texts to report (METHOD 6)"
     )
     default_text_source: QueryTextSource = Field("witness", description="the default table's text source")
+    witness_draw: WitnessDraw = Field(
+        "seeded",
+        description="who draws witness sentences: run.seed (seeded), or RandomState(1) as released; null = fidelity",
+    )
     ensemble: EnsembleWeights = EnsembleWeights()
     rerank: RerankSection = RerankSection()
     batch: int = Field(128, ge=1, description="images or captions an extraction batch")

@@ -5,20 +5,25 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
+
 from cluster.stages.extraction import Images, write_features
 from cluster.stages.stage import DATASET, Stage, StageJob, captions_input, evaluated_splits
 from cluster.stages.views import evaluated_images, pool_of
 from tvilfm.config import Config
-from tvilfm.evaluation.evaluator import all_texts
 from tvilfm.evaluation.features import IMAGES_FILE
+from tvilfm.evaluation.query_texts import QUERY_TEXTS_FILE, draw_query_texts, sentences_of
 
 
 class Features(Stage):
-    """Extract features of test images and texts; those of images are copied where `views` has them."""
+    """Draw the query texts and extract features of them and of the test images.
+
+    Features of images are copied where `views` has them.
+    """
 
     name = "features"
     keys = (
-        *("run.seed", "evaluate.protocols", "evaluate.text_sources"),
+        *("run.seed", "evaluate.protocols", "evaluate.text_sources", "evaluate.witness_draw"),
         *("train.base.use_val", "train.text.use_val"),
     )
     unit = "rows"
@@ -34,9 +39,7 @@ class Features(Stage):
         else:
             images = evaluated_images(job.manifest)
         seed = job.config.run.seed
-        texts = {
-            text
-            for split in evaluated_splits(job.manifest, job.config)
-            for text in all_texts(job.manifest, job.captions, job.config.evaluate, seed=seed, split=split)
-        }
-        write_features(folder, images, sorted(texts), **pool_of(job, "text"))
+        splits = evaluated_splits(job.manifest, job.config)
+        query_texts = draw_query_texts(job.manifest, job.captions, job.config.evaluate, seed=seed, splits=splits)
+        pq.write_table(query_texts, folder / QUERY_TEXTS_FILE)
+        write_features(folder, images, sentences_of(query_texts), **pool_of(job, "text"))

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from cluster.stages.stage import DATASET, Stage, StageJob, captions_input, evaluated_splits
+from cluster.stages.stage import DATASET, Stage, StageJob, evaluated_splits
 from tvilfm.config import Config
-from tvilfm.evaluation.evaluator import Evaluator, Split
+from tvilfm.evaluation.evaluator import Evaluator
 from tvilfm.evaluation.features import IMAGES_FILE, FeatureTable
+from tvilfm.evaluation.protocols import Split
+from tvilfm.evaluation.query_texts import QUERY_TEXTS_FILE
 from tvilfm.models import TVILFM
 from tvilfm.report.build import build_results
 
@@ -20,10 +23,10 @@ class EvaluateResults(Stage):
     """Evaluate every protocol, query and text source on test and validation identities."""
 
     name = "results"
-    keys = ("data.name", "run.seed", "evaluate", "loss.filter_text", "train.base.use_val", "train.text.use_val")
+    keys = ("data.name", "evaluate", "loss.filter_text", "train.base.use_val", "train.text.use_val")
 
     def inputs(self, config: Config) -> tuple[str, ...]:
-        return (DATASET, "text", "features", captions_input(config))
+        return (DATASET, "text", "features")
 
     def make(self, folder: Path, job: StageJob) -> None:
         for split in evaluated_splits(job.manifest, job.config):
@@ -32,23 +35,20 @@ class EvaluateResults(Stage):
 
 def job_evaluator(job: StageJob, split: Split = "test") -> Evaluator:
     """Return the evaluator of a stage that has the inputs of `results`."""
-    return read_evaluator(
-        job.config, job.manifest, job.captions, text=job.input("text"), features=job.input("features"), split=split
-    )
+    return read_evaluator(job.config, job.manifest, text=job.input("text"), features=job.input("features"), split=split)
 
 
 def read_evaluator(
-    config: Config, manifest: pa.Table, captions: pa.Table, *, text: Path, features: Path, split: Split = "test"
+    config: Config, manifest: pa.Table, *, text: Path, features: Path, split: Split = "test"
 ) -> Evaluator:
     """Return the evaluator of a run from the folders of its finished stages `text` and `features`."""
     return Evaluator(
         TVILFM.from_pretrained(text / "model").eval(),
         manifest,
-        captions,
+        pq.read_table(features / QUERY_TEXTS_FILE),
         FeatureTable.read(features / IMAGES_FILE),
         FeatureTable.read(features / "texts.parquet"),
         config.evaluate,
         filter_text=config.loss.filter_text,
-        seed=config.run.seed,
         split=split,
     )

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from cluster.depot import Depot
 from tvilfm.config import Config, set_value, value_at
 from tvilfm.datasets.manifest import select
-from tvilfm.evaluation.evaluator import Split
+from tvilfm.evaluation.protocols import Split
 
 DATASET, CAPTION_FILES, CAPTIONS = "dataset", "caption_files", "captions"
 SOURCES = (DATASET, CAPTION_FILES)  # inputs that no stage makes: what users bring

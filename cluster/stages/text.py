@@ -26,7 +26,7 @@ class Text(Stage):
     name = "text"
     keys = (
         *("run.seed", "data.name", "data.pad", "train.p", "train.k", "train.autocast", "train.text"),
-        *("loss", "optim", "model.text"),
+        *("loss", "optim", "model.text", "evaluate.witness_draw"),
     )
     unit = "steps"
 

@@ -14,6 +14,7 @@ import pytest
 from tvilfm.captioning.colors import find_colors
 from tvilfm.datasets.captions import (
     collect,
+    identity_map,
     read_caption_dict,
     read_captions,
     read_identity_map,
@@ -21,7 +22,7 @@ from tvilfm.datasets.captions import (
     read_sysu_arrays,
     write_published,
 )
-from tvilfm.datasets.manifest import CAPTION_SCHEMA, build_manifest, select
+from tvilfm.datasets.manifest import CAPTION_SCHEMA, build_manifest, fingerprint, select
 from tvilfm.datasets.sysu_mm01 import read as read_sysu
 from tvilfm.evaluation.protocols import get_protocol, select_query, witness_captions
 
@@ -289,7 +290,18 @@ def test_captions_known_by_identity_alone_keep_the_witness_pool_and_say_so(
     assert any(witness_captions(manifest, captions, query, protocol, **draw))
     assert not any(witness_captions(manifest, spread, query, protocol, **draw))
 
-    (tmp_path / "Text" / "Blip_RGB" / "id_caption_map_Blip_RGB.json").unlink()
+    # The lists travel with the table, in their order, through a file too.
+    path = tmp_path / "Text" / "Blip_RGB" / "id_caption_map_Blip_RGB.json"
+    pq.write_table(spread, tmp_path / "captions.parquet")
+    for table in (spread, read_captions(manifest, tmp_path, tmp_path / "captions.parquet")):
+        assert identity_map(table) == read_identity_map(path)
+    assert identity_map(table.replace_schema_metadata(None)) == {}
+    lists = {pid: texts[::-1] for pid, texts in read_identity_map(path).items()}
+    before = fingerprint(read_published(tmp_path, manifest))
+    path.write_text(json.dumps(lists))
+    assert fingerprint(read_published(tmp_path, manifest)) != before
+
+    path.unlink()
     with pytest.raises(ValueError, match=rf"got none for {gallery.num_rows} of"):
         read_published(tmp_path, manifest)
 

@@ -76,6 +76,7 @@ PUBLISHED = {
     "train.text.eval_every": 2,
     "train.text.eval_from": 1,
     "train.text.freeze_batch_norm": False,
+    "evaluate.witness_draw": "released",
 }
 REGDB = {"optim.lr": 2e-3, "optim.text_lr": 1e-5, "optim.text_bias_weight_decay": 0.0, "train.text.eval_from": 80}
 CORRECTED = {
@@ -96,6 +97,7 @@ CORRECTED = {
     "train.text.eval_every": 1,
     "train.text.eval_from": 1,
     "train.text.freeze_batch_norm": True,
+    "evaluate.witness_draw": "seeded",
 }
 
 

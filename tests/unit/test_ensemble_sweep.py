@@ -16,6 +16,7 @@ from tvilfm.evaluation import ensemble_sweep
 from tvilfm.evaluation.ensemble_sweep import MODALITIES, SweepResult, sweep_ensemble, weight_grid
 from tvilfm.evaluation.evaluator import Evaluator, default_case
 from tvilfm.evaluation.features import FeatureTable
+from tvilfm.evaluation.query_texts import draw_query_texts
 from tvilfm.models import TVILFM, ModelSpec
 from tvilfm.tuning import written
 
@@ -77,7 +78,8 @@ def make_evaluator(
 
     section = EvaluateSection(protocols=(protocol,), text_sources=("witness",), ensemble=weights)
     images, texts = (features(table) for table in (manifest["image"].to_pylist(), captions["caption"].to_pylist()))
-    return Evaluator(model, manifest, captions, images, texts, section, filter_text=True, seed=0, split="val")
+    query_texts = draw_query_texts(manifest, captions, section, seed=0, splits=("val",))
+    return Evaluator(model, manifest, query_texts, images, texts, section, filter_text=True, split="val")
 
 
 def by_the_evaluator(evaluator: Evaluator) -> list[float]:

@@ -13,10 +13,11 @@ import torch
 from tests.oracles import expand_queries_loop, k_reciprocal_rerank_loop, ranking_metrics_loop
 from tvilfm.config import EnsembleWeights, EvaluateSection, RerankSection
 from tvilfm.datasets.manifest import CAPTION_SCHEMA, build_manifest
-from tvilfm.evaluation.evaluator import CaseResult, Evaluator, Split, all_texts, default_case, query_texts
+from tvilfm.evaluation.evaluator import CaseResult, Evaluator, default_case
 from tvilfm.evaluation.extract import encode_pixels, encode_texts
 from tvilfm.evaluation.features import FeatureTable
-from tvilfm.evaluation.protocols import get_protocol
+from tvilfm.evaluation.protocols import Split, get_protocol, select_query
+from tvilfm.evaluation.query_texts import draw_query_texts, select_query_texts, sentences_of
 from tvilfm.models import TVILFM, ModelSpec
 from tvilfm.models.bn_neck import BNNeck
 
@@ -102,7 +103,8 @@ def make_evaluator(
     section: EvaluateSection = SECTION,
     split: Split = "test",
 ) -> Evaluator:
-    return Evaluator(model, manifest, captions, images, texts, section, filter_text=filter_text, seed=0, split=split)
+    query_texts = draw_query_texts(manifest, captions, section, seed=0, splits=(split,))
+    return Evaluator(model, manifest, query_texts, images, texts, section, filter_text=filter_text, split=split)
 
 
 def unit_by_hand(head: BNNeck | None, raw: np.ndarray) -> np.ndarray:
@@ -258,13 +260,18 @@ def test_the_ensemble_uses_the_current_head_for_its_infrared_part(
 def test_query_texts_keep_the_queries_that_have_one(manifest: pa.Table, captions: pa.Table) -> None:
     gone = [row["image"] for row in manifest.to_pylist() if row["pid"] == 8 and row["camid"] in (4, 5)]
     fewer = manifest.filter(pa.array([image not in gone for image in manifest["image"].to_pylist()]))
-    found = query_texts(fewer, captions, get_protocol(INDOOR), "witness-heldout", seed=0)
+    drawn = draw_query_texts(fewer, captions, SECTION, seed=0)
+    protocol = get_protocol(INDOOR)
+    found = select_query_texts(drawn, select_query(fewer, protocol), protocol, "witness-heldout", split="test")
     assert found is not None
     assert found.kept.tolist() == [0, 1, 4, 5]
     assert found.texts == [visible_caption(pid, 4) for pid in (3, 3, 12, 12)]
     assert found.filter_texts == [f"infrared of cam{camid}/{pid}.jpg" for pid in (3, 12) for camid in (3, 6)]
-    assert query_texts(manifest, captions, get_protocol(ALL), "witness-heldout", seed=0) is None
-    assert query_texts(manifest, captions, get_protocol(ALL), "none", seed=0) is None
+    protocol = get_protocol(ALL)
+    for source in ("witness-heldout", "none"):
+        query = select_query(manifest, protocol)
+        drawn = draw_query_texts(manifest, captions, SECTION, seed=0)
+        assert select_query_texts(drawn, query, protocol, source, split="test") is None  # type: ignore[arg-type]
 
 
 def test_queries_without_a_text_leave_the_rows_of_that_source(
@@ -283,13 +290,13 @@ def test_queries_without_a_text_leave_the_rows_of_that_source(
 def test_all_texts_are_what_an_evaluation_looks_up(
     model: TVILFM, manifest: pa.Table, captions: pa.Table, images: FeatureTable
 ) -> None:
-    sentences = all_texts(manifest, captions, SECTION, seed=0)
+    sentences = sentences_of(draw_query_texts(manifest, captions, SECTION, seed=0))
     assert sentences == sorted(set(sentences))
     assert "never used" not in sentences and not [text for text in sentences if " 20" in text or "/20" in text]
     needed = make_features(sentences, model.spec.dim, 3)
     make_evaluator(model, manifest, captions, images, needed).evaluate()
     witness_only = SECTION.model_copy(update={"text_sources": ("witness",), "protocols": (ALL,)})
-    fewer = make_features(all_texts(manifest, captions, witness_only, seed=0), model.spec.dim, 3)
+    fewer = make_features(sentences_of(draw_query_texts(manifest, captions, witness_only, seed=0)), model.spec.dim, 3)
     assert "infrared of cam3/3.jpg" in fewer.keys
     make_evaluator(model, manifest, captions, images, fewer, section=witness_only).evaluate()
     for row in (0, len(sentences) - 1):  # and not one more

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import defaultdict
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from tests.oracles import gallery_draw_loop
+from tvilfm.config import WitnessDraw
+from tvilfm.datasets.captions import IDENTITY_MAP
 from tvilfm.evaluation.metrics import ranking_metrics
 from tvilfm.evaluation.protocols import (
     chance_level,
@@ -184,6 +188,25 @@ def captions_of(manifest: pa.Table) -> pa.Table:
             "revision": ["0" for _ in rows],
         }
     )
+
+
+def test_the_released_draw_is_numpys_first_seed_over_the_published_lists_in_query_order() -> None:
+    manifest, protocol = sysu(), get_protocol("sysu_mm01/indoor/single")
+    query, captions = select_query(manifest, protocol), captions_of(manifest)
+    lists = {pid: [f"{pid} {word}" for word in ("z", "a", "m", "b", "y")] for pid in set(query["pid"].to_pylist())}
+    published = captions.replace_schema_metadata({IDENTITY_MAP: json.dumps(lists)})
+    state = np.random.RandomState(1)  # as the released loader, sentence by sentence
+    expected = [state.choice(lists[pid]) for pid in query["pid"].to_pylist()]
+    for seed in (0, 7):  # the run's seed has no part in it
+        drawn = witness_captions(manifest, published, query, protocol, seed=seed, held_out=False, draw="released")
+        assert drawn == expected
+    alone = witness_captions(manifest, captions, query, protocol, seed=0, held_out=False, draw="released")
+    assert [text.split()[2] for text in alone if text] == [str(pid) for pid in query["pid"].to_pylist()]
+    released, seeded = (
+        witness_captions(manifest, published, query, protocol, seed=0, held_out=True, draw=draw)
+        for draw in get_args(WitnessDraw)
+    )
+    assert released == seeded
 
 
 def test_witness_draws_a_visible_test_caption_of_the_true_identity() -> None:

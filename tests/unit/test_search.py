@@ -17,10 +17,11 @@ from PIL import Image
 from tests.untrained_run import draw_statistics
 from tvilfm.config import EnsembleWeights, EvaluateSection, GallerySection
 from tvilfm.datasets.manifest import CAPTION_SCHEMA, build_manifest, select
-from tvilfm.evaluation.evaluator import Evaluator, all_texts
+from tvilfm.evaluation.evaluator import Evaluator
 from tvilfm.evaluation.extract import encode_pixels, encode_texts
 from tvilfm.evaluation.features import FeatureTable
 from tvilfm.evaluation.protocols import get_protocol
+from tvilfm.evaluation.query_texts import draw_query_texts, sentences_of
 from tvilfm.models import TVILFM, ModelSpec
 from tvilfm.retrieval import exact
 from tvilfm.retrieval.exact import ExactIndex
@@ -325,12 +326,11 @@ class Lab:
         return Evaluator(
             self.model,
             self.manifest,
-            self.captions,
+            draw_query_texts(self.manifest, self.captions, SECTION, seed=0),
             self.images,
             self.texts,
             SECTION,
             filter_text=filter_text,
-            seed=0,
         )
 
 
@@ -361,7 +361,7 @@ def lab() -> Lab:
         names = select(manifest, modality=modality)["image"].to_pylist()
         keys += names
         features.append(encode_pixels(model, np.stack([pixels[name] for name in names]), modality))
-    texts = all_texts(manifest, caption_table, SECTION, seed=0)
+    texts = sentences_of(draw_query_texts(manifest, caption_table, SECTION, seed=0))
     return Lab(
         model=model,
         manifest=manifest,

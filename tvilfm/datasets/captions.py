@@ -24,6 +24,7 @@ from tvilfm.datasets.splits import TEST_SPLITS
 
 SENSORS = {"visible": "RGB", "infrared": "IR"}
 PUBLISHED = "published"
+IDENTITY_MAP = b"identity_captions"  # metadata of a caption table: the lists of id_caption_map_*.json
 BY_IDENTITY = "published, by identity"
 _FIELDS = ("description", "aug_description")
 # Top folders of SYSU-MM01, RegDB, LLCM and of one's own images: where the writer's root ends and the dataset begins.
@@ -91,7 +92,10 @@ def read_captions(manifest: pa.Table, root: Path, path: Path | None = None) -> p
         raise ValueError(f"data.captions: expected columns {CAPTION_SCHEMA.names}, got no {missing[0]} in {path}.")
     rows = {row["image"]: row for row in table.select(CAPTION_SCHEMA.names).to_pylist()}
     _require_all(manifest, rows, {})
-    return pa.Table.from_pylist([rows[image] for image in manifest["image"].to_pylist()], schema=CAPTION_SCHEMA)
+    ordered = pa.Table.from_pylist([rows[image] for image in manifest["image"].to_pylist()], schema=CAPTION_SCHEMA)
+    return ordered.replace_schema_metadata(
+        {key: value for key, value in (table.schema.metadata or {}).items() if key == IDENTITY_MAP}
+    )
 
 
 def read_published(root: Path, manifest: pa.Table, *, text_dir: Path | None = None) -> pa.Table:
@@ -109,7 +113,8 @@ def read_published(root: Path, manifest: pa.Table, *, text_dir: Path | None = No
         text_dir: the folder that holds Blip_RGB and Blip_IR, or their files themselves; None = `root/Text`.
 
     Returns:
-        Caption table, one row an image, in manifest order.
+        Caption table, one row an image, in manifest order. The lists of `id_caption_map_*` travel in its metadata, see
+        `identity_map`.
 
     Raises:
         ValueError: no caption file, a file of another format, or images without a caption (the first is named).
@@ -123,7 +128,16 @@ def read_published(root: Path, manifest: pa.Table, *, text_dir: Path | None = No
     for image, text in identity_captions(manifest, found, collected.identity_texts).items():
         found[image], captioner[image] = Caption(text, None), BY_IDENTITY
     _require_all(manifest, found, collected.unknown)
-    return _table([(image, found[image], captioner[image]) for image in manifest["image"].to_pylist()])
+    table = _table([(image, found[image], captioner[image]) for image in manifest["image"].to_pylist()])
+    if not collected.identity_texts:
+        return table
+    return table.replace_schema_metadata({IDENTITY_MAP: json.dumps(collected.identity_texts)})
+
+
+def identity_map(captions: pa.Table) -> dict[int, list[str]]:
+    """Return pid -> captions in the order of `id_caption_map_*.json`; empty where a table came without that file."""
+    entries = json.loads((captions.schema.metadata or {}).get(IDENTITY_MAP, b"{}"))
+    return {int(pid): texts for pid, texts in entries.items()}
 
 
 def read_caption_dict(path: Path, images: Iterable[str] | None = None) -> pa.Table:

@@ -106,6 +106,7 @@ def fingerprint(*tables: pa.Table, root: Path | None = None) -> str:
     digest = hashlib.sha256()
     for table in tables:
         digest.update(repr(table.schema.names).encode())
+        digest.update(repr(sorted((table.schema.metadata or {}).items())).encode())
         for name in table.schema.names:
             digest.update("\0".join(map(str, table[name].to_pylist())).encode())
     if root is not None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,93 +21,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tvilfm.config import EvaluateSection
-from tvilfm.datasets.captions import texts_of
 from tvilfm.datasets.manifest import column
 from tvilfm.evaluation.features import FeatureTable
 from tvilfm.evaluation.metrics import RankingMetrics, ranking_metrics
 from tvilfm.evaluation.protocols import (
     Protocol,
+    Split,
     TextSource,
     chance_level,
     get_protocol,
     select_gallery,
     select_query,
-    witness_captions,
 )
+from tvilfm.evaluation.query_texts import QueryTexts, select_query_texts
 from tvilfm.evaluation.rerank import expand_queries, k_reciprocal_rerank
 from tvilfm.models import TVILFM
 from tvilfm.models.fusion import semantic_filtered_fusion
 from tvilfm.retrieval.ensemble import ensemble_query
 from tvilfm.retrieval.similarity import similarity
 
-Split = Literal["test", "val"]
 Similarity = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, kw_only=True)
-class QueryTexts:
-    """The sentences of a protocol's queries.
-
-    Attributes:
-        kept: int64, rows of the query table that have a text of this source.
-        texts: their query sentences.
-        filter_texts: their own infrared captions.
-    """
-
-    kept: npt.NDArray[np.int64]
-    texts: list[str]
-    filter_texts: list[str]
-
-
-def query_texts(
-    manifest: pa.Table,
-    captions: pa.Table,
-    protocol: Protocol,
-    source: TextSource,
-    *,
-    seed: int,
-    split: Split = "test",
-) -> QueryTexts | None:
-    """The query sentences of a text source, or None where the source does not apply to the protocol.
-
-    Args:
-        manifest: all rows.
-        captions: caption table.
-        protocol: decides queries and gallery cameras.
-        source: witness, witness-heldout or own.
-        seed: of the witness draw.
-        split: test or val identities.
-
-    Source: METHOD 6. Differs: the draw is seeded.
-    """
-    if source == "none" or protocol.query_modality != "infrared":
-        return None
-    query = select_query(manifest, protocol, split=split)
-    own, _ = texts_of(captions, query["image"].to_pylist())
-    if source == "own":
-        return QueryTexts(kept=np.arange(query.num_rows), texts=own, filter_texts=own)
-    drawn = witness_captions(
-        manifest, captions, query, protocol, seed=seed, held_out=source == "witness-heldout", split=split
-    )
-    kept = np.array([row for row, text in enumerate(drawn) if text is not None], dtype=np.int64)
-    if not len(kept):
-        return None
-    return QueryTexts(
-        kept=kept, texts=[text for text in drawn if text is not None], filter_texts=[own[row] for row in kept]
-    )
-
-
-def all_texts(
-    manifest: pa.Table, captions: pa.Table, section: EvaluateSection, *, seed: int, split: Split = "test"
-) -> list[str]:
-    """Every sentence that an evaluation needs a feature of, sorted, each once."""
-    texts: set[str] = set()
-    for name in section.protocols:
-        for source in section.text_sources:
-            found = query_texts(manifest, captions, get_protocol(name), source, seed=seed, split=split)
-            if found is not None:
-                texts.update(found.texts, found.filter_texts)
-    return sorted(texts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,12 +59,12 @@ class Evaluator:
 
     Args:
         model: heads are used, not the encoders; in eval mode.
-        manifest, captions: the dataset's tables.
+        manifest: the dataset's rows.
+        query_texts: sentences of the queries, as `draw_query_texts` returns.
         images: raw features by image path.
         texts: raw features by sentence; None evaluates infrared alone.
         section: protocols, text sources, ensemble weights.
         filter_text: SFF on (subtract the infrared caption) or its ablation.
-        seed: of the witness draw.
         split: test or val identities.
     """
 
@@ -140,18 +72,17 @@ class Evaluator:
         self,
         model: TVILFM,
         manifest: pa.Table,
-        captions: pa.Table,
+        query_texts: pa.Table,
         images: FeatureTable,
         texts: FeatureTable | None,
         section: EvaluateSection,
         *,
         filter_text: bool,
-        seed: int,
         split: Split = "test",
     ) -> None:
-        self._model, self._manifest, self._captions = model, manifest, captions
+        self._model, self._manifest, self._query_texts = model, manifest, query_texts
         self._images, self._texts, self._section = images, texts, section
-        self._filter_text, self._seed, self._split = filter_text, seed, split
+        self._filter_text, self._split = filter_text, split
         self._galleries: dict[tuple[str, int], pa.Table] = {}  # every query of a protocol meets the same draws
 
     @property
@@ -168,7 +99,7 @@ class Evaluator:
         return self._galleries[key]
 
     def texts(self, protocol: Protocol, source: TextSource) -> QueryTexts | None:
-        return query_texts(self._manifest, self._captions, protocol, source, seed=self._seed, split=self._split)
+        return select_query_texts(self._query_texts, self.query(protocol), protocol, source, split=self._split)
 
     @torch.inference_mode()
     def image_vectors(self, table: pa.Table, *, base: bool) -> Tensor:

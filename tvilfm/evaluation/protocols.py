@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from tvilfm.datasets.captions import BY_IDENTITY
+from tvilfm.config import WitnessDraw
+from tvilfm.datasets.captions import BY_IDENTITY, identity_map
 from tvilfm.datasets.manifest import Modality, column
 from tvilfm.evaluation.metrics import MetricRule
 
@@ -150,6 +152,7 @@ def witness_captions(
     seed: int,
     held_out: bool,
     split: Split = "test",
+    draw: WitnessDraw = "seeded",
 ) -> list[str | None]:
     """Draw each query's text as a witness would give it: a visible caption of the query's true identity.
 
@@ -165,6 +168,8 @@ def witness_captions(
         seed: of the draw, one draw a query in query order.
         held_out: `witness-heldout` rather than `witness`.
         split: the identities that `query` is from.
+        draw: `released` draws as the released code does: `numpy.random.RandomState(1)`, whatever the seed, from the
+            lists of `id_caption_map_*.json` where the captions come with them. Held out is always `seeded`.
 
     Returns:
         One text a query; None where held out leaves none.
@@ -173,7 +178,7 @@ def witness_captions(
         ValueError: not held out, and an identity without a visible caption.
 
     Source: METHOD 6.
-    Differs: the released code draws from an unseeded generator, so its texts cannot be repeated.
+    Differs: `seeded` follows the run's seed and draws from sorted captions.
     """
     caption_of = {
         image: text
@@ -189,11 +194,18 @@ def witness_captions(
         if row.image in caption_of and not (held_out and shown):
             texts[row.pid].add(caption_of[row.image])
     pool = {pid: sorted(unique) for pid, unique in texts.items()}
-    draw = random.Random(seed)
+    choose: Callable[[list[str]], str] = random.Random(seed).choice
+    if draw == "released" and not held_out:
+        pool |= identity_map(captions)
+        state = np.random.RandomState(1)
+
+        def choose(sentences: list[str]) -> str:
+            return sentences[state.choice(len(sentences))]
+
     drawn: list[str | None] = []
     for pid in query["pid"].to_pylist():
         if pid in pool:
-            drawn.append(draw.choice(pool[pid]))
+            drawn.append(choose(pool[pid]))
         elif held_out:
             drawn.append(None)
         else:

@@ -15,8 +15,9 @@ from tvilfm.captioning.scores import Marks
 from tvilfm.config import Config, to_yaml
 from tvilfm.datasets.captions import texts_of
 from tvilfm.datasets.manifest import column, rows_of, select
-from tvilfm.evaluation.evaluator import CaseResult, Evaluator, QueryTexts, default_case
+from tvilfm.evaluation.evaluator import CaseResult, Evaluator, default_case
 from tvilfm.evaluation.protocols import Protocol, get_protocol, ignored_gallery
+from tvilfm.evaluation.query_texts import QueryTexts
 from tvilfm.report.figures import RetrievalFeatures
 from tvilfm.report.page import CaptionSample, RankedExample, RankedRow, ReportData
 from tvilfm.report.tables import QUERIES, ResultRow, Results

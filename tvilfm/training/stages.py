@@ -15,9 +15,11 @@ from tvilfm.config import PROTOCOLS, Config, EvaluateSection, ScheduleSection, T
 from tvilfm.datasets.manifest import rows_of, select
 from tvilfm.datasets.transforms import Recipe
 from tvilfm.datasets.tri_modal import TrainingRows, TriModalDataset
-from tvilfm.evaluation.evaluator import Evaluator, Split, all_texts
+from tvilfm.evaluation.evaluator import Evaluator
 from tvilfm.evaluation.extract import encode_pixels, encode_texts
 from tvilfm.evaluation.features import FeatureTable
+from tvilfm.evaluation.protocols import Split
+from tvilfm.evaluation.query_texts import QUERY_TEXTS_SCHEMA, draw_query_texts, sentences_of
 from tvilfm.models import TVILFM, spec_from_config
 from tvilfm.models.tvilfm import load_text_weights, load_visual_weights
 from tvilfm.training.distributed import rank, world_size
@@ -160,13 +162,19 @@ def _validator(
         return None
     split: Split = "test" if schedule.select == "test" else "val"
     # Not of `evaluate`: another table must not mean another training.
-    protocol = PROTOCOLS[config.data.name][0]
     section = EvaluateSection(
-        protocols=(protocol,), text_sources=("witness",), default_text_source="witness", batch=config.evaluate.batch
+        protocols=PROTOCOLS[config.data.name][:1],
+        text_sources=("witness",),
+        default_text_source="witness",
+        batch=config.evaluate.batch,
     )
     splits = ("query", "gallery", "test") if split == "test" else (split,)
     table = select(data.manifest, split=splits)
-    texts = all_texts(data.manifest, data.captions, section, seed=config.run.seed, split=split) if with_text else []
+    query_texts = QUERY_TEXTS_SCHEMA.empty_table()
+    if with_text:
+        section = section.model_copy(update={"witness_draw": config.evaluate.witness_draw})
+        query_texts = draw_query_texts(data.manifest, data.captions, section, seed=config.run.seed, splits=(split,))
+    texts = sentences_of(query_texts)
     frozen = [] if data.images is None else [data.images]
 
     def validate(model: TVILFM) -> dict[str, float]:
@@ -180,12 +188,11 @@ def _validator(
         evaluator = Evaluator(
             model,
             data.manifest,
-            data.captions,
+            query_texts,
             images,
             encoded,
             section,
             filter_text=with_text and config.loss.filter_text,
-            seed=config.run.seed,
             split=split,
         )
         kind = "fusion" if with_text else "infrared"
