@@ -13,9 +13,17 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from cluster.data import DEFAULT_CONFIG
 from cluster.data import app as data_app
-from tvilfm.config import Config, known_keys, load_config, to_yaml, value_at
+from tvilfm.config import (
+    Config,
+    default_description,
+    known_keys,
+    load_config,
+    load_run,
+    run_folder,
+    to_yaml,
+    value_at,
+)
 from tvilfm.service.keys import KeyFile, add_key, remove_key
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="TVI-LFM on Ray.")
@@ -37,20 +45,34 @@ SizeOption = Annotated[
 ]
 KeysOption = Annotated[Path, typer.Option("--file", help="File of the keys' hashes; serve.keys names it.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Overrides, values as YAML.")
+    list[str] | None,
+    typer.Argument(
+        metavar="[RUN] [SECTION.KEY=VALUE]...",
+        help="Folder of a run, whose description is read in place of --config; then overrides, values as YAML.",
+        show_default=False,
+    ),
 ]
 
 
-def _config(path: Path | None, size: str | None, overrides: list[str] | None) -> Config:
-    return load_config(path or DEFAULT_CONFIG, overrides or [], size=size)
+def _config(path: Path | None, size: str | None, arguments: list[str] | None) -> Config:
+    """The description that a command's options and arguments name: of a file, or of the folder of a run."""
+    folder = run_folder(arguments or [])
+    if folder is None:
+        return load_config(path or default_description(), arguments or [], size=size)
+    if path or size:
+        raise ValueError(
+            f"{folder}: expected neither --config nor --size with the folder of a run, which has its own description. "
+            "Leave the option out."
+        )
+    return load_run(folder, (arguments or [])[1:])
 
 
 @app.command("run")
 def run_command(config: ConfigOption = None, size: SizeOption = None, overrides: Overrides = None) -> None:
-    """Run the whole chain: decode, train both stages, extract, evaluate, report. What is there is not made again."""
-    _run(_config(config, size, overrides), until="report")
-    options = [*(["--config", str(config)] if config else []), *(["--size", size] if size else []), *(overrides or [])]
-    typer.echo(f"to search it: {sys.argv[0]} serve --open {shlex.join(options)}")
+    """Run the whole chain: decode, train both stages, extract, evaluate, report. Finished stages are skipped."""
+    resolved = _config(config, size, overrides)
+    _run(resolved, until="report")
+    typer.echo(f"to search it: {sys.argv[0]} serve --open {shlex.quote(str(resolved.run.path))}")
 
 
 @app.command("train")
@@ -152,11 +174,25 @@ def tune_command(
     name: Annotated[str | None, typer.Option(help="Folder in run.dir; default the space's name.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds in place of the space's, such as 0,1,2.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep of that name.")] = False,
+    origin: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", help="Folder of a run whose description and finished stages the trials use.", show_default=False
+        ),
+    ] = None,
     config: ConfigOption = None,
     size: SizeOption = None,
     overrides: Overrides = None,
 ) -> None:
     """Run a sweep: the trials of a space, its table and its report."""
+    settings = overrides or []
+    if origin is not None:
+        if config or size:
+            raise ValueError("--from: expected neither --config nor --size beside it, got one. Leave it out.")
+        run = load_run(origin)
+        places = {"run.dir": run.run.dir, "run.stages_dir": run.stages_path}
+        settings = [*(f"{key}={json.dumps(str(path))}" for key, path in places.items()), *settings]
+        config = origin / "config.yaml"
     from cluster.tune import SPACES, sweep_space
     from tvilfm.tuning import load_space, with_seeds
 
@@ -164,12 +200,12 @@ def tune_command(
     loaded = load_space(path)
     if seeds is not None:
         loaded = with_seeds(loaded, seeds)
-    _tried(_config(config, size, overrides))
+    _tried(_config(config, size, settings))
     folder = sweep_space(
         loaded,
         name=name or loaded.name,
-        config_path=config or DEFAULT_CONFIG,
-        overrides=overrides or [],
+        config_path=config or default_description(),
+        overrides=settings,
         size=size,
         resume=resume,
     )
@@ -177,9 +213,14 @@ def tune_command(
 
 
 @app.command("report")
-def report_command(folder: Annotated[Path, typer.Argument(help="Of a sweep, such as runs/ablations.")]) -> None:
-    """Write a sweep's tables (Markdown, CSV, LaTeX) and page again from its trials, and print the table."""
-    _report(folder)
+def report_command(
+    folder: Annotated[Path, typer.Argument(help="Of a run or a sweep, such as runs/demo or runs/ablations.")],
+) -> None:
+    """Write the report again: of a run, or of a sweep (page, Markdown, CSV, LaTeX) from its trials."""
+    if (folder / "run.json").is_file():
+        _run(load_run(folder), until="report")
+    else:
+        _report(folder)
 
 
 def _report(folder: Path) -> None:
@@ -335,7 +376,7 @@ def submit_command(
     """Run a command as a job on a Ray cluster (cluster.job_address), with this folder's program."""
     from cluster import submit
 
-    parsed = submit.parse(app, command, DEFAULT_CONFIG)
+    parsed = submit.parse(app, command, default_description())
     folder = Path.cwd()
     package = submit.package_of(folder, parsed.config)
     package.check(parsed)
@@ -445,6 +486,16 @@ def doctor_command(config: ConfigOption = None, size: SizeOption = None, overrid
     Console().print(table_of(findings))
     if any(finding.state == "fault" for finding in findings):
         raise typer.Exit(1)
+
+
+@app.command("init")
+def init_command() -> None:
+    """Write an annotated ray_config.yaml into this folder, to be edited. An existing file is not changed."""
+    target = Path("ray_config.yaml")
+    if target.exists():
+        raise ValueError(f"{target}: expected a folder without one, got an existing file. Edit or remove it.")
+    target.write_text(default_description().read_text())
+    typer.echo(f"{target}: every key, its default and what it means")
 
 
 @config_app.command("show")

@@ -11,11 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tvilfm.config import DataSection, load_config
+from tvilfm.config import DataSection, default_description, load_config
 from tvilfm.datasets.check import Findings, check_dataset
 from tvilfm.datasets.synthetic import SIZES, Layout, Size, write_layout
 
-DEFAULT_CONFIG = Path("ray_config.yaml")
 REGDB_IMAGES = 10
 SHOWN = 3
 
@@ -83,7 +82,7 @@ def check(
     ] = None,
 ) -> None:
     """Count a dataset against the published numbers, look for what is wrong, and say how to mend it."""
-    resolved = load_config(config or DEFAULT_CONFIG, overrides or [], size=size)
+    resolved = load_config(config or default_description(), overrides or [], size=size)
     trained: DataSection | None = None
     if run is not None:
         trained = load_config(run / "config.yaml").data

@@ -36,7 +36,10 @@ from tvilfm.config import ClusterSection, Config, load_config
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 # Parameters of commands that name data or results, and those that name files of the program, which travel with it.
-DATA_PARAMETERS = ("out", "images", "captions", "gallery", "folder", "run", "file")
+DATA_PARAMETERS = (
+    *("out", "images", "captions", "gallery", "folder", "run", "file"),
+    *("model", "image", "html", "csv", "as_json", "origin"),
+)
 PROGRAM_PARAMETERS = ("config", "space")
 LARGEST_SHOWN = 5
 TAIL_LINES = 20
@@ -125,6 +128,11 @@ def parse(app: typer.Typer, arguments: Sequence[str], default_config: Path) -> C
     parameters = command.make_context(" ".join(("tvilfm", *names)), rest).params
     path = Path(parameters.get("config") or default_config)
     overrides = parameters.get("overrides") or []
+    if overrides and "=" not in overrides[0]:
+        raise ValueError(
+            f"submit: expected section.key=value, got {overrides[0]}. The folder of a run is not sent with a job: give "
+            "the options that made the run."
+        )
     # Commands that read no description may be given in a folder without one.
     there = path if "config" in parameters or path.exists() else None
     config = load_config(there, overrides, size=parameters.get("size"))
@@ -146,8 +154,10 @@ def job_paths(command: Command, folder: Path, *, same_machine: bool) -> tuple[st
     if command.config.cluster.storage is None and same_machine:
         base = folder
     for name in DATA_PARAMETERS:
-        value = command.parameters.get(name)
-        if value is not None and is_relative(str(value)):
+        values = command.parameters.get(name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is None or not is_relative(str(value)):
+                continue
             example = f"{base / str(value)}, or a URI" if base else "a path that every machine sees, or a URI"
             raise ValueError(
                 f"{name}: expected an absolute path or a URI, got {value}. A job runs in a folder of its own that "

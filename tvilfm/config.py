@@ -11,7 +11,9 @@ from __future__ import annotations
 import copy
 import difflib
 import ipaddress
-from collections.abc import Collection, Iterable, Mapping
+import json
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -712,12 +714,50 @@ def load_config(path: Path | None = None, overrides: Iterable[str] = (), *, size
     return resolve(read_description(path), overrides, size=size)
 
 
+def default_description() -> Path:
+    """Return ./ray_config.yaml or, in a folder without one, the description that the package contains."""
+    own = Path("ray_config.yaml")
+    return own if own.is_file() else Path(__file__).with_name("ray_config.yaml")
+
+
+def run_folder(arguments: Sequence[str]) -> Path | None:
+    """Return the run folder that is the first of a command's arguments, before its overrides; None without one.
+
+    Raises:
+        ValueError: the first argument is neither an override nor the folder of a run.
+    """
+    if not arguments or "=" in arguments[0]:
+        return None
+    folder = Path(arguments[0])
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(
+            f"{arguments[0]}: expected section.key=value or the folder of a run, such as runs/demo, got neither "
+            "(no config.yaml there). Check the path, or make the run with `tvilfm run`."
+        )
+    return folder
+
+
+def load_run(folder: Path, overrides: Iterable[str] = ()) -> Config:
+    """Return the resolved description of a run, as its folder holds it.
+
+    Args:
+        folder: of the run, where it is now.
+        overrides: what is to differ.
+    """
+    folder = Path(os.path.normpath(folder))
+    if folder.name in ("", ".."):
+        folder = folder.resolve()
+    where = {"run.dir": str(folder.parent), "run.name": folder.name}
+    written = [f"{key}={json.dumps(value)}" for key, value in where.items()]
+    return load_config(folder / "config.yaml", [*written, *overrides])
+
+
 def read_description(path: Path | None) -> dict[str, Any]:
     """The sections of a run description as its file has them, unchecked; arguments and errors as of `load_config`."""
     values: dict[str, Any] = {}
     if path is not None:
         if not path.is_file():
-            raise ValueError(f"--config: expected a YAML file, got {path}. Run in the repository or give its path.")
+            raise ValueError(f"--config: expected a YAML file, got {path}. Check the path, or use `tvilfm init`.")
         try:
             values = yaml.safe_load(path.read_text()) or {}
         except yaml.YAMLError as error:

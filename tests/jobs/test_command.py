@@ -94,6 +94,30 @@ def test_a_ray_that_a_command_starts_asks_for_a_token(
     assert shown.stdout.strip() == expected
 
 
+def test_init_writes_the_annotated_description_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = Path("ray_config.yaml").read_text()
+    monkeypatch.chdir(tmp_path)
+    assert _call(monkeypatch, "init") == 0
+    assert (tmp_path / "ray_config.yaml").read_text() == expected
+    assert _call(monkeypatch, "init") == 2
+    assert "existing file" in capsys.readouterr().err
+
+
+def test_a_command_takes_the_folder_of_a_run_and_refuses_a_recipe_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "runs" / "site"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("train: {p: 12}")
+    assert _call(monkeypatch, "config", "show", str(folder), "train.k=3") == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["run"]["name"], shown["train"]["p"], shown["train"]["k"]) == ("site", 12, 3)
+    assert _call(monkeypatch, "config", "show", "--size", "tiny", str(folder)) == 2
+    assert "neither --config nor --size" in capsys.readouterr().err
+
+
 def test_progress_without_a_terminal_is_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "progress.json"
     with watch(path, "base", "steps"):

@@ -40,7 +40,10 @@ REPOSITORY = Path(__file__).parents[2]
 DEFAULT = Path("ray_config.yaml")
 TOKEN = "a-token-of-the-tests-and-nobody-else"
 # Text parameters that are no paths, and files that travel with the program.
-OTHER_PARAMETERS = ("config", "size", "space", "name", "seeds", "identities", "scope", "target", "command")
+OTHER_PARAMETERS = (
+    *("config", "size", "space", "name", "seeds", "identities", "scope", "target", "command"),
+    *("text", "infrared_caption"),
+)
 # The chain without what it can do without: no pre-training, no cached views, one epoch a stage.
 QUICK = (
     *("model.weights=random", "train.text.cache_views=0", "train.base={epochs: 1}", "train.text={epochs: 1}"),
@@ -52,7 +55,8 @@ def text_parameters(program: typer.Typer) -> Iterator[str]:
     """Names of the parameters of all commands that take a text or a path."""
     for command in program.registered_commands:
         for name, kind in get_type_hints(command.callback).items():
-            if {str, Path} & {kind, *get_args(kind)} and command.name != "submit":
+            inner = {one for part in get_args(kind) for one in get_args(part)}  # of lists
+            if {str, Path} & {kind, *get_args(kind), *inner} and command.name != "submit":
                 yield name
     for group in program.registered_groups:
         if group.name != "jobs":
@@ -76,6 +80,7 @@ def test_every_text_parameter_of_every_command_is_known_to_be_a_path_or_not() ->
         (("submit", "--", "run"), "got submit"),
         (("run", "train.epoch=3"), "Did you mean train"),
         (("run", "--size", "huge"), "--size: expected one of"),
+        (("run", "runs/demo"), "submit: expected section.key=value, got runs/demo"),
     ],
 )
 def test_a_command_that_cannot_be_is_refused_before_anything_is_sent(arguments: tuple[str, ...], message: str) -> None:
@@ -105,6 +110,7 @@ def test_relative_paths_become_absolute_below_the_storage_or_here() -> None:
         (("run",), False, r"run\.dir: expected an absolute path for other machines, got runs"),
         (("run", "cluster.storage=s3://bucket/x"), True, r"run\.dir: expected an absolute path for other machines"),
         (("caption", "--out", "captions"), True, r"out: .* got captions\. .* say /home/me/captions, or a URI"),
+        (("find", "/runs/a", "--in", "/crops", "--image", "/a", "--image", "b.jpg"), True, r"image: .* got b\.jpg"),
         (("report", "runs/ablations"), False, r"folder: .* got runs/ablations\. .* say a path that every machine sees"),
     ],
 )

@@ -10,7 +10,16 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from tvilfm.config import FIDELITY_SWITCHES, Config, known_keys, load_config, to_yaml
+from tvilfm.config import (
+    FIDELITY_SWITCHES,
+    Config,
+    default_description,
+    known_keys,
+    load_config,
+    load_run,
+    run_folder,
+    to_yaml,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 FILE = REPOSITORY / "ray_config.yaml"
@@ -115,6 +124,35 @@ def test_the_preset_sets_every_switch(path: Path | None, overrides: list[str], e
     assert set(FIDELITY_SWITCHES) == set(expected)
     config = load_config(path, overrides)
     assert {key: value_of(config, key) for key in expected} == expected
+
+
+def test_a_folder_without_a_description_has_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = load_config(FILE, size="tiny")
+    monkeypatch.chdir(tmp_path)
+    assert load_config(default_description(), size="tiny") == expected
+    (tmp_path / "ray_config.yaml").write_text("run: {name: own}")
+    assert load_config(default_description()).run.name == "own"
+
+
+def test_a_run_is_read_from_its_folder_wherever_it_was_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(FILE, ["run.dir=elsewhere", "train.p=4", "run.name=first"], size="small")
+    moved = tmp_path / "kept" / "second"
+    moved.mkdir(parents=True)
+    (moved / "config.yaml").write_text(to_yaml(config))
+    monkeypatch.chdir(tmp_path)
+    found = load_run(Path("kept/second/"), ["train.k=3"])
+    assert found.run.path == Path("kept/second") and (found.train.p, found.train.k) == (4, 3)
+    assert found.stages_path == Path("kept/second/stages")
+    monkeypatch.chdir(moved)
+    assert load_run(Path(".")).run.path == moved
+
+
+def test_the_first_argument_may_be_the_folder_of_a_run(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    assert run_folder([str(tmp_path), "train.p=4"]) == tmp_path
+    assert run_folder(["train.p=4"]) is None and run_folder([]) is None
+    with pytest.raises(ValueError, match=r"expected section\.key=value or the folder of a run"):
+        run_folder([str(tmp_path / "absent")])
 
 
 def test_a_switch_that_is_set_stays_as_it_is_set() -> None:
