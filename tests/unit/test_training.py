@@ -212,13 +212,33 @@ def test_the_rate_follows_the_schedule(toy: Toy, tmp_path: Path, monkeypatch: py
 
 
 class BrokenFeatures(TriModalDataset):
-    """Cached features, not a number in one batch of one epoch."""
+    """Cached features, of which one is spoilt in one batch of one epoch."""
+
+    value = torch.nan
 
     def __getitem__(self, batch: PKBatch) -> Batch:
         found = super().__getitem__(batch)
         if (batch.epoch, batch.index) == (1, 2):
-            found.features["visible"][0, 0] = torch.nan
+            found.features["visible"][0, 0] = self.value
         return found
+
+
+def test_published_skips_the_step_of_a_loss_that_is_not_finite_where_a_scaler_is_used(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, init_scale=8.0))  # as on CUDA
+    model = toy.model(text=True)
+    rng = np.random.default_rng(0)
+    views: dict[Any, Any] = {r: rng.random((1, 8, model.spec.dim)).astype(np.float32) for r in RECIPES}
+    dataset = BrokenFeatures(toy.rows, toy.manifest, toy.pixels, pad=2, seed=0, captions=toy.captions, views=views)
+    dataset.value = 1e4  # a distance past 88: the released soft margin is infinite
+    loss = LossSection(id_weight=0.0, wrt_numerics="published")
+    trained, recorder = toy.run(tmp_path, text=True, model=model, dataset=dataset, settings={"loss": loss})
+    spoilt = [step for step in recorder.steps if not np.isfinite(step["wrt"])]
+    assert [(step["epoch"], step["step"]) for step in spoilt] == [(1, 3)]
+    assert all(np.isfinite(record["wrt"]) for record in recorder.epochs)
+    assert all(value.isfinite().all() for value in trained.state_dict().values())
 
 
 @pytest.mark.parametrize(("dropped", "term"), [("wrt_weight", "id"), ("id_weight", "wrt")])

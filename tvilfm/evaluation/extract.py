@@ -14,6 +14,7 @@ import torch
 from tvilfm.datasets.tokens import tokenize
 from tvilfm.datasets.transforms import Draws, augment, normalise
 from tvilfm.models import TVILFM
+from tvilfm.models.backbone import image_format
 
 Features = npt.NDArray[np.float32]
 
@@ -45,7 +46,7 @@ def encode_pixels(
         images = normalise(pixels.permute(0, 3, 1, 2))
     else:
         images = augment(pixels, draws.to(device), pad=pad)
-    images = images.contiguous(memory_format=torch.channels_last)
+    images = images.contiguous(memory_format=image_format(device))
     encode = model.encode_visible if modality == "visible" else model.encode_infrared
     features: Features = encode(images).cpu().numpy()
     return features

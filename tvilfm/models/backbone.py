@@ -11,6 +11,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 
+def image_format(device: torch.device) -> torch.memory_format:
+    """Return the memory format of images and convolutions: channels last on CUDA, where it is faster.
+
+    On a CPU the ordinary format is closer to float64.
+    """
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """A ResNet as data: torchvision's block and its expansion, blocks a layer, channels of the stem."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from tvilfm.datasets.pk_sampler import PKSampler
 from tvilfm.datasets.tri_modal import TriModalDataset
 from tvilfm.losses.objective import JointObjective
 from tvilfm.models import TVILFM
+from tvilfm.models.backbone import image_format
 from tvilfm.training.checkpoint import Progress, load_trainer, save_checkpoint
 from tvilfm.training.distributed import rank, synchronise_batch_norm, world_size
 from tvilfm.training.optim import StageOptimizer, lr_factor
@@ -94,7 +96,7 @@ def train_stage(
         states = optimizer_state, scaler_state
         model.load_state_dict(TVILFM.from_pretrained(resume / "model").state_dict())
         TVILFM.from_pretrained(resume / "best").save_pretrained(best)
-    model.to(device).to(memory_format=torch.channels_last)
+    model.to(device).to(memory_format=image_format(device))
     if settings.freeze_visual:
         model.freeze_visual()
     synchronise_batch_norm(model.backbone, device)
@@ -169,6 +171,7 @@ def _run_epoch(
     # The released soft margin is infinite for far pairs, and its scaler then skips the step.
     skips_overflow = scaler.is_enabled() and settings.loss.wrt_numerics == "published"
     sums: dict[str, float] = {}
+    counts: Counter[str] = Counter()
     started = time.monotonic()
     batches: Iterator = iter(  # type: ignore[type-arg]
         DataLoader(
@@ -194,6 +197,7 @@ def _run_epoch(
                     "Lower the learning rate or look at this batch's images."
                 )
             sums[name] = sums.get(name, 0.0) + value
+            counts[name] += 1
         scaler.scale(total).backward()  # type: ignore[no-untyped-call]
         optimizer.step(scaler)
         scaler.update()
@@ -206,5 +210,5 @@ def _run_epoch(
                 **values,
             }
         )
-    means = {name: value / len(sampler) for name, value in sums.items()}
+    means = {name: value / counts[name] for name, value in sums.items()}  # of the steps that were not skipped
     return {"epoch": epoch, **means, "loss": sum(means.values()), "seconds": time.monotonic() - started}

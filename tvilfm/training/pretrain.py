@@ -21,7 +21,7 @@ from tvilfm.config import PretrainSection
 from tvilfm.datasets.manifest import column, rows_of, select
 from tvilfm.datasets.synthetic import ATTRIBUTES, COLOUR_ATTRIBUTES
 from tvilfm.datasets.transforms import Recipe, augment, draw
-from tvilfm.models.backbone import DualStemResNet
+from tvilfm.models.backbone import DualStemResNet, image_format
 
 
 def attribute_labels(root: Path, manifest: pa.Table) -> npt.NDArray[np.int64]:
@@ -60,7 +60,7 @@ def pretrain(
         "visible": rows_of(manifest, select(manifest, modality="visible")),
         "infrared": rows_of(manifest, select(manifest, modality="infrared")),
     }
-    backbone.to(device).to(memory_format=torch.channels_last).train()
+    backbone.to(device).to(memory_format=image_format(device)).train()
     heads = nn.ModuleList(nn.Linear(backbone.dim, len(values)) for values in ATTRIBUTES.values()).to(device)
     parameters = [*backbone.parameters(), *heads.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=section.lr)

@@ -12,6 +12,7 @@ from tvilfm.datasets.transforms import augment
 from tvilfm.datasets.tri_modal import Batch
 from tvilfm.losses.objective import JointObjective, ModalityFeatures
 from tvilfm.models import TVILFM
+from tvilfm.models.backbone import image_format
 from tvilfm.models.fusion import semantic_filtered_fusion
 from tvilfm.training.distributed import gather_rows
 
@@ -64,8 +65,9 @@ class StageStep(nn.Module):
         )
 
     def _encode_pixels(self, batch: Batch) -> dict[str, Tensor]:
+        layout = image_format(next(self.model.parameters()).device)
         images = {
-            recipe: augment(pixels, batch.draws[recipe], pad=self.pad).contiguous(memory_format=torch.channels_last)
+            recipe: augment(pixels, batch.draws[recipe], pad=self.pad).contiguous(memory_format=layout)
             for recipe, pixels in batch.pixels.items()
         }
         frozen = not next(self.model.backbone.parameters()).requires_grad
