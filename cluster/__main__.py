@@ -87,9 +87,53 @@ def train_command(
 
 
 @app.command("evaluate")
-def evaluate_command(config: ConfigOption = None, size: SizeOption = None, overrides: Overrides = None) -> None:
-    """Evaluate a run, training what is missing, and print the table."""
-    _run(_config(config, size, overrides), until="results")
+def evaluate_command(
+    config: ConfigOption = None,
+    size: SizeOption = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL] [SECTION.KEY=VALUE]...",
+            help="Run folder, model folder or released checkpoint; then overrides, such as data.name and data.root of "
+            "other data.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Evaluate a run, training what is missing; or, with data options, a trained model on other data."""
+    arguments = overrides or []
+    if not arguments or "=" in arguments[0]:
+        _run(_config(config, size, arguments), until="results")
+        return
+    model, settings = Path(arguments[0]), arguments[1:]
+    if any(setting.startswith("data.") for setting in settings):
+        _run(_on_other_data(model, config, size, settings), until="report")
+    elif (model / "config.yaml").is_file() or not model.exists():
+        _run(_config(config, size, arguments), until="results")
+    else:
+        raise ValueError(
+            f"{model}: expected the data to evaluate this model on, got none. Give data.name=... data.root=..."
+        )
+
+
+def _on_other_data(model: Path, config: Path | None, size: str | None, settings: list[str]) -> Config:
+    """The description of a run that trains nothing: a model meets data that the settings name."""
+    of_run = (model / "config.yaml").is_file()
+    if of_run and (config or size):
+        raise ValueError(f"{model}: expected neither --config nor --size with a run's model, got one. Leave it out.")
+    source = model / "config.yaml" if of_run else config or default_description()
+    own = {
+        "model.trained": str(model.absolute()),
+        "run.dir": str(model.absolute().parent if of_run else Path("runs")),
+        "run.stages_dir": None,
+        "data.root": None,
+        "data.captions": None,
+        "caption.source": "files",
+        "evaluate.protocols": None,
+    }
+    overrides = [*(f"{key}={json.dumps(value)}" for key, value in own.items()), *settings]
+    name = load_config(source, overrides, size=size).data.name
+    return load_config(source, [f"run.name={model.absolute().stem}-on-{name}", *overrides], size=size)
 
 
 def _tried(config: Config) -> Config:
@@ -109,6 +153,8 @@ def _run(config: Config, *, until: str) -> None:
     console = Console()
     if outcome.results is not None:
         console.print(terminal_table(outcome.results))
+    for note in outcome.notes:
+        console.print(note, style="bold" if note.startswith("Warning:") else None, highlight=False)
     if until == "report":
         console.print(f"report: {outcome.path / 'report' / 'index.html'}", highlight=False)
     else:

@@ -95,13 +95,14 @@ def finished_run(config: Config) -> FinishedRun:
         raise ValueError(f"run.name: expected a finished run in {path}, got none. Make it with tvilfm run.")
     noted = json.loads((path / "run.json").read_text())["stages"]
     made = {name: Path(os.path.normpath(config.run.path.absolute() / folder)) for name, folder in noted.items()}
+    network = "text" if "text" in made else "trained"
     found = FinishedRun(
         config=load_config(path / "config.yaml"),
-        model=made["text"] / "model",
+        model=made[network] / "model",
         features=made["features"] / IMAGES_FILE,
         manifest=made["pixels"] / "manifest.parquet",
         captioner=made["captioner_infrared"] / "captioner" if "captioner_infrared" in made else None,
-        stages=made["text"].parent,
+        stages=made[network].parent,
         kept=stages,
     )
     for part in (found.model, found.features, found.manifest):

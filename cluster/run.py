@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,10 +27,12 @@ from cluster.stages.stage import (
     CAPTION_FILES,
     CAPTIONS,
     DATASET,
+    MODEL,
     SOURCES,
     StageJob,
     captions_input,
     evaluated_splits,
+    network_stage,
     view_of,
 )
 from cluster.stages.store import StageStore
@@ -39,9 +41,12 @@ from tvilfm.config import Config, to_yaml
 from tvilfm.datasets import read_dataset
 from tvilfm.datasets.captions import read_captions
 from tvilfm.datasets.manifest import fingerprint, select
+from tvilfm.datasets.splits import TEST_SPLITS
 from tvilfm.datasets.synthetic import SIZES, write_sysu_layout
 from tvilfm.evaluation.evaluator import Evaluator
 from tvilfm.evaluation.protocols import Split
+from tvilfm.evaluation.provenance import Provenance
+from tvilfm.models.opening import model_fingerprint
 from tvilfm.report.tables import Results, write_text_atomic
 
 # What a reader wants of a run folder, the stages apart.
@@ -57,12 +62,14 @@ class Outcome:
         made: stages made now, in order; the rest was there.
         stages: folders of the wanted stages.
         results: the table; None when the run ended before it.
+        notes: what is known of a model that was not trained in this run.
     """
 
     path: Path
     made: tuple[str, ...]
     stages: Mapping[str, Path]
     results: Results | None
+    notes: Sequence[str] = ()
 
 
 def run(
@@ -123,6 +130,8 @@ class _Job:
         self.caption_files = self._read_caption_files()
         if self.caption_files is not None:
             self.sources[CAPTION_FILES] = fingerprint(self.caption_files)
+        if config.model.trained is not None:
+            self.sources[MODEL] = model_fingerprint(config.model.trained)
         self.events = Events(config.run.path / "events.jsonl", run=config.run.name, sweep=group)
         self.depot = stages_depot(config, group)
         self.store = StageStore(config.stages_path, stage_fingerprints(config, self.sources), self.depot)
@@ -133,6 +142,8 @@ class _Job:
         if source == "captioner":
             return None
         images = self.manifest
+        if self.config.model.trained is not None:
+            images = select(images, split=TEST_SPLITS)
         if source == "finetuned":
             gray = self.config.caption.train.infrared_pairs == "gray"
             images = select(images, split=("train", "val"), modality="visible" if gray else None)
@@ -162,8 +173,8 @@ class _Job:
                 with follow(learning, told):
                     made = [name for name in wanted if self._ensure(name)]
                 if "results" in wanted:
-                    last = learning.records()[-1]
-                    log_results(opened, self._results(), int(last["step"]))
+                    steps = [int(record["step"]) for record in learning.records()]
+                    log_results(opened, self._results(), max(steps, default=0))
         path = self.config.run.path
         results = None
         if "results" in wanted:
@@ -179,9 +190,11 @@ class _Job:
             for file in (path.absolute() / name for name in RUN_FILES):
                 if file.exists():
                     depot.push(file)
-        return Outcome(
-            path=path, made=tuple(made), stages={name: self.store.path(name) for name in wanted}, results=results
-        )
+        stages = {name: self.store.path(name) for name in wanted}
+        notes: Sequence[str] = ()
+        if "trained" in stages:
+            notes = Provenance.read(stages["trained"]).notes(self.config.data, self.manifest)
+        return Outcome(path=path, made=tuple(made), stages=stages, results=results, notes=notes)
 
     def _wanted(self, until: str) -> list[str]:
         """Stages up to `until`."""
@@ -230,8 +243,8 @@ class _Job:
         return Results.read(self.store.path("results") / RESULTS_FILES[split])
 
     def evaluator(self, split: Split = "test") -> Evaluator:
-        text, features = self.store.path("text"), self.store.path("features")
-        return read_evaluator(self.config, self.manifest, text=text, features=features, split=split)
+        network, features = self.store.path(network_stage(self.config)), self.store.path("features")
+        return read_evaluator(self.config, self.manifest, network=network, features=features, split=split)
 
     def _write_run_folder(self) -> None:
         path = self.config.run.path

@@ -266,6 +266,10 @@ class ModelSection(Section):
         "imagenet",
         description="imagenet (torchvision), attributes (pre-train on synthetic attributes), random, or a local file",
     )
+    trained: Path | None = Field(
+        None,
+        description="trained model that is evaluated in place of training one: run folder, model folder or checkpoint",
+    )
     text: TextModelSection = TextModelSection()
 
 

@@ -29,6 +29,9 @@ class Base(Stage):
     )
     unit = "steps"
 
+    def applies(self, config: Config) -> bool:
+        return config.model.trained is None
+
     def inputs(self, config: Config) -> tuple[str, ...]:
         return ("pixels", *(("pretrain",) if config.model.weights == "attributes" else ()))
 

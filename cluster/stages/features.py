@@ -8,11 +8,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from cluster.stages.extraction import Images, write_features
-from cluster.stages.stage import DATASET, Stage, StageJob, captions_input, evaluated_splits
-from cluster.stages.views import evaluated_images, pool_of
+from cluster.stages.stage import DATASET, Stage, StageJob, captions_input, evaluated_splits, network_stage
+from cluster.stages.views import Views, evaluated_images, pool_of
 from tvilfm.config import Config
 from tvilfm.evaluation.features import IMAGES_FILE
 from tvilfm.evaluation.query_texts import QUERY_TEXTS_FILE, draw_query_texts, sentences_of
+from tvilfm.models import TVILFM
 
 
 class Features(Stage):
@@ -29,8 +30,8 @@ class Features(Stage):
     unit = "rows"
 
     def inputs(self, config: Config) -> tuple[str, ...]:
-        views = ("views",) if config.train.text.cache_views else ()
-        return (DATASET, "pixels", *views, "text", captions_input(config))
+        views = ("views",) if Views().applies(config) else ()
+        return (DATASET, "pixels", *views, network_stage(config), captions_input(config))
 
     def make(self, folder: Path, job: StageJob) -> None:
         images: Images = {}
@@ -42,4 +43,7 @@ class Features(Stage):
         splits = evaluated_splits(job.manifest, job.config)
         query_texts = draw_query_texts(job.manifest, job.captions, job.config.evaluate, seed=seed, splits=splits)
         pq.write_table(query_texts, folder / QUERY_TEXTS_FILE)
-        write_features(folder, images, sentences_of(query_texts), **pool_of(job, "text"))
+        network = network_stage(job.config)
+        with_text = TVILFM.from_pretrained(job.input(network) / "model").spec.with_text
+        sentences = sentences_of(query_texts) if with_text else []
+        write_features(folder, images, sentences, **pool_of(job, network))

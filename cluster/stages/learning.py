@@ -47,7 +47,7 @@ def numbered(records: Mapping[str, Sequence[Record]], *, base_epochs: int) -> li
     return [
         {"stage": name, "step": offset[name] + int(record["epoch"]) + 1, **record}
         for name in TRAINED
-        for record in records[name]
+        for record in records.get(name, ())
     ]
 
 
@@ -65,7 +65,8 @@ class Learning:
 
     def records(self) -> list[Record]:
         """Return every record so far, as `numbered` does."""
-        return numbered({name: self._written(name) for name in TRAINED}, base_epochs=self._base_epochs)
+        records = {name: self._written(name) for name in TRAINED if name in self._store}
+        return numbered(records, base_epochs=self._base_epochs)
 
     def _written(self, name: str) -> list[Record]:
         finished, partial = self._store.path(name), self._store.partial(name)

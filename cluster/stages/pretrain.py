@@ -34,7 +34,7 @@ class Pretrain(Stage):
     unit = "steps"
 
     def applies(self, config: Config) -> bool:
-        return config.model.weights == "attributes"
+        return config.model.weights == "attributes" and config.model.trained is None
 
     def inputs(self, config: Config) -> tuple[str, ...]:
         return ()

@@ -16,6 +16,7 @@ from cluster.stages.report import Report
 from cluster.stages.results import EvaluateResults
 from cluster.stages.stage import Stage, without_placement
 from cluster.stages.text import Text
+from cluster.stages.trained import Trained
 from cluster.stages.views import Views
 from tvilfm.config import Config, value_at
 
@@ -25,7 +26,7 @@ STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
         *(Pixels(), Captioner("visible"), Captioner("infrared"), Captions(), Pretrain(), Base(), Views(), Text()),
-        *(Features(), EvaluateResults(), Report()),
+        *(Trained(), Features(), EvaluateResults(), Report()),
     )
 }
 
@@ -41,7 +42,7 @@ def stage_fingerprints(config: Config, sources: Mapping[str, str]) -> dict[str, 
     Args:
         config: the run.
         sources: fingerprints of what users bring: `DATASET` (rows and files) and, where caption files are read,
-            `CAPTION_FILES`.
+            `CAPTION_FILES`, and with `model.trained`, `MODEL`.
 
     Returns:
         Stage name -> 12 hexadecimal digits, of the stages that the run has.

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from cluster.stages.learning import METRICS_FILE, TRAINED, numbered, read_records
 from cluster.stages.results import RESULTS_FILES, job_evaluator
-from cluster.stages.stage import DATASET, Stage, StageJob, captions_input
+from cluster.stages.stage import DATASET, Stage, StageJob, captions_input, network_stage
 from tvilfm.captioning.scores import Marks
 from tvilfm.config import Config
 from tvilfm.datasets.manifest import MODALITIES
 from tvilfm.datasets.pixels import open_pixels
+from tvilfm.evaluation.provenance import Provenance
 from tvilfm.report.build import RunFacts, build_report
 from tvilfm.report.page import write_report
 from tvilfm.report.tables import Results
@@ -29,15 +30,17 @@ class Report(Stage):
 
     def inputs(self, config: Config) -> tuple[str, ...]:
         captioners = tuple(f"captioner_{name}" for name in MODALITIES if config.caption.source == "finetuned")
-        return (DATASET, captions_input(config), *captioners, "pixels", *TRAINED, "features", "results")
+        networks = TRAINED if config.model.trained is None else (network_stage(config),)
+        return (DATASET, captions_input(config), *captioners, "pixels", *networks, "features", "results")
 
     def make(self, folder: Path, job: StageJob) -> None:
-        learning = {name: read_records(job.input(name) / METRICS_FILE) for name in TRAINED}
+        learning = {name: read_records(job.input(name) / METRICS_FILE) for name in TRAINED if job.has(name)}
         facts = RunFacts(
             versions=versions(),
             dataset_fingerprint=job.fingerprints[DATASET],
             seconds=_seconds(job),
             learning=numbered(learning, base_epochs=job.config.train.base.epochs),
+            provenance=_provenance(job),
         )
         report = build_report(
             Results.read(job.input("results") / RESULTS_FILES["test"]),
@@ -50,6 +53,12 @@ class Report(Stage):
             facts=facts,
         )
         write_report(report, folder / "index.html")
+
+
+def _provenance(job: StageJob) -> list[str]:
+    if not job.has("trained"):
+        return []
+    return Provenance.read(job.input("trained")).notes(job.config.data, job.manifest)
 
 
 def _marks(job: StageJob) -> dict[str, Marks]:

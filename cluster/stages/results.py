@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.stages.stage import DATASET, Stage, StageJob, evaluated_splits
+from cluster.stages.stage import DATASET, Stage, StageJob, evaluated_splits, network_stage
 from tvilfm.config import Config
 from tvilfm.evaluation.evaluator import Evaluator
 from tvilfm.evaluation.features import IMAGES_FILE, FeatureTable
@@ -26,7 +26,7 @@ class EvaluateResults(Stage):
     keys = ("data.name", "evaluate", "loss.filter_text", "train.base.use_val", "train.text.use_val")
 
     def inputs(self, config: Config) -> tuple[str, ...]:
-        return (DATASET, "text", "features")
+        return (DATASET, network_stage(config), "features")
 
     def make(self, folder: Path, job: StageJob) -> None:
         for split in evaluated_splits(job.manifest, job.config):
@@ -35,19 +35,21 @@ class EvaluateResults(Stage):
 
 def job_evaluator(job: StageJob, split: Split = "test") -> Evaluator:
     """Return the evaluator of a stage that has the inputs of `results`."""
-    return read_evaluator(job.config, job.manifest, text=job.input("text"), features=job.input("features"), split=split)
+    network = job.input(network_stage(job.config))
+    return read_evaluator(job.config, job.manifest, network=network, features=job.input("features"), split=split)
 
 
 def read_evaluator(
-    config: Config, manifest: pa.Table, *, text: Path, features: Path, split: Split = "test"
+    config: Config, manifest: pa.Table, *, network: Path, features: Path, split: Split = "test"
 ) -> Evaluator:
-    """Return the evaluator of a run from the folders of its finished stages `text` and `features`."""
+    """Return the evaluator of a run from the folders of its finished stages `network_stage` and `features`."""
+    sentences = features / "texts.parquet"
     return Evaluator(
-        TVILFM.from_pretrained(text / "model").eval(),
+        TVILFM.from_pretrained(network / "model").eval(),
         manifest,
         pq.read_table(features / QUERY_TEXTS_FILE),
         FeatureTable.read(features / IMAGES_FILE),
-        FeatureTable.read(features / "texts.parquet"),
+        FeatureTable.read(sentences) if sentences.exists() else None,
         config.evaluate,
         filter_text=config.loss.filter_text,
         split=split,

@@ -22,14 +22,15 @@ from tvilfm.config import Config, set_value, value_at
 from tvilfm.datasets.manifest import select
 from tvilfm.evaluation.protocols import Split
 
-DATASET, CAPTION_FILES, CAPTIONS = "dataset", "caption_files", "captions"
-SOURCES = (DATASET, CAPTION_FILES)  # inputs that no stage makes: what users bring
+DATASET, CAPTION_FILES, MODEL, CAPTIONS = "dataset", "caption_files", "model", "captions"
+SOURCES = (DATASET, CAPTION_FILES, MODEL)  # inputs that no stage makes: what users bring
 
-# Where a run works, on which machines and how fast: any stage may read these keys, and none of them names a stage.
+# Where a run works, what it reads, on which machines and how fast: any stage may read these keys, and none of them
+# names a stage. What is in the files of `data.root`, `data.captions` and `model.trained` is an input.
 # Results with other values are equal, or differ only in the rounding of batched arithmetic.
 PLACEMENT = (
     *("run.dir", "run.stages_dir", "run.trackers", "run.mlflow_uri"),
-    *("data.root", "data.captions", "data.decode_batch"),
+    *("data.root", "data.captions", "data.decode_batch", "model.trained"),
     *("caption.workers", "caption.decoders", "caption.max_bad_share"),
     *("train.loader_workers", "evaluate.batch", "gallery", "serve", "cluster"),
 )
@@ -206,7 +207,14 @@ def captions_input(config: Config) -> str:
     return CAPTION_FILES if config.caption.source == "files" else CAPTIONS
 
 
+def network_stage(config: Config) -> str:
+    """Return the stage that ends with the network that is evaluated."""
+    return "text" if config.model.trained is None else "trained"
+
+
 def evaluated_splits(manifest: pa.Table, config: Config) -> tuple[Split, ...]:
     """Return the identities that can be evaluated: validation ones only where there are some that nothing learned."""
+    if config.model.trained is not None:
+        return ("test",)
     learned = config.train.base.use_val or config.train.text.use_val
     return ("test",) if learned or not select(manifest, split="val").num_rows else ("val", "test")

@@ -30,6 +30,10 @@ class StageStore:
         self.root = root.absolute()  # workers run in other folders
         self._fingerprints, self._depot = dict(fingerprints), depot
 
+    def __contains__(self, name: str) -> bool:
+        """Return whether the run has a stage of that name."""
+        return name in self._fingerprints
+
     def path(self, name: str) -> Path:
         return self.root / f"{name}-{self._fingerprints[name]}"
 

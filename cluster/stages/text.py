@@ -13,6 +13,7 @@ from cluster.depot import Depot
 from cluster.stages.learning import Record
 from cluster.stages.stage import Stage, StageJob, captions_input
 from cluster.stages.trainer import Reporter, fit_network, last_checkpoint, read_job, read_pixels
+from cluster.stages.views import Views
 from tvilfm.config import Config
 from tvilfm.datasets.tri_modal import RECIPES
 from tvilfm.evaluation.features import IMAGES_FILE, FeatureTable
@@ -30,8 +31,11 @@ class Text(Stage):
     )
     unit = "steps"
 
+    def applies(self, config: Config) -> bool:
+        return config.model.trained is None
+
     def inputs(self, config: Config) -> tuple[str, ...]:
-        views = ("views",) if config.train.text.cache_views else ()
+        views = ("views",) if Views().applies(config) else ()
         return ("pixels", "base", *views, captions_input(config))
 
     def make(self, folder: Path, job: StageJob) -> None:

@@ -23,7 +23,7 @@ class Views(Stage):
     unit = "images"
 
     def applies(self, config: Config) -> bool:
-        return bool(config.train.text.cache_views)
+        return bool(config.train.text.cache_views) and config.model.trained is None
 
     def inputs(self, config: Config) -> tuple[str, ...]:
         return (DATASET, "pixels", "base")

@@ -16,7 +16,7 @@ from cluster.stages.stage import PLACEMENT, StageJob, UndeclaredInputError, Unde
 from cluster.stages.store import StageStore
 from tvilfm.config import FIDELITY_SWITCHES, Config, TextStageSection, known_keys, load_config
 
-SOURCES = {"dataset": "d0", "caption_files": "c0"}
+SOURCES = {"dataset": "d0", "caption_files": "c0", "model": "m0"}
 REPORT_ONLY = ("run.name", "data.split", "data.synthetic", "fidelity")  # what a dataset is decides its fingerprint
 
 
@@ -116,6 +116,14 @@ def test_each_key_renames_exactly_the_stages_that_declare_it_and_their_descendan
         appeared = set(stages_of(config)) ^ set(stages_of(changed))
         expected = _descendants(config, declaring | appeared) | _descendants(changed, declaring | appeared)
         assert _changed(config, changed) == expected, key
+
+
+def test_a_trained_model_takes_the_place_of_training_and_its_content_names_what_builds_on_it() -> None:
+    given = _load("model.trained=runs/demo")
+    assert stages_of(given) == ["pixels", "trained", "features", "results", "report"]
+    assert _changed(given, _load("model.trained=/moved/demo")) == set()
+    assert _changed(given, given, {**SOURCES, "model": "m1"}) == {"trained", "features", "results", "report"}
+    assert _changed(given, _load("model.trained=runs/demo", "train.base.epochs=9")) == {"report"}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)

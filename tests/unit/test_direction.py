@@ -13,7 +13,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 # Packages of tvilfm from the bottom up; a package may import its own level and those below.
 LEVELS = (
-    ("config",),
+    ("config", "files"),
     ("captioning", "datasets", "models", "losses", "tuning"),
     ("training", "evaluation", "retrieval"),
     ("report", "service", "client"),

@@ -8,21 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from tvilfm.datasets import content
-from tvilfm.datasets.content import content_digests
+from tvilfm import files
+from tvilfm.files import content_digests
 
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that are read."""
     names: list[str] = []
-    digest = content._digest
+    digest = files._digest
 
     def noted(path: Path) -> bytes:
         names.append(path.name)
         return digest(path)
 
-    monkeypatch.setattr(content, "_digest", noted)
+    monkeypatch.setattr(files, "_digest", noted)
     return names
 
 
@@ -70,7 +70,7 @@ def test_a_cache_that_cannot_be_used_costs_time_and_nothing_else(tmp_path: Path,
     elif damage == "folder":
         cache.mkdir()
     else:
-        content.sqlite3.connect(cache).execute("CREATE TABLE content (a)").connection.close()
+        files.sqlite3.connect(cache).execute("CREATE TABLE content (a)").connection.close()
     assert content_digests(root, ["a"], cache=cache) == expected
 
 

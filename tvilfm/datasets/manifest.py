@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tvilfm.datasets.content import content_digests
+from tvilfm.files import content_digests
 
 MANIFEST_SCHEMA = pa.schema(
     [

@@ -99,6 +99,9 @@ class Evaluator:
         return self._galleries[key]
 
     def texts(self, protocol: Protocol, source: TextSource) -> QueryTexts | None:
+        """Return the sentences of a protocol's queries; None where the source does not apply or no text is encoded."""
+        if self._texts is None:
+            return None
         return select_query_texts(self._query_texts, self.query(protocol), protocol, source, split=self._split)
 
     @torch.inference_mode()

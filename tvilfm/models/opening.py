@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tvilfm.config import Config, load_config
+from tvilfm.files import content_digests
 from tvilfm.models.released import load_released, read_pickle
 from tvilfm.models.tvilfm import TVILFM
 
@@ -86,18 +88,49 @@ def open_model(path: Path) -> OpenedModel:
     return OpenedModel(model=model.eval(), config=config, reported=tuple(reported), path=path)
 
 
-def _open_run(path: Path) -> tuple[TVILFM, Config, list[str]]:
+def model_fingerprint(path: Path) -> str:
+    """Return a hash of the bytes of a model's files, wherever they are.
+
+    Args:
+        path: as of `open_model`.
+
+    Raises:
+        ValueError: as `open_model`, of folders.
+    """
+    files = [path]
+    if not path.is_file():
+        folder = _run_model(path)[0] if (path / "run.json").is_file() else path
+        files = [folder / "model.safetensors", folder / "config.json"]
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise ValueError(
+            f"model: expected a run folder, a model folder or a checkpoint file, got {path} without {missing[0].name}. "
+            "Check the path."
+        )
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(*content_digests(file.parent, [file.name]))
+    return digest.hexdigest()[:16]
+
+
+def _run_model(path: Path) -> tuple[Path, str]:
+    """The folder of a run's model, and the stage that made it."""
     try:
         stages = dict(json.loads((path / "run.json").read_text())["stages"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path / 'run.json'}: expected the stages of a run, got {error!r}. Run it again.") from None
-    name = next((name for name in ("text", "base") if name in stages), None)
+    name = next((name for name in ("text", "trained", "base") if name in stages), None)
     if name is None:
         raise ValueError(f"{path}: expected a run with a trained stage, got {sorted(stages)}. Finish it: tvilfm train.")
     folder = path / stages[name] / "model"
     if not folder.is_dir():
         raise ValueError(f"{path}: expected its model in {folder}, got no such folder. Copy the run's stages too.")
-    reported = [] if name == "text" else [f"{path} has only a base stage: its model cannot read sentences."]
+    return folder, name
+
+
+def _open_run(path: Path) -> tuple[TVILFM, Config, list[str]]:
+    folder, name = _run_model(path)
+    reported = [] if name != "base" else [f"{path} has only a base stage: its model cannot read sentences."]
     return TVILFM.from_pretrained(folder), load_config(path / "config.yaml"), reported
 
 

@@ -29,12 +29,21 @@ NUM_TSNE_IDENTITIES = 20
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What the page says of the run apart from its numbers."""
+    """What the page says of the run apart from its numbers.
+
+    Attributes:
+        versions: package -> version.
+        dataset_fingerprint: of rows and images.
+        seconds: stage -> seconds it took.
+        learning: records of all epochs; none where nothing was trained.
+        provenance: notes about a model that was not trained in this run.
+    """
 
     versions: Mapping[str, str]
     dataset_fingerprint: str
     seconds: Mapping[str, float]
     learning: Sequence[Mapping[str, object]]
+    provenance: Sequence[str] = ()
 
 
 def build_results(evaluator: Evaluator, config: Config) -> Results:
@@ -118,7 +127,7 @@ def build_report(
         marks=marks,
         facts=_facts(config, facts, manifest, query, gallery),
         config_yaml=to_yaml(config),
-        notes=_notes(config),
+        notes=[*facts.provenance, *_notes(config)],
         seed=config.run.seed,
     )
 
@@ -196,8 +205,11 @@ def _caption_samples(
 
 
 def _facts(config: Config, facts: RunFacts, manifest: pa.Table, query: pa.Table, gallery: pa.Table) -> dict[str, str]:
-    train = select(manifest, split="train")
-    val = select(manifest, split="val")
+    counts = {}
+    if config.model.trained is None:
+        for name, split in (("training", "train"), ("validation", "val")):
+            rows = select(manifest, split=split)
+            counts[name] = f"{len(set(column(rows, 'pid')))} identities, {rows.num_rows} images"
     described = {
         "dataset": config.data.name
         + (
@@ -205,14 +217,11 @@ def _facts(config: Config, facts: RunFacts, manifest: pa.Table, query: pa.Table,
             if config.data.name == "synthetic"
             else ""
         ),
-        "training": f"{len(set(column(train, 'pid')))} identities, {train.num_rows} images",
-        "validation": f"{len(set(column(val, 'pid')))} identities, {val.num_rows} images",
+        **counts,
         "test": f"{len(set(column(query, 'pid')))} identities, {query.num_rows} queries, "
         f"{gallery.num_rows} gallery images a draw",
         "dataset fingerprint": facts.dataset_fingerprint,
-        "network": f"{config.model.backbone}, text tower {config.model.text.layers} x {config.model.text.width}",
-        "initial weights": f"{config.model.weights} (images), {config.model.text.weights} (text)",
-        "fidelity": config.fidelity,
+        **_network(config),
         "seed": str(config.run.seed),
     }
     if facts.seconds:
@@ -221,9 +230,20 @@ def _facts(config: Config, facts: RunFacts, manifest: pa.Table, query: pa.Table,
     return described
 
 
+def _network(config: Config) -> dict[str, str]:
+    if config.model.trained is not None:
+        return {"model": str(config.model.trained)}
+    return {
+        "network": f"{config.model.backbone}, text tower {config.model.text.layers} x {config.model.text.width}",
+        "initial weights": f"{config.model.weights} (images), {config.model.text.weights} (text)",
+        "fidelity": config.fidelity,
+    }
+
+
 def _notes(config: Config) -> list[str]:
     notes = []
-    if "test" in (config.train.base.select, config.train.text.select):
+    trains = config.model.trained is None
+    if trains and "test" in (config.train.base.select, config.train.text.select):
         notes.append(
             "A checkpoint was selected on the test identities, as the published numbers were: these numbers flatter."
         )
@@ -244,7 +264,7 @@ def _notes(config: Config) -> list[str]:
         )
     if config.caption.rephrase.engine == "rules" and config.caption.source != "files":
         notes.append("Rephrases come from a rule-based paraphraser, not from a language model.")
-    if config.model.weights == "attributes":
+    if trains and config.model.weights == "attributes":
         notes.append(
             "The backbone was pre-trained on attributes of a disjoint synthetic split, the offline stand-in for "
             "ImageNet weights."

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from tvilfm.config import EnsembleWeights
-from tvilfm.datasets.content import cache_folder, content_digests
 from tvilfm.datasets.pixels import decode
 from tvilfm.evaluation.extract import encode_pixels, encode_texts
 from tvilfm.evaluation.features import FeatureTable
+from tvilfm.files import cache_folder, content_digests
 from tvilfm.models import TVILFM
 from tvilfm.models.opening import OpenedModel
 from tvilfm.retrieval.ensemble import ensemble_query

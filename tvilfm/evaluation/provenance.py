@@ -1,0 +1,88 @@
+"""What is known about the training of a model that is evaluated on other data, and what that means for the numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tvilfm.config import DataSection
+from tvilfm.datasets.manifest import column, select
+from tvilfm.datasets.splits import TEST_SPLITS
+from tvilfm.models.opening import OpenedModel
+
+FILE = "provenance.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where a model comes from.
+
+    Attributes:
+        path: what was opened.
+        reported: what opening it assumed or changed, one sentence each.
+        dataset: `data.name` of its training; None = not recorded.
+        split: `data.split` of its training.
+        pids: identities that it was trained on, as that dataset numbers them; empty = not recorded.
+    """
+
+    path: str
+    reported: Sequence[str]
+    dataset: str | None
+    split: int
+    pids: Sequence[int]
+
+    @classmethod
+    def of(cls, opened: OpenedModel) -> Provenance:
+        """Return what an opened model's folder records."""
+        run = opened.path / "run.json"
+        pids: list[int] = []
+        if run.is_file():
+            stages = json.loads(run.read_text())["stages"]
+            manifest = opened.path / stages.get("pixels", "") / "manifest.parquet"
+            if manifest.is_file():
+                train = opened.config.train
+                splits = ("train", "val") if train.base.use_val or train.text.use_val else ("train",)
+                pids = sorted(set(column(select(pq.read_table(manifest), split=splits), "pid").tolist()))
+        return cls(
+            path=str(opened.path),
+            reported=opened.reported,
+            dataset=opened.config.data.name if run.is_file() else None,
+            split=opened.config.data.split,
+            pids=pids,
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> Provenance:
+        return cls(**json.loads((folder / FILE).read_text()))
+
+    def write(self, folder: Path) -> None:
+        (folder / FILE).write_text(json.dumps(asdict(self), indent=2))
+
+    def notes(self, data: DataSection, manifest: pa.Table) -> list[str]:
+        """Return what a reader of the numbers has to know, a sentence or two each; warnings begin with "Warning:".
+
+        Args:
+            data: the dataset that the model is evaluated on.
+            manifest: its rows.
+        """
+        notes = [f"Nothing was trained: the model of {self.path} was evaluated.", *self.reported]
+        if self.dataset is None:
+            return [*notes, "Its training data are not recorded: test identities may have been trained on."]
+        trained_on = self.dataset + (f", split {self.split}" if self.dataset == "regdb" else "")
+        notes.append(f"It was trained on {trained_on}.")
+        if self.dataset != data.name:
+            return notes
+        tested = set(column(select(manifest, split=TEST_SPLITS), "pid").tolist())
+        if both := tested & set(self.pids):
+            notes.append(
+                f"Warning: {len(both)} of the {len(tested)} test identities are training identities of the model. "
+                "These numbers do not measure how well it finds unseen people."
+            )
+        elif not self.pids:
+            notes.append("Warning: its training identities are not recorded; test identities may be among them.")
+        return notes
