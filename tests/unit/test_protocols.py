@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import random
 from collections import defaultdict
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from scipy.io import loadmat, savemat
 
 from tests.oracles import gallery_draw_loop
 from tvilfm.config import WitnessDraw
 from tvilfm.datasets.captions import IDENTITY_MAP
+from tvilfm.datasets.manifest import fingerprint
+from tvilfm.datasets.sysu_mm01 import read as read_sysu
 from tvilfm.evaluation.metrics import ranking_metrics
 from tvilfm.evaluation.protocols import (
     chance_level,
@@ -188,6 +193,53 @@ def captions_of(manifest: pa.Table) -> pa.Table:
             "revision": ["0" for _ in rows],
         }
     )
+
+
+def test_official_galleries_are_those_of_the_authors_kit(tmp_path: Path) -> None:
+    count = random.Random(0)
+    rng = np.random.default_rng(0)
+    (tmp_path / "exp").mkdir()
+    for split, pids in (("train", "3"), ("val", "2,9"), ("test", "4,12")):
+        (tmp_path / "exp" / f"{split}_id.txt").write_text(pids)
+    cells = np.empty((6, 1), dtype=object)  # as MATLAB saves cells of cells
+    for camid in range(1, 7):
+        people = np.empty((1, 12), dtype=object)
+        for pid in range(1, 13):
+            shown = count.randint(1, 14) if pid in (2, 3, 4, 9, 12) and (camid, pid) != (2, 4) else 0
+            people[0, pid - 1] = np.array([rng.permutation(shown) + 1 for _ in range(10)])
+            for number in range(1, shown + 1):
+                path = tmp_path / f"cam{camid}" / f"{pid:04d}" / f"{number:04d}.jpg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
+        cells[camid - 1, 0] = people
+    savemat(tmp_path / "exp" / "rand_perm_cam.mat", {"rand_perm_cam": cells})
+
+    manifest = read_sysu(tmp_path)
+    perm = loadmat(tmp_path / "exp" / "rand_perm_cam.mat")["rand_perm_cam"]
+    for mode, cameras in (("all", (1, 2, 4, 5)), ("indoor", (1, 2))):
+        for shot, shots in (("single", 1), ("multi", 10)):
+            protocol = get_protocol(f"sysu_mm01/official/{mode}/{shot}")
+            for trial in (0, 9):
+                expected = [
+                    f"cam{camid}/{pid:04d}/{number:04d}"
+                    for camid in cameras
+                    for pid in (4, 12)
+                    if (camid, pid) != (2, 4)
+                    for number in perm[camid - 1][0].squeeze()[pid - 1][trial][:shots]
+                ]
+                gallery = select_gallery(pq_round_trip(manifest, tmp_path), protocol, trial=trial)
+                assert [image.rpartition(".")[0] for image in gallery["image"].to_pylist()] == expected
+    assert fingerprint(manifest) != fingerprint(manifest.replace_schema_metadata(None))
+    with pytest.raises(ValueError, match=r"expected rand_perm_cam\.mat .* pick sysu_mm01/all/single"):
+        select_gallery(manifest.replace_schema_metadata(None), get_protocol("sysu_mm01/official/all/single"), trial=0)
+    savemat(tmp_path / "exp" / "rand_perm_cam.mat", {"other": 1})
+    with pytest.raises(ValueError, match="expected the authors' cell array rand_perm_cam"):
+        read_sysu(tmp_path)
+
+
+def pq_round_trip(table: pa.Table, folder: Path) -> pa.Table:
+    pq.write_table(table, folder / "table.parquet")
+    return pq.read_table(folder / "table.parquet")
 
 
 def test_the_released_draw_is_numpys_first_seed_over_the_published_lists_in_query_order() -> None:

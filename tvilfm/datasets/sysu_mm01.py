@@ -1,12 +1,16 @@
 """SYSU-MM01: six cameras, 395 + 96 identities, single-folder-per-camera layout.
 
 `cam{1..6}/{pid:04d}/*.jpg`; cameras 3 and 6 are infrared; `exp/{train,val,test}_id.txt` hold comma-separated pids.
+`exp/rand_perm_cam.mat` of the authors' evaluation kit, where a user has put it, says which images their galleries have.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from tvilfm.datasets.manifest import build_manifest
@@ -15,6 +19,9 @@ from tvilfm.datasets.splits import read_ids
 INFRARED_CAMERAS = (3, 6)
 CAMERAS = (1, 2, 3, 4, 5, 6)
 SUFFIXES = (".jpg", ".png", ".bmp")
+PERMUTATIONS_FILE = "rand_perm_cam.mat"
+PERMUTATIONS = b"rand_perm_cam"  # metadata of the manifest
+MOST_SHOTS = 10
 
 
 def read(root: Path) -> pa.Table:
@@ -59,4 +66,49 @@ def read(root: Path) -> pa.Table:
                         for file in sorted(folder.iterdir())
                         if file.suffix.lower() in SUFFIXES
                     ]
-    return build_manifest(rows)
+    manifest = build_manifest(rows)
+    path = root / "exp" / PERMUTATIONS_FILE
+    if not path.is_file():
+        return manifest
+    return manifest.replace_schema_metadata(
+        {PERMUTATIONS: json.dumps(read_permutations(path, ids["val"] + ids["test"]))}
+    )
+
+
+def read_permutations(path: Path, pids: Iterable[int]) -> dict[str, list[list[int]]]:
+    """Read `rand_perm_cam.mat` of the dataset authors' evaluation kit.
+
+    Args:
+        path: MATLAB file with the cell array `rand_perm_cam`: camera, then identity, then trials x images.
+        pids: identities wanted.
+
+    Returns:
+        "camera/identity" -> for each trial, numbers of the first `MOST_SHOTS` images drawn, as the files are named.
+
+    Raises:
+        ValueError: a file of another format.
+
+    Source: Wu et al., ICCV 2017, evaluation kit.
+    """
+    from scipy.io import loadmat  # imported here: only those who have the file need it
+
+    try:
+        cells = loadmat(path)["rand_perm_cam"]
+        return {
+            f"{camid}/{pid}": np.atleast_2d(draws)[:, :MOST_SHOTS].astype(int).tolist()
+            for camid in CAMERAS
+            if camid not in INFRARED_CAMERAS
+            for pid in pids
+            if (draws := cells[camid - 1][0].squeeze()[pid - 1]).size
+        }
+    except (KeyError, ValueError, IndexError, TypeError, AttributeError, NotImplementedError) as error:
+        raise ValueError(
+            f"{path}: expected the authors' cell array rand_perm_cam[camera][identity], got another file ({error}). "
+            "Copy it from the dataset's evaluation kit again, or remove it."
+        ) from None
+
+
+def permutations(manifest: pa.Table) -> dict[str, list[list[int]]]:
+    """Return what `read_permutations` read with the manifest; empty where the dataset has no such file."""
+    drawn: dict[str, list[list[int]]] = json.loads((manifest.schema.metadata or {}).get(PERMUTATIONS, b"{}"))
+    return drawn

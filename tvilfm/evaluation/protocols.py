@@ -10,7 +10,8 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ import pyarrow as pa
 from tvilfm.config import WitnessDraw
 from tvilfm.datasets.captions import BY_IDENTITY, identity_map
 from tvilfm.datasets.manifest import Modality, column
+from tvilfm.datasets.sysu_mm01 import PERMUTATIONS_FILE, permutations
 from tvilfm.evaluation.metrics import MetricRule
 
 Split = Literal["test", "val"]
@@ -39,6 +41,7 @@ class Protocol:
         gallery_cameras: cameras of the gallery, ascending; None for all.
         images_per_camera: gallery images drawn per identity and camera; None for all, without a draw.
         num_trials: galleries drawn; a result is the mean over them.
+        official: galleries are those of the dataset authors' `rand_perm_cam.mat`, not drawn from the trial's seed.
     """
 
     name: str
@@ -49,12 +52,14 @@ class Protocol:
     gallery_cameras: tuple[int, ...] | None
     images_per_camera: int | None
     num_trials: int
+    official: bool = False
 
 
 def get_protocol(name: str) -> Protocol:
     """Look a protocol up by name.
 
-    The known ones are `sysu_mm01/{all,indoor}/{single,multi}`, `regdb/{infrared-visible,visible-infrared}` and
+    The known ones are `sysu_mm01/{all,indoor}/{single,multi}`, the same of the dataset authors' evaluation kit
+    `sysu_mm01/official/{all,indoor}/{single,multi}`, `regdb/{infrared-visible,visible-infrared}` and
     `llcm/{infrared-visible,visible-infrared}`; a pair of modalities reads query-gallery.
 
     Args:
@@ -103,8 +108,9 @@ def select_query(manifest: pa.Table, protocol: Protocol, *, split: Split = "test
 def select_gallery(manifest: pa.Table, protocol: Protocol, *, trial: int, split: Split = "test") -> pa.Table:
     """Rows that are searched in one trial, in the order drawn.
 
-    Identities and then cameras ascending, one `random.choice` over the sorted files of each camera that shows the
-    identity, from a generator seeded by the trial. Multi-shot draws ten without replacement, or all if fewer.
+    Official galleries: cameras and then identities ascending, images as `rand_perm_cam.mat` lists them for the trial.
+    Others: identities and then cameras ascending, one `random.choice` over the sorted files of each camera that shows
+    the identity, from a generator seeded by the trial. Multi-shot draws ten without replacement, or all if fewer.
 
     Args:
         manifest: rows with `image`, `pid`, `camid`, `modality`, `split`.
@@ -116,7 +122,7 @@ def select_gallery(manifest: pa.Table, protocol: Protocol, *, trial: int, split:
         Rows of the manifest.
 
     Raises:
-        ValueError: a trial out of range, or no row qualifies.
+        ValueError: a trial out of range, no row qualifies, or official galleries of a dataset without their file.
 
     Source: METHOD 8; released `process_gallery_sysu` (AGW and its descendants) and `process_gallery_llcm` (DEEN).
         Both seed by trial and loop over zero-padded identities, then over camera folders in listed order: 1, 2,
@@ -130,6 +136,8 @@ def select_gallery(manifest: pa.Table, protocol: Protocol, *, trial: int, split:
     rows = _rows(manifest, protocol, protocol.gallery_modality, protocol.gallery_cameras, split)
     if protocol.images_per_camera is None:
         return _taken(manifest, rows, "gallery", protocol, split)
+    if protocol.official:
+        return _taken(manifest, _official_rows(manifest, rows, protocol, trial), "gallery", protocol, split)
     groups: dict[tuple[int, int], list[_Row]] = defaultdict(list)
     for row in sorted(rows, key=_identity_camera_file):
         groups[row.pid, row.camid].append(row)
@@ -292,6 +300,10 @@ def _protocols() -> list[Protocol]:
         for mode, cameras in (("all", (1, 2, 4, 5)), ("indoor", (1, 2)))
         for shot, images in (("single", 1), ("multi", 10))
     ]
+    known += [
+        replace(protocol, name=protocol.name.replace("sysu_mm01/", "sysu_mm01/official/"), official=True)
+        for protocol in known
+    ]
     pairs: tuple[tuple[Modality, Modality], ...] = (("infrared", "visible"), ("visible", "infrared"))
     for query, gallery in pairs:
         known.append(Protocol(f"regdb/{query}-{gallery}", "regdb", query, gallery, None, None, None, num_trials=1))
@@ -322,6 +334,26 @@ def _rows(
         for index, (image, pid, camid, of, part) in enumerate(zip(*columns, strict=True))
         if of == modality and part == wanted and (cameras is None or camid in cameras)
     ]
+
+
+def _official_rows(manifest: pa.Table, rows: list[_Row], protocol: Protocol, trial: int) -> list[_Row]:
+    drawn = permutations(manifest)
+    if not drawn:
+        raise ValueError(
+            f"{protocol.name}: expected {PERMUTATIONS_FILE} of the dataset authors' evaluation kit in exp/, got none. "
+            f"Copy it there, or pick {protocol.name.replace('official/', '')}."
+        )
+    named = {(row.camid, row.pid, int(PurePosixPath(row.image).stem)): row for row in rows}
+    chosen = []
+    for camid, pid in sorted({(row.camid, row.pid) for row in rows}):
+        for number in drawn[f"{camid}/{pid}"][trial][: protocol.images_per_camera]:
+            if (camid, pid, number) not in named:
+                raise ValueError(
+                    f"{PERMUTATIONS_FILE}: expected image {number:04d} of identity {pid} in camera {camid}, got no "
+                    "such file. Unpack the dataset again: the file belongs to the whole of it."
+                )
+            chosen.append(named[camid, pid, number])
+    return chosen
 
 
 def _identity_camera_file(row: _Row) -> tuple[int, int, str]:
