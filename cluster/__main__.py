@@ -41,7 +41,13 @@ ConfigOption = Annotated[
     Path | None, typer.Option("--config", help="Run description; default ./ray_config.yaml.", show_default=False)
 ]
 SizeOption = Annotated[
-    str | None, typer.Option("--size", help="Recipe of the file's `sizes`: tiny, small, large.", show_default=False)
+    str | None,
+    typer.Option(
+        "--size",
+        "--recipe",
+        help="Recipe of the file's `sizes`: tiny, small, large (synthetic); sysu_mm01, regdb, llcm (released scripts).",
+        show_default=False,
+    ),
 ]
 KeysOption = Annotated[Path, typer.Option("--file", help="File of the keys' hashes; serve.keys names it.")]
 Overrides = Annotated[

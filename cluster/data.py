@@ -69,7 +69,7 @@ def check(
         Path | None, typer.Option("--config", help="Run description; default ./ray_config.yaml.", show_default=False)
     ] = None,
     size: Annotated[
-        str | None, typer.Option("--size", help="Recipe of the file's `sizes`.", show_default=False)
+        str | None, typer.Option("--size", "--recipe", help="Recipe of the file's `sizes`.", show_default=False)
     ] = None,
     run: Annotated[
         Path | None,

@@ -48,7 +48,7 @@ def test_config_schema_names_every_key_and_is_json_when_asked(
         (("run", "train.epoch=3"), "Did you mean train"),
         (("run", "data.name=sysu_mm01"), "data.root: expected the folder of sysu_mm01"),
         (("run", "data.name=sysu_mm01", "data.root=/nowhere"), "data.root: expected the folder of sysu_mm01"),
-        (("run", "--size", "huge"), "--size: expected one of ['large', 'small', 'tiny']"),
+        (("run", "--size", "huge"), "--size: expected one of ['large', 'llcm', 'regdb', 'small', 'sysu_mm01', 'tiny']"),
         (("run", "--config", "nowhere.yaml"), "--config: expected a YAML file"),
         (("data", "synth", "tests", "--identities", "tiny"), "expected a folder that does not exist"),
     ],

@@ -274,7 +274,10 @@ def test_broken_input_is_refused_with_its_name(tmp_path: Path) -> None:
         load_config(write(tmp_path, "train: [1"))
     with pytest.raises(ValueError, match=r"expected section\.key=value, got 'train\.p'"):
         load_config(overrides=["train.p"])
-    with pytest.raises(ValueError, match=r"--size: expected one of \['large', 'small', 'tiny'\], got huge"):
+    with pytest.raises(
+        ValueError,
+        match=r"--size: expected one of \['large', .* 'tiny'\], got huge",
+    ):
         load_config(FILE, size="huge")
 
 
@@ -299,12 +302,20 @@ def test_every_key_has_a_description() -> None:
 @pytest.mark.parametrize("fidelity", ["published", "corrected"])
 def test_size_recipes_resolve(size: str, fidelity: str) -> None:
     # Cached features contradict published fidelity by design; the recipe's cache is switched off there.
-    overrides = [f"fidelity={fidelity}"] + ["train.text.cache_views=0"] * (fidelity == "published")
+    overrides = [f"fidelity={fidelity}", "data.root=/data"] + ["train.text.cache_views=0"] * (fidelity == "published")
     config = load_config(FILE, overrides, size=size)
     recipe = leaves(yaml.safe_load(FILE.read_text())["sizes"][size])
-    recipe.pop("train.text.cache_views")
+    recipe.pop("train.text.cache_views", None)
     for key, value in recipe.items():
         assert value_of(config, key) == (tuple(value) if isinstance(value, list) else value), key
+
+
+@pytest.mark.parametrize("name", ["sysu_mm01", "regdb", "llcm"])
+def test_the_recipe_of_a_dataset_and_published_are_the_released_script(name: str) -> None:
+    config = load_config(FILE, ["fidelity=published", "data.root=/data"], size=name)
+    expected = PUBLISHED | (REGDB if name == "regdb" else {}) | {"data.name": name, "train.text.epochs": 120}
+    assert {key: value_of(config, key) for key in expected} == expected
+    assert all(protocol.startswith(name) for protocol in config.evaluate.protocols)
 
 
 def test_a_size_beats_the_file_and_an_override_beats_the_size() -> None:
