@@ -124,12 +124,14 @@ def evaluate_command(
 
 def _on_other_data(model: Path, config: Path | None, size: str | None, settings: list[str]) -> Config:
     """The description of a run that trains nothing: a model meets data that the settings name."""
+    from tvilfm.models.opening import is_hub_name
+
     of_run = (model / "config.yaml").is_file()
     if of_run and (config or size):
         raise ValueError(f"{model}: expected neither --config nor --size with a run's model, got one. Leave it out.")
     source = model / "config.yaml" if of_run else config or default_description()
     own = {
-        "model.trained": str(model.absolute()),
+        "model.trained": str(model if is_hub_name(model) else model.absolute()),
         "run.dir": str(model.absolute().parent if of_run else Path("runs")),
         "run.stages_dir": None,
         "data.root": None,
@@ -169,7 +171,7 @@ def _run(config: Config, *, until: str) -> None:
 
 @app.command("find")
 def find_command(
-    model: Annotated[Path, typer.Argument(help="Run folder, model folder, or released checkpoint file.")],
+    model: Annotated[Path, typer.Argument(help="Run folder, model folder, hub name, or released checkpoint file.")],
     folder: Annotated[Path, typer.Option("--in", help="Folder of images to search, with all folders in it.")],
     image: Annotated[
         list[Path] | None, typer.Option(help="Infrared image of the person; give several times.", show_default=False)
@@ -218,6 +220,26 @@ def find_command(
         write_csv(ranking, csv)
     if as_json is not None:
         write_json(ranking, as_json)
+
+
+@app.command("export")
+def export_command(
+    model: Annotated[Path, typer.Argument(help="Run folder, model folder, hub name, or released checkpoint file.")],
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    kind: Annotated[
+        Literal["onnx", "torchscript", "safetensors", "hub-folder"], typer.Option("--to", help="Format.")
+    ] = "onnx",
+) -> None:
+    """Export the image encoders and the text tower, with a model card, and compare them with the model."""
+    from tvilfm.models.export import export_model
+    from tvilfm.models.opening import open_model
+
+    opened = open_model(model)
+    for line in opened.reported:
+        typer.echo(line, err=True)
+    for one in export_model(opened, out, kind):
+        typer.echo(f"{one.part}: lowest cosine {one.cosine:.6f}, largest relative difference {one.difference:.1e}")
+    typer.echo(f"exported: {out}")
 
 
 @app.command("tune")

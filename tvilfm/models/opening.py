@@ -15,9 +15,10 @@ from torch.overrides import TorchFunctionMode
 from tvilfm.config import Config, load_config
 from tvilfm.files import content_digests
 from tvilfm.models.released import load_released, read_pickle
-from tvilfm.models.tvilfm import TVILFM
+from tvilfm.models.tvilfm import TVILFM, download
 
 WRAPPERS = ("state_dict", "model")
+SETTINGS_FILE = "settings.json"  # in a folder that was exported
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
 
 
@@ -38,6 +39,17 @@ class OpenedModel:
     path: Path
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What a search needs to know beside the weights; `open_model` reads it from `SETTINGS_FILE`."""
+        config = self.config
+        return {
+            "height": config.data.height,
+            "width": config.data.width,
+            "filter_text": config.loss.filter_text,
+            "ensemble": config.evaluate.ensemble.model_dump(),
+        }
+
+    @property
     def height(self) -> int:
         return self.config.data.height
 
@@ -56,7 +68,7 @@ class _WithoutDraws(TorchFunctionMode):
 
 
 def open_model(path: Path) -> OpenedModel:
-    """Open a run folder, a folder of `save_pretrained`, or a released checkpoint file.
+    """Open a run folder, a folder of `save_pretrained`, `owner/model` of a hub, or a released checkpoint file.
 
     A checkpoint file may hold the state dict as `state_dict` or `model`, and its keys may begin with `module.` or
     `_orig_mod.`; a file of the base stage gives a model without a text stage.
@@ -67,11 +79,12 @@ def open_model(path: Path) -> OpenedModel:
     Raises:
         ValueError: nothing there, an unfinished run, or a file that holds no TVI-LFM model.
     """
-    if not path.exists():
+    if not path.exists() and not is_hub_name(path):
         raise ValueError(
             f"model: expected a run folder, a model folder or a checkpoint file, got {path}, which does not exist. "
             "Check the path."
         )
+    recorded = (path / "run.json").is_file()
     with _WithoutDraws():
         if path.is_file():
             model, reported = _open_file(path)
@@ -79,13 +92,34 @@ def open_model(path: Path) -> OpenedModel:
         elif (path / "run.json").is_file():
             model, config, reported = _open_run(path)
         else:
-            model, config, reported = TVILFM.from_pretrained(path), Config(), []
-    if not (path / "run.json").is_file():
+            folder = path if path.is_dir() else download(str(path))
+            model, config, reported = TVILFM.from_pretrained(folder), _settings(folder), []
+            recorded = (folder / SETTINGS_FILE).is_file()
+    if not recorded:
         reported.append(
             f"{path} does not record its settings: images are resized to {config.data.height} x {config.data.width} "
             "(height x width), and the modalities have equal weights."
         )
     return OpenedModel(model=model.eval(), config=config, reported=tuple(reported), path=path)
+
+
+def is_hub_name(path: Path) -> bool:
+    """Return whether a path that does not exist may be `owner/model` of a hub."""
+    return len(path.parts) == 2 and not path.suffix and not path.parent.exists()
+
+
+def _settings(folder: Path) -> Config:
+    file = folder / SETTINGS_FILE
+    if not file.is_file():
+        return Config()
+    settings = json.loads(file.read_text())
+    written = {
+        "data.height": settings["height"],
+        "data.width": settings["width"],
+        "loss.filter_text": settings["filter_text"],
+        "evaluate.ensemble": settings["ensemble"],
+    }
+    return load_config(None, [f"{key}={json.dumps(value)}" for key, value in written.items()])
 
 
 def model_fingerprint(path: Path) -> str:
@@ -100,6 +134,8 @@ def model_fingerprint(path: Path) -> str:
     files = [path]
     if not path.is_file():
         folder = _run_model(path)[0] if (path / "run.json").is_file() else path
+        if not folder.exists() and is_hub_name(folder):
+            folder = download(str(folder))
         files = [folder / "model.safetensors", folder / "config.json"]
     missing = [file for file in files if not file.is_file()]
     if missing:

@@ -43,7 +43,7 @@ class TextEncoder(nn.Module):
         x = tower.token_embedding(tokens_BL) + tower.positional_embedding[:length]
         x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])
         # Only the end-of-text row is read; normalising it alone gives the same row.
-        x = x[torch.arange(len(x), device=x.device), tokens_BL.argmax(dim=1)]
+        x = x[torch.arange(x.shape[0], device=x.device), tokens_BL.argmax(dim=1)]
         features: Tensor = tower.ln_final(x) @ tower.text_projection
         return features.float()
 

@@ -172,7 +172,7 @@ class TVILFM(nn.Module):
         """
         folder = Path(name)
         if not folder.is_dir():
-            folder = _download(str(name), revision)
+            folder = download(str(name), revision)
         config_path, weights_path = folder / "config.json", folder / "model.safetensors"
         for path in (config_path, weights_path):
             if not path.is_file():
@@ -194,11 +194,16 @@ class TVILFM(nn.Module):
         return model
 
 
-def _download(name: str, revision: str | None) -> Path:
+def download(name: str, revision: str | None = None) -> Path:
+    """Return the local folder of a model of the Hugging Face hub, or of its local cache.
+
+    Raises:
+        ValueError: it cannot be reached, or there is none of that name.
+    """
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["config.json", "model.safetensors"]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "model.safetensors"]))
     except (OSError, ValueError) as error:  # the hub's own errors are kinds of these two
         raise ValueError(
             f"checkpoint: expected a folder of save_pretrained or a repository of the hub, got {name} "
