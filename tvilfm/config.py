@@ -3,7 +3,7 @@
 Precedence: defaults < fidelity preset < YAML file < `section.key=value` overrides. The preset is how
 `fidelity: published` and `fidelity: corrected` choose the switches in which the released code and ours differ
 (`FIDELITY_SWITCHES`); in the file, `null` for such a switch means "as fidelity says". The resolved configuration that
-is written to the run folder holds no null switch: every choice is spelled out.
+is written to the run folder spells every choice out.
 """
 
 from __future__ import annotations
@@ -93,6 +93,9 @@ FIDELITY_SWITCHES: dict[str, Switch] = {
     "train.text.eval_from": Switch(published=1, corrected=1, regdb=80, why=_EVAL_FROM),
     "train.text.freeze_batch_norm": Switch(
         published=False, corrected=True, why="the frozen network's statistics drift with the training batches"
+    ),
+    "train.text.freeze_gem": Switch(
+        published=False, corrected=True, why="p trained for fusion alone also moves the features of the gallery"
     ),
     "evaluate.witness_draw": Switch(
         published="released",
@@ -347,6 +350,11 @@ class TextStageSection(ScheduleSection):
     eval_every: int = Field(1, ge=1, description="epochs between validations; null = fidelity")
     cache_views: int = Field(0, ge=0, description="frozen features of so many augmented views an image; 0 = none")
     freeze_batch_norm: bool = Field(True, description="frozen visual BN in eval mode; null = as fidelity says")
+    freeze_gem: bool = Field(
+        True,
+        description="keep GeM's p of the base stage; false: without SFF (loss.filter_text: false), fusion trains it; "
+        "null = as fidelity says",
+    )
     llm_probability: float = Field(0.5, ge=0, le=1, description="share of texts replaced by their rephrase")
 
 
@@ -676,14 +684,25 @@ class Config(Section):
                 f"evaluate.protocols: expected protocols of {own} for data.name={self.data.name}, got {foreign[0]}. "
                 f"Set evaluate.protocols=null for {list(PROTOCOLS[self.data.name])}."
             )
-        if self.train.text.cache_views and not self.train.text.freeze_batch_norm:
+        if self.train.text.cache_views and not self.freezes_features:
+            changing = "freeze_gem" if self.train.text.freeze_batch_norm else "freeze_batch_norm"
             raise ValueError(
-                "train.text.cache_views: expected 0 while train.text.freeze_batch_norm is false, got "
+                f"train.text.cache_views: expected 0 while train.text.{changing} is false, got "
                 f"{self.train.text.cache_views}. Features of a network that still changes cannot be cached."
             )
         if self.fidelity == "published" and self.train.base.use_val != self.train.text.use_val:
             raise ValueError("train.text.use_val: expected the same as train.base.use_val with published fidelity.")
         return self
+
+    @property
+    def trains_gem(self) -> bool:
+        """Whether the text stage trains p of the GeM."""
+        return not (self.train.text.freeze_gem or self.loss.filter_text)
+
+    @property
+    def freezes_features(self) -> bool:
+        """Whether the text stage leaves raw image features as they are."""
+        return self.train.text.freeze_batch_norm and not self.trains_gem
 
     @property
     def data_root(self) -> Path:

@@ -236,10 +236,10 @@ def write_features(
         chunk_size: images or sentences encoded together.
         pool: see `encode_chunks`.
     """
-    dim = TVILFM.from_pretrained(pool["model"]).spec.dim
-    evaluated = _Images(images, dim)
+    spec = TVILFM.from_pretrained(pool["model"]).spec
+    evaluated = _Images(images, spec.image_dim)
     chunks = evaluated.chunks(chunk_size) + text_chunks("text", texts, size=chunk_size)
-    vectors = evaluated.vectors | {"text": np.empty((len(texts), dim), dtype=np.float32)}
+    vectors = evaluated.vectors | {"text": np.empty((len(texts), spec.dim), dtype=np.float32)}
     for target, index, part in encode_chunks(chunks, progress=ProgressFile(folder / "progress.json"), **pool):
         vectors[target][index] = part
     if images:

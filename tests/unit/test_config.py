@@ -85,6 +85,7 @@ PUBLISHED = {
     "train.text.eval_every": 2,
     "train.text.eval_from": 1,
     "train.text.freeze_batch_norm": False,
+    "train.text.freeze_gem": False,
     "evaluate.witness_draw": "released",
 }
 REGDB = {"optim.lr": 2e-3, "optim.text_lr": 1e-5, "optim.text_bias_weight_decay": 0.0, "train.text.eval_from": 80}
@@ -106,6 +107,7 @@ CORRECTED = {
     "train.text.eval_every": 1,
     "train.text.eval_from": 1,
     "train.text.freeze_batch_norm": True,
+    "train.text.freeze_gem": True,
     "evaluate.witness_draw": "seeded",
 }
 
@@ -245,6 +247,10 @@ def test_a_value_out_of_bounds_names_the_dotted_key_and_the_value(override: str,
         (
             ["train.text.cache_views=2", "train.text.freeze_batch_norm=false"],
             r"train\.text\.cache_views: expected 0 .* got 2",
+        ),
+        (
+            ["train.text.cache_views=2", "train.text.freeze_gem=false", "loss.filter_text=false"],
+            r"train\.text\.cache_views: expected 0 while train\.text\.freeze_gem is false, got 2",
         ),
         (["fidelity=published", "train.text.use_val=false"], r"train\.text\.use_val: expected the same"),
         (["model.text.heads=5"], r"model\.text\.heads: expected a divisor of width 512, got 5"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -175,6 +176,23 @@ def one_caption(captions: pa.Table) -> pa.Table:
     """Every visible image of a person has the same sentence: the witness draw has no choice."""
     rows = [row | {"caption": row["caption"].replace("outdoors", "indoors")} for row in captions.to_pylist()]
     return pa.Table.from_pylist(rows, schema=CAPTION_SCHEMA)
+
+
+def test_of_a_trained_gem_infrared_alone_reads_the_base_pooling_and_all_else_the_current_one(
+    model: TVILFM, manifest: pa.Table, captions: pa.Table, images: FeatureTable, texts: FeatureTable
+) -> None:
+    base = make_features(list(images.keys), model.spec.dim, 9)
+    both = FeatureTable(keys=images.keys, vectors_ND=np.hstack([images.vectors_ND, base.vectors_ND]))
+    trained = TVILFM(replace(model.spec, trained_pool=True)).eval()
+    trained.load_state_dict(model.state_dict())
+
+    def scores(model: TVILFM, images: FeatureTable) -> list[tuple[str, float]]:
+        results = make_evaluator(model, manifest, captions, images, texts).evaluate()
+        return [(case.query, trial.mAP) for case in results for trial in case.trials]
+
+    alone, others = scores(model, base), scores(model, images)
+    assert scores(trained, both) == [a if a[0] == "infrared" else b for a, b in zip(alone, others, strict=True)]
+    assert alone[0] != others[0]
 
 
 @pytest.mark.parametrize("filter_text", [True, False])

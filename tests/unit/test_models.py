@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tests.oracles import gem_loop, stretch_loop
 from tvilfm.config import LossSection, ModelSection, OptimSection, TextModelSection
 from tvilfm.datasets.tokens import tokenize
-from tvilfm.datasets.transforms import draw
+from tvilfm.datasets.transforms import augment, draw
 from tvilfm.datasets.tri_modal import RECIPES, Batch
 from tvilfm.losses.objective import JointObjective
 from tvilfm.models import TVILFM, ModelSpec, spec_from_config
@@ -366,6 +366,43 @@ def make_batch(seed: int) -> Batch:
         tokens=tokenize([TEXTS[i % 3] for i in range(6)]),
         filter_tokens=tokenize(["a man with a bag"] * 6),
     )
+
+
+def test_a_trained_gem_moves_through_fusion_alone_and_leaves_infrared_only_retrieval_as_it_was() -> None:
+    model = make_model(ModelSpec(**{**SPEC.__dict__, "with_text": False}))
+    images = make_images(4)
+    with torch.no_grad():
+        before, raw = model.embed_infrared_only(images), model.encode_infrared(images)
+    model.start_text_stage(TextModelSection(width=16, layers=2, heads=2), train_pool=True)
+    model.freeze_visual()
+    model.train_text_stage(freeze_batch_norm=True)
+    batch = make_batch(0)
+    section = LossSection(filter_text=False)
+    sum(StageStep(model, JointObjective(section), pad=2)(batch).values()).backward()  # type: ignore[union-attr]
+    assert all(parameter.grad is None for parameter in model.backbone.parameters())
+    found = model.pool.p.grad
+    assert found is not None and model.base_pool is not None and model.base_pool.p.grad is None
+
+    # The gradient that a plain loop gives when every other feature is a constant.
+    model.pool.p.grad = None
+    pixels = {recipe: augment(batch.pixels[recipe], batch.draws[recipe], pad=2) for recipe in RECIPES}
+    assert batch.tokens is not None
+    with torch.no_grad():
+        maps = model.backbone(None, pixels["infrared"])
+        infrared = model.pool(maps)
+        visual = [model.pool(model.backbone(pixels[recipe], None)) for recipe in ("visible", "visible_augmented")]
+    text = model.encode_text(batch.tokens)
+    rows = torch.cat([*visual, infrared, model.pool(maps) + text, text])
+    sum(JointObjective(section)(rows, model.head(rows), batch.labels.repeat(5)).values()).backward()  # type: ignore[union-attr]
+    torch.testing.assert_close(model.pool.p.grad, found, rtol=1e-3, atol=1e-7)
+
+    with torch.no_grad():
+        model.pool.p.add_(0.5)
+        model.eval()
+        both = model.encode_infrared(images)
+        assert both.shape == (4, 2 * model.spec.dim) and (model.current(both) - raw).abs().max() > 1e-2
+        torch.testing.assert_close(model.embed_infrared_only(images), before)
+        torch.testing.assert_close(model.embed(both), model.head.embed(model.current(both)))
 
 
 @pytest.mark.parametrize("freeze_batch_norm", [True, False])

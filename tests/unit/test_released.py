@@ -113,8 +113,16 @@ def test_a_full_size_text_stage_file_loads_strictly_and_round_trips_byte_for_byt
     torch.save(state, source)
     model = load_released(source, num_classes=CLASSES)
     assert model.spec == ModelSpec(
-        backbone="resnet50", num_classes=CLASSES, text_width=512, text_layers=12, text_heads=8, with_text=True
+        backbone="resnet50",
+        num_classes=CLASSES,
+        text_width=512,
+        text_layers=12,
+        text_heads=8,
+        with_text=True,
+        trained_pool=True,  # p differs from that of the kept copy
     )
+    untrained = load_released({**state, "backup_pool.p": state["base_model.visual.GEM.p"]})
+    assert not untrained.spec.trained_pool
     for ours, theirs in (
         ("backbone.visible_stem.conv1.weight", "base_model.visual.rgb_model.resnet_conv.0.weight"),
         ("backbone.infrared_stem.bn1.running_var", "base_model.visual.ir_model.resnet_conv.1.running_var"),

@@ -403,6 +403,7 @@ def test_of_equal_scores_rank1_keeps_the_later_epoch_and_map_the_earlier(
             "test",
             8,
         ),
+        (["train.text.freeze_gem=false", "loss.filter_text=false"], "val", 6),
         (["train.base.select=last", "train.text.select=last"], None, 6),
         (
             ["train.base={select: last, use_val: true}", "train.text={select: last, use_val: true}"],
@@ -439,7 +440,8 @@ def test_both_stages_run_and_choose_by_the_split_the_config_names(
     state = model.state_dict()
     same = [key for key, value in visual.items() if torch.equal(value, state[key])]
     buffers = [key for key in visual if "running" in key or "num_batches" in key]
-    assert len(same) == len(visual) - (len(buffers) if config.fidelity == "published" else 0)
+    moved = (buffers if config.fidelity == "published" else []) + ["pool.p"] * config.trains_gem
+    assert set(same) == set(visual) - set(moved) and model.spec.trained_pool == config.trains_gem
     assert model.base_head is not None and torch.equal(model.base_head.classifier.weight, head)
     assert not torch.equal(model.head.classifier.weight, head)
     assert set(splits) == ({split} if split else set())

@@ -120,7 +120,7 @@ class Evaluator:
         return {
             "infrared": self._model.embed(raw),
             "text": self._model.embed(text),
-            "fusion": self._model.embed(semantic_filtered_fusion(raw, text, filter_text)),
+            "fusion": self._model.embed(semantic_filtered_fusion(self._model.current(raw), text, filter_text)),
         }
 
     def text_query_vectors(self, query: pa.Table, texts: QueryTexts) -> dict[str, Tensor]:

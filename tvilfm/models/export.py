@@ -120,7 +120,7 @@ def _parts(opened: OpenedModel) -> Iterator[tuple[str, _Export]]:
         return ids
 
     def raw(count: int) -> Tensor:
-        return torch.randn((count, model.spec.dim), generator=generator)
+        return torch.randn((count, model.spec.image_dim), generator=generator)
 
     yield "visible", _Export(_Part(model, TVILFM.encode_visible), images)
     yield "infrared", _Export(_Part(model, TVILFM.encode_infrared), images)

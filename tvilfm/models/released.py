@@ -34,6 +34,7 @@ _TEXT = (
     "base_model.ln_final.",
     "base_model.text_projection",
 )
+_GEM = "base_model.visual.GEM.p"
 _BACKUP = ("backup_pool.", "backup_classifier.")
 _NOTES = "released_notes"
 _SHOWN = 5
@@ -190,6 +191,8 @@ def _spec(state: Mapping[str, Tensor]) -> ModelSpec:
         text_layers=max(blocks) + 1 if blocks else 12,
         text_heads=max(1, width // _HEAD_WIDTH),
         with_text=with_text,
+        trained_pool="backup_pool.p" in state
+        and not torch.equal(state["backup_pool.p"], state.get(_GEM, state["backup_pool.p"])),
     )
 
 

@@ -38,10 +38,20 @@ class ModelSpec:
     text_layers: int
     text_heads: int
     with_text: bool = True
+    trained_pool: bool = False
 
     @property
     def dim(self) -> int:
+        """D, the width of what the heads take."""
         return ARCHITECTURES[self.backbone].dim
+
+    @property
+    def image_dim(self) -> int:
+        """Width of a raw image feature: D, or 2 D where the text stage trained the GeM.
+
+        It is then pooled twice, by the current GeM and by the base stage's.
+        """
+        return self.dim * (1 + self.trained_pool)
 
 
 def spec_from_config(model: ModelSection, num_classes: int, *, with_text: bool) -> ModelSpec:
@@ -80,24 +90,38 @@ class TVILFM(nn.Module):
         self.text = TextEncoder(dim=spec.dim, width=spec.text_width, layers=spec.text_layers, heads=spec.text_heads)
         self.base_pool, self.base_head = copy.deepcopy(self.pool), copy.deepcopy(self.head)
 
-    def start_text_stage(self, text: TextModelSection) -> None:
-        """Add a text tower of the given size and keep a copy of the GeM and head that the base stage ended with."""
+    def start_text_stage(self, text: TextModelSection, *, train_pool: bool = False) -> None:
+        """Add a text tower of the given size and keep a copy of the GeM and head that the base stage ended with.
+
+        Args:
+            text: size of the tower.
+            train_pool: the stage trains p of the GeM, see `ModelSpec.image_dim`.
+        """
         self.spec = replace(
-            self.spec, text_width=text.width, text_layers=text.layers, text_heads=text.heads, with_text=True
+            self.spec,
+            text_width=text.width,
+            text_layers=text.layers,
+            text_heads=text.heads,
+            with_text=True,
+            trained_pool=train_pool,
         )
         self._add_text()
 
     def encode_images(self, visible: Tensor | None, infrared: Tensor | None) -> Tensor:
-        """Raw features of visible, then infrared images, as one batch: (B + B', D) float32."""
-        raw_BD: Tensor = self.pool(self.backbone(visible, infrared))
+        """Raw features of visible, then infrared images, as one batch: (B + B', `spec.image_dim`) float32."""
+        maps = self.backbone(visible, infrared)
+        raw_BD: Tensor = self.pool(maps)
+        if self.spec.trained_pool:
+            assert self.base_pool is not None
+            return torch.cat([raw_BD, self.base_pool(maps)], dim=1)
         return raw_BD
 
     def encode_visible(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised float -> raw features (B, D)."""
+        """(B, 3, H, W) normalised float -> raw features (B, `spec.image_dim`)."""
         return self.encode_images(images, None)
 
     def encode_infrared(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised float, one channel repeated -> raw features (B, D)."""
+        """(B, 3, H, W) normalised float, one channel repeated -> raw features (B, `spec.image_dim`)."""
         return self.encode_images(None, images)
 
     def encode_text(self, tokens_BL: Tensor) -> Tensor:
@@ -106,29 +130,26 @@ class TVILFM(nn.Module):
         raw_BD: Tensor = self.text(tokens_BL)
         return raw_BD
 
-    def embed(self, raw_BD: Tensor) -> Tensor:
+    def current(self, raw: Tensor) -> Tensor:
+        """The part of raw features (..., `spec.image_dim`) that the current GeM pooled: (..., D)."""
+        return raw[..., : self.spec.dim]
+
+    def embed(self, raw: Tensor) -> Tensor:
         """Raw features of any modality -> unit vectors (B, D) through the current head."""
-        return self.head.embed(raw_BD)
+        return self.head.embed(self.current(raw))
 
-    def embed_base(self, raw_BD: Tensor) -> Tensor:
-        """Raw image features -> unit vectors (B, D) through the base stage's head.
-
-        The text stage never moves the backbone's GeM, so one raw feature serves both heads.
-        """
+    def embed_base(self, raw: Tensor) -> Tensor:
+        """Raw image features (B, `spec.image_dim`) -> unit vectors (B, D) through the base stage's GeM and head."""
         head = self.head if self.base_head is None else self.base_head
-        return head.embed(raw_BD)
+        return head.embed(raw[..., -self.spec.dim :])
 
     def embed_visible_only(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) visible images -> unit vectors (B, D) through the base stage's GeM and head."""
-        return self._embed_only(self.backbone(images, None))
+        return self.embed_base(self.encode_visible(images))
 
     def embed_infrared_only(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) infrared images -> unit vectors (B, D) through the base stage's GeM and head."""
-        return self._embed_only(self.backbone(None, images))
-
-    def _embed_only(self, maps: Tensor) -> Tensor:
-        pool = self.pool if self.base_pool is None else self.base_pool
-        return self.embed_base(pool(maps))
+        return self.embed_base(self.encode_infrared(images))
 
     def visual_parameters(self) -> Iterator[nn.Parameter]:
         """Backbone and GeM: what the text stage freezes."""
@@ -136,9 +157,13 @@ class TVILFM(nn.Module):
         yield from self.pool.parameters()
 
     def freeze_visual(self) -> None:
-        """Stop gradients into the visual part and into the kept copy of the base GeM and head."""
+        """Stop gradients into the visual part and into the kept copy of the base GeM and head.
+
+        The current GeM stays trainable where the text stage trains it (`ModelSpec.trained_pool`).
+        """
         for parameter in self.visual_parameters():
             parameter.requires_grad_(False)
+        self.pool.requires_grad_(self.spec.trained_pool)
         for module in (self.base_pool, self.base_head):
             if module is not None:
                 module.requires_grad_(False)

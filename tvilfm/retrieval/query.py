@@ -82,6 +82,7 @@ def query_parts(
         return {"infrared": model.embed_base(infrared_D[None])[0].cpu()}
     if infrared_D is None:
         return {"text": model.embed(text_D[None])[0].cpu()}
+    infrared_D = model.current(infrared_D)
     fusion_D = semantic_filtered_fusion(infrared_D, text_D, filter_D)
     unit = model.embed(torch.stack([infrared_D, text_D, fusion_D])).cpu()
     return dict(zip(("infrared", "text", "fusion"), unit, strict=True))

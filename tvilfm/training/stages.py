@@ -101,7 +101,7 @@ def train_text(
     """
     torch.manual_seed(config.run.seed + 1)
     rows = TrainingRows.from_manifest(data.manifest, use_val=config.train.text.use_val)
-    base.start_text_stage(config.model.text)
+    base.start_text_stage(config.model.text, train_pool=config.trains_gem)
     load_text_weights(base, config.model)
     return _fit(base, config, data, rows, config.train.text, views, 1, device=device, listener=listener, resume=resume)
 
@@ -179,7 +179,7 @@ def _validator(
 
     def validate(model: TVILFM) -> dict[str, float]:
         images = frozen[0] if frozen else _encode_images(model, data, table, batch=section.batch)
-        if with_text and config.train.text.freeze_batch_norm and not frozen:
+        if with_text and config.freezes_features and not frozen:
             frozen.append(images)
         encoded = None
         if with_text:
@@ -204,7 +204,7 @@ def _validator(
 
 
 def _encode_images(model: TVILFM, data: StageData, table: pa.Table, *, batch: int) -> FeatureTable:
-    vectors = np.empty((table.num_rows, model.spec.dim), dtype=np.float32)
+    vectors = np.empty((table.num_rows, model.spec.image_dim), dtype=np.float32)
     modality = np.array(table["modality"].to_pylist())
     for name in ("visible", "infrared"):
         chosen = np.flatnonzero(modality == name)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tvilfm.datasets.transforms import augment
-from tvilfm.datasets.tri_modal import Batch
+from tvilfm.datasets.transforms import Recipe, augment
+from tvilfm.datasets.tri_modal import RECIPES, Batch
 from tvilfm.losses.objective import JointObjective, ModalityFeatures
 from tvilfm.models import TVILFM
 from tvilfm.models.backbone import image_format
@@ -44,7 +44,10 @@ class StageStep(nn.Module):
         return terms
 
     def _features(self, batch: Batch) -> Tensor:
-        visual = batch.features or self._encode_pixels(batch)
+        if batch.features:
+            visual, fusion_infrared_BD = batch.features, batch.features["infrared"]
+        else:
+            visual, fusion_infrared_BD = self._encode_pixels(batch)
         features = ModalityFeatures(
             visible_BD=visual["visible"],
             visible_augmented_BD=visual["visible_augmented"],
@@ -59,12 +62,13 @@ class StageStep(nn.Module):
                 visible_BD=features.visible_BD,
                 visible_augmented_BD=features.visible_augmented_BD,
                 infrared_BD=features.infrared_BD,
-                fusion_BD=semantic_filtered_fusion(features.infrared_BD, text_BD, filter_BD),
+                fusion_BD=semantic_filtered_fusion(fusion_infrared_BD, text_BD, filter_BD),
                 text_BD=text_BD,
             )
         )
 
-    def _encode_pixels(self, batch: Batch) -> dict[str, Tensor]:
+    def _encode_pixels(self, batch: Batch) -> tuple[dict[Recipe, Tensor], Tensor]:
+        """Return raw features by recipe, and those of the infrared images that fusion takes."""
         layout = image_format(next(self.model.parameters()).device)
         images = {
             recipe: augment(pixels, batch.draws[recipe], pad=self.pad).contiguous(memory_format=layout)
@@ -73,5 +77,10 @@ class StageStep(nn.Module):
         frozen = not next(self.model.backbone.parameters()).requires_grad
         with torch.set_grad_enabled(not frozen):
             visible = torch.cat([images["visible"], images["visible_augmented"]])
-            raw = self.model.encode_images(visible, images["infrared"])
-        return dict(zip(("visible", "visible_augmented", "infrared"), raw.chunk(3), strict=True))
+            maps = self.model.backbone(visible, images["infrared"])
+            raw = self.model.pool(maps)
+        features = dict(zip(RECIPES, raw.chunk(3), strict=True))
+        if frozen and self.model.spec.trained_pool:
+            # Only fusion moves p, as in the released code: the other features are pooled without a gradient.
+            return features, self.model.pool(maps.chunk(3)[2])
+        return features, features["infrared"]
