@@ -142,9 +142,11 @@ def test_weights_and_temperature_are_those_of_the_run(loose: Loose, temperature:
     features = finding.folder_features(opened, loose.folder, store)
     parts = finding.encode_query(opened, loose.queries[:1], SENTENCE, None)
     weights = EnsembleWeights(infrared=0.5, text=2.0, fusion=0.0, temperature=temperature)
-    ranking = rank(opened.model, parts, features, weights, 99)
+    ranking = rank(parts, features, weights, 99)
     assert set(ranking[0].shares) == {"infrared", "text"}
-    gallery = opened.model.embed(torch.from_numpy(features.raw_ND)).detach().double()
+    pixels = decode_files(loose.folder, features.names, height=opened.height, width=opened.width)
+    raw = torch.from_numpy(encode_pixels(opened.model, pixels, "visible"))
+    gallery = opened.model.embed(raw).detach().double()
     total = torch.zeros(len(gallery), dtype=torch.float64)
     for name, weight in (("infrared", 0.5), ("text", 2.0)):
         vote = gallery @ parts[name].double()
@@ -157,8 +159,14 @@ def test_encodes_an_image_once(loose: Loose, encoded: list[int]) -> None:
     first, _ = find(open_model(loose.run), loose.folder, sentence=SENTENCE)
     assert sum(encoded) == 12
     encoded.clear()
-    again, _ = find(open_model(loose.run), loose.folder, sentence=SENTENCE)
-    assert encoded == [] and again == first
+    opened = open_model(loose.run)
+    again, _ = find(opened, loose.folder, sentence=SENTENCE)
+    assert encoded == [] and again == first and "model" not in vars(opened)  # which was not even read
+    by_image = {"images": loose.queries[:1], "sentence": SENTENCE}
+    first, _ = find(opened, loose.folder, **by_image)
+    for others in ({"images": loose.queries[1:]}, {"sentence": "a man"}, {"infrared_caption": CAPTION}):
+        other, _ = find(opened, loose.folder, **by_image | others)  # another query is not answered from the store
+        assert other != first
 
     shutil.copyfile(loose.queries[0], loose.folder / "level0" / "00.jpg")
     find(open_model(loose.run), loose.folder, sentence=SENTENCE)

@@ -13,6 +13,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -102,7 +103,7 @@ def _write(
         write = _write_onnx if kind == "onnx" else _write_torchscript
         return {name: write(part, folder / name) for name, part in parts.items()}
     opened.model.save_pretrained(folder)
-    again = replace(opened, model=TVILFM.from_pretrained(folder).eval())
+    again = replace(opened, load=partial(TVILFM.from_pretrained, folder))
     return {name: part.module for name, part in _parts(again)}
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,26 @@ class OpenedModel:
     """A model and what is known about how it was trained.
 
     Attributes:
-        model: in eval mode, on the CPU.
+        load: reads the network from the files; see `model`.
         config: the run's, or the defaults for a model without a run.
         reported: what the opening assumed or changed, one sentence each.
         path: what was opened.
     """
 
-    model: TVILFM
+    load: Callable[[], TVILFM]
     config: Config
     reported: tuple[str, ...]
     path: Path
+
+    @cached_property
+    def model(self) -> TVILFM:
+        """The network in eval mode, on the CPU, read at the first access, which takes seconds.
+
+        Raises:
+            ValueError: files that hold no TVI-LFM model.
+        """
+        with _WithoutDraws():
+            return self.load().eval()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -77,7 +88,7 @@ def open_model(path: Path) -> OpenedModel:
         path: of the folder or the file.
 
     Raises:
-        ValueError: nothing there, an unfinished run, or a file that holds no TVI-LFM model.
+        ValueError: nothing there, an unfinished run, or a file that is no checkpoint.
     """
     if not path.exists() and not is_hub_name(path):
         raise ValueError(
@@ -85,22 +96,20 @@ def open_model(path: Path) -> OpenedModel:
             "Check the path."
         )
     recorded = (path / "run.json").is_file()
-    with _WithoutDraws():
-        if path.is_file():
-            model, reported = _open_file(path)
-            config = Config()
-        elif (path / "run.json").is_file():
-            model, config, reported = _open_run(path)
-        else:
-            folder = path if path.is_dir() else download(str(path))
-            model, config, reported = TVILFM.from_pretrained(folder), _settings(folder), []
-            recorded = (folder / SETTINGS_FILE).is_file()
+    load: Callable[[], TVILFM]
+    if path.is_file():
+        state, reported = _read_file(path)
+        load, config = partial(load_released, state), Config()
+    else:
+        folder, config, reported = _open_folder(path)
+        load = partial(TVILFM.from_pretrained, folder)
+        recorded = recorded or (folder / SETTINGS_FILE).is_file()
     if not recorded:
         reported.append(
             f"{path} does not record its settings: images are resized to {config.data.height} x {config.data.width} "
             "(height x width), and the modalities have equal weights."
         )
-    return OpenedModel(model=model.eval(), config=config, reported=tuple(reported), path=path)
+    return OpenedModel(load=load, config=config, reported=tuple(reported), path=path)
 
 
 def is_hub_name(path: Path) -> bool:
@@ -164,13 +173,17 @@ def _run_model(path: Path) -> tuple[Path, str]:
     return folder, name
 
 
-def _open_run(path: Path) -> tuple[TVILFM, Config, list[str]]:
+def _open_folder(path: Path) -> tuple[Path, Config, list[str]]:
+    """Return the model folder of a run folder, a model folder or a hub name, its settings and what to report."""
+    if not (path / "run.json").is_file():
+        folder = path if path.is_dir() else download(str(path))
+        return folder, _settings(folder), []
     folder, name = _run_model(path)
     reported = [] if name != "base" else [f"{path} has only a base stage: its model cannot read sentences."]
-    return TVILFM.from_pretrained(folder), load_config(path / "config.yaml"), reported
+    return folder, load_config(path / "config.yaml"), reported
 
 
-def _open_file(path: Path) -> tuple[TVILFM, list[str]]:
+def _read_file(path: Path) -> tuple[Mapping[str, Tensor], list[str]]:
     held, reported = read_pickle(path), []
     for key in WRAPPERS:
         if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
@@ -180,7 +193,7 @@ def _open_file(path: Path) -> tuple[TVILFM, list[str]]:
     state, removed = _without_prefixes(held)
     if removed:
         reported.append(f"{path}: the prefix {removed!r} was removed from the keys.")
-    return load_released(state), reported
+    return state, reported
 
 
 def _without_prefixes(held: Any) -> tuple[Mapping[str, Tensor], str]:

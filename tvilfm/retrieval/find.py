@@ -1,8 +1,8 @@
 """Find a person in a folder of loose images, without labels, cameras, splits, a gallery or a service.
 
-Every image of the folder is taken for a visible one and encoded once. Its raw feature is kept in a store, under the
-hash of its content, so a later question encodes only the query. Ranking is the evaluation's: the same spaces, the same
-ensemble, the same similarity.
+Every image of the folder is taken for a visible one and encoded once. Its vectors are kept in a store, under the
+hash of its content, and so are those of the query. A later question encodes only what is new, and does not even read
+the model if nothing is. Ranking is the evaluation's: the same spaces, the same ensemble, the same similarity.
 
 The store is a folder of FeatureTables, one for each batch that was encoded. Files are only added, each written whole
 and then renamed, so calls at the same time do not disturb each other.
@@ -32,11 +32,11 @@ from tvilfm.evaluation.extract import encode_pixels, encode_texts
 from tvilfm.evaluation.features import FeatureTable
 from tvilfm.files import cache_folder, content_digests
 from tvilfm.models import TVILFM
-from tvilfm.models.opening import OpenedModel
+from tvilfm.models.opening import OpenedModel, model_fingerprint
 from tvilfm.retrieval.ensemble import ensemble_query
 from tvilfm.retrieval.query import query_parts
 from tvilfm.retrieval.similarity import similarity
-from tvilfm.retrieval.spaces import space_id
+from tvilfm.retrieval.spaces import gallery_vectors
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 SYSTEM_NAMES = ("Thumbs.db", ".DS_Store", "__MACOSX", "@eaDir")  # files and folders
@@ -48,17 +48,19 @@ Vectors = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class FolderFeatures:
-    """Raw features of the readable images of a folder.
+    """Unit vectors of the readable images of a folder.
 
     Attributes:
         names: paths in the folder, sorted, with /.
-        raw_ND: float32, not normalised.
+        vectors_ND: float32, through the current head.
+        base_vectors_ND: float32, through the base stage's head.
         unreadable: paths that could not be decoded.
         encoded: images that were encoded; the others were in the store.
     """
 
     names: tuple[str, ...]
-    raw_ND: Vectors
+    vectors_ND: Vectors
+    base_vectors_ND: Vectors
     unreadable: tuple[str, ...]
     encoded: int
 
@@ -113,18 +115,18 @@ def store_folders(opened: OpenedModel) -> list[Path]:
 
 
 class Store:
-    """Features that earlier calls left.
+    """Vectors that earlier calls left.
 
     Args:
         folders: those that are read; the first that can be written to is.
-        space: name of the model and its image size.
+        space: folder in each of them, named after the model and its image size.
     """
 
     def __init__(self, folders: Sequence[Path], space: str) -> None:
         self._folders, self._space = tuple(folders), space
 
     def load(self, keys: set[str]) -> dict[str, Vectors]:
-        """Content hash -> (D,) raw feature, of those keys that are there. A damaged file is left out."""
+        """Return the vectors of those keys that are stored. A damaged file is left out."""
         found: dict[str, Vectors] = {}
         for folder in self._folders:
             for path in sorted((folder / self._space).glob("*.parquet")):
@@ -166,7 +168,7 @@ def folder_features(
     """The features of a folder's images; what the store has is not encoded again.
 
     Args:
-        opened: its model in eval mode, on its device.
+        opened: its model is read when an image is to be encoded.
         folder: walked down to the last level.
         store: read and added to.
         progress: called with (images done, images to encode).
@@ -176,29 +178,32 @@ def folder_features(
     """
     names = list_images(folder)
     key_of = hash_files(folder, names)
-    raw = store.load(set(key_of.values()))
-    wanted = {key: name for name, key in reversed(key_of.items()) if key not in raw}
+    vectors = store.load(set(key_of.values()))
+    wanted = {key: name for name, key in reversed(key_of.items()) if key not in vectors}
     waiting: dict[str, Vectors] = {}
     done = 0
     for keys, pixels in _decoded(folder, list(wanted.items()), opened.height, opened.width):
-        waiting |= dict(zip(keys, encode_pixels(opened.model, pixels, "visible"), strict=True))
+        spaces = gallery_vectors(_on_device(opened), encode_pixels(_on_device(opened), pixels, "visible"))
+        waiting |= dict(zip(keys, np.hstack([spaces["vector"], spaces["vector_base"]]), strict=True))
         done += len(keys)
         if len(waiting) >= SAVED or done == len(wanted):
-            raw |= waiting
+            vectors |= waiting
             store.add(waiting)
             waiting = {}
         if progress is not None:
             progress(done, len(wanted))
     if waiting:
-        raw |= waiting
+        vectors |= waiting
         store.add(waiting)
-    readable = tuple(name for name in names if key_of.get(name) in raw)
+    readable = tuple(name for name in names if key_of.get(name) in vectors)
     if not readable:
         raise ValueError(f"--in: expected readable images in {folder}, got {len(names)} that cannot be decoded.")
+    both_ND = np.stack([vectors[key_of[name]] for name in readable])
     return FolderFeatures(
         names=readable,
-        raw_ND=np.stack([raw[key_of[name]] for name in readable]),
-        unreadable=tuple(name for name in names if key_of.get(name) not in raw),
+        vectors_ND=both_ND[:, : both_ND.shape[1] // 2],
+        base_vectors_ND=both_ND[:, both_ND.shape[1] // 2 :],
+        unreadable=tuple(name for name in names if key_of.get(name) not in vectors),
         encoded=done,
     )
 
@@ -232,7 +237,9 @@ def encode_query(
     """
     if not images and not sentence:
         raise ValueError("query: expected an infrared image, a sentence, or both, got neither. Give --image or --text.")
-    if sentence and opened.model.text is None:
+    model = _on_device(opened)
+    device = next(model.parameters()).device
+    if sentence and model.text is None:
         raise ValueError(
             f"--text: expected a model with a text tower, got {opened.path}, which is of the base stage. "
             "Ask with --image alone, or give a model of the text stage."
@@ -241,13 +248,13 @@ def encode_query(
     if images:
         height, width = opened.height, opened.width
         pixels = [decode(_content(path), name=f"--image {path}", height=height, width=width) for path in images]
-        infrared_D = _on_device(opened.model, encode_pixels(opened.model, np.stack(pixels), "infrared")).mean(dim=0)
+        infrared_D = torch.from_numpy(encode_pixels(model, np.stack(pixels), "infrared")).to(device).mean(dim=0)
     if sentence:
         filtered = bool(images and infrared_caption and opened.config.loss.filter_text)
         texts = [sentence, *([infrared_caption] if filtered and infrared_caption else [])]
-        encoded = _on_device(opened.model, encode_texts(opened.model, texts))
+        encoded = torch.from_numpy(encode_texts(model, texts)).to(device)
         text_D, filter_D = encoded[0], encoded[1] if filtered else None
-    return query_parts(opened.model, infrared_D, text_D, filter_D)
+    return query_parts(model, infrared_D, text_D, filter_D)
 
 
 def _content(path: Path) -> bytes:
@@ -257,20 +264,29 @@ def _content(path: Path) -> bytes:
         raise ValueError(f"--image: expected an image file, got {path} ({error.strerror}). Check the path.") from None
 
 
-def _on_device(model: TVILFM, raw_ND: Vectors) -> Tensor:
-    return torch.from_numpy(raw_ND).to(next(model.parameters()).device)
+def _query(
+    opened: OpenedModel, images: Sequence[Path], sentence: str | None, infrared_caption: str | None, store: Store
+) -> tuple[dict[str, Tensor], str]:
+    """Return the vectors of `encode_query`, from the store where they are, and their key there; "" if they are new."""
+    asked = (*(hashlib.sha256(_content(path)).hexdigest() for path in images), sentence, infrared_caption)
+    key = hashlib.sha256(json.dumps([opened.config.loss.filter_text, *asked]).encode()).hexdigest()
+    stored = store.load({f"{key}/{name}" for name in ("infrared", "text", "fusion")})
+    if stored:
+        return {name.rpartition("/")[2]: torch.tensor(vector_D) for name, vector_D in stored.items()}, ""
+    return encode_query(opened, images, sentence, infrared_caption), key
+
+
+def _on_device(opened: OpenedModel) -> TVILFM:
+    return opened.model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @torch.inference_mode()
-def rank(
-    model: TVILFM, parts: Mapping[str, Tensor], features: FolderFeatures, ensemble: EnsembleWeights, count: int
-) -> list[Found]:
+def rank(parts: Mapping[str, Tensor], features: FolderFeatures, ensemble: EnsembleWeights, count: int) -> list[Found]:
     """The best images of a folder, ties in the order of their paths.
 
     Infrared alone is compared through the base stage's head, everything else through the current one.
 
     Args:
-        model: in eval mode.
         parts: of `encode_query`.
         features: of the folder.
         ensemble: weights of the modalities and the temperature of their votes; of no effect with one modality.
@@ -280,9 +296,8 @@ def rank(
     """
     if count < 1:
         raise ValueError(f"-k: expected 1 or more, got {count}.")
-    raw_ND = _on_device(model, features.raw_ND)
-    embed = model.embed_base if set(parts) == {"infrared"} else model.embed
-    gallery_ND = embed(raw_ND).cpu()
+    alone = set(parts) == {"infrared"}
+    gallery_ND = torch.from_numpy(features.base_vectors_ND if alone else features.vectors_ND)
     votes = {name: similarity(vector_D[None], gallery_ND) for name, vector_D in parts.items()}
     if len(parts) == 1:
         weights = dict.fromkeys(parts, 1.0)
@@ -344,7 +359,7 @@ def find(
     """Rank the images of a folder by their similarity to a person.
 
     Args:
-        opened: the model; moved to the GPU where there is one.
+        opened: the model; read when something is to be encoded, and moved to the GPU where there is one.
         folder: of visible images.
         images: infrared images of the person.
         sentence: a description of the person.
@@ -361,11 +376,13 @@ def find(
     list_images(folder)
     if count < 1:
         raise ValueError(f"-k: expected 1 or more, got {count}.")
-    store = Store(store_folders(opened), space_id(opened.model, height=opened.height, width=opened.width))
-    opened.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    parts = encode_query(opened, images, sentence, infrared_caption)
-    features = folder_features(opened, folder, store, progress=progress)
-    ranking = rank(opened.model, parts, features, opened.config.evaluate.ensemble, count)
+    space = f"{model_fingerprint(opened.path)}-{opened.height}x{opened.width}"
+    gallery, queries = (Store(store_folders(opened), f"{space}/{kind}") for kind in ("gallery", "queries"))
+    parts, new_key = _query(opened, images, sentence, infrared_caption, queries)
+    features = folder_features(opened, folder, gallery, progress=progress)
+    if new_key:
+        queries.add({f"{new_key}/{name}": vector_D.numpy() for name, vector_D in parts.items()})
+    ranking = rank(parts, features, opened.config.evaluate.ensemble, count)
     return ranking, remarks(opened, features, fused=len(parts) > 1, infrared_caption=infrared_caption)
 
 
