@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.claim import Claim
-from cluster.caption import caption
+from cluster.tables.captioning import caption
 from tvilfm.captioning.conv_captioner import build_conv_captioner
 from tvilfm.config import load_config
 

@@ -26,11 +26,11 @@ import torch
 
 from benchmarks.claim import Claim
 from benchmarks.gpu_caption import build_blip, crops
-from cluster.caption import caption_images
 from cluster.session import session
+from cluster.tables.captioning import caption_images
 from tvilfm.captioning.captioner import Captioner
 from tvilfm.config import CaptionerSection, CaptionSection, ClusterSection
-from tvilfm.datasets.pixels import decode_files
+from tvilfm.data.pixels import decode_files
 
 IMAGES, BATCH, TOKENS = 1280, 32, 20
 PLAIN_IMAGES, SINGLE_IMAGES = 320, 32

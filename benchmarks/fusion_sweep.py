@@ -19,13 +19,13 @@ import torch
 
 from benchmarks.claim import Claim
 from tvilfm.config import EnsembleWeights, EvaluateSection
-from tvilfm.datasets.manifest import CAPTION_SCHEMA, build_manifest, column
-from tvilfm.evaluation.ensemble_sweep import MODALITIES, sweep_ensemble, weight_grid
+from tvilfm.data.manifest import CAPTION_SCHEMA, build_manifest, column
 from tvilfm.evaluation.evaluator import Evaluator
 from tvilfm.evaluation.features import FeatureTable
 from tvilfm.evaluation.metrics import RankingMetrics, ranking_metrics
 from tvilfm.evaluation.protocols import get_protocol
 from tvilfm.evaluation.query_texts import draw_query_texts
+from tvilfm.evaluation.weight_sweep import MODALITIES, sweep_ensemble, weight_grid
 from tvilfm.models import TVILFM, ModelSpec
 
 PROTOCOL = "sysu_mm01/all/single"

@@ -27,7 +27,7 @@ from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration
 
 from tvilfm.captioning.captioner import Captioner
 from tvilfm.config import CaptionerSection
-from tvilfm.datasets.pixels import decode
+from tvilfm.data.pixels import decode
 
 CROP_HEIGHT, CROP_WIDTH = 288, 144
 RESULTS = Path(__file__).parent / "results" / "gpu_caption.jsonl"

@@ -135,8 +135,8 @@ def _drive(folder: Path, workers: int, simulated: bool) -> dict[str, float]:
 
 
 def _caption(folder: Path, out: Path, cluster: ClusterSection, batches: int) -> None:
-    from cluster.caption import caption_images
     from cluster.session import session
+    from cluster.tables.captioning import caption_images
 
     workers = cluster.extract_workers
     names = [f"{number:05d}.jpg" for number in range(workers * batches * BATCH)]
@@ -217,7 +217,7 @@ def _hook(logs: str, simulated: bool) -> Callable[[], None]:
             time.sleep(latency * len(pixels) / batch)
             return np.zeros((len(pixels), dim), dtype=np.float32)
 
-        models, extract = types.ModuleType("tvilfm.models"), types.ModuleType("tvilfm.evaluation.extract")
+        models, extract = types.ModuleType("tvilfm.models"), types.ModuleType("tvilfm.models.encode")
         models.TVILFM = Network  # type: ignore[attr-defined]
         extract.encode_pixels = encode  # type: ignore[attr-defined]
         extract.encode_texts = None  # type: ignore[attr-defined]
@@ -227,12 +227,12 @@ def _hook(logs: str, simulated: bool) -> Callable[[], None]:
         import torch
 
         import tvilfm.captioning.captioner
-        import tvilfm.evaluation.extract
+        import tvilfm.models.encode
 
         torch.set_num_threads(1)
         captioner = tvilfm.captioning.captioner.Captioner
         captioner.caption = noted(captioner.caption)  # type: ignore[method-assign]
-        tvilfm.evaluation.extract.encode_pixels = noted(tvilfm.evaluation.extract.encode_pixels)
+        tvilfm.models.encode.encode_pixels = noted(tvilfm.models.encode.encode_pixels)
 
     return simulate if simulated else watch
 

@@ -33,9 +33,9 @@ import httpx
 import numpy as np
 
 from cluster.run import evaluator_of
-from tvilfm.client import Client, ServiceError, as_json
 from tvilfm.config import Config, load_config
 from tvilfm.evaluation.protocols import get_protocol
+from tvilfm.service.client import Client, ServiceError, as_json
 
 RESULTS = Path(__file__).parent / "results"
 CLIENTS = (1, 8, 32)

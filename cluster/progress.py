@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +11,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from tvilfm.place import write_whole
 
 INTERVAL_S = 0.5
 PLAIN_INTERVAL_S = 15.0
@@ -33,9 +34,7 @@ class ProgressFile:
         if not self._seen or (now - self._written < INTERVAL_S and done < total):
             return
         self._written = now
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"done": done, "total": total, "note": note}))
-        os.replace(temporary, self._path)
+        write_whole(self._path, json.dumps({"done": done, "total": total, "note": note}))
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from pathlib import Path
 import pyarrow as pa
 from rich.console import Console
 
-from cluster.depot import runs_depot, stages_depot
 from cluster.events import Events
+from cluster.places.depot import runs_depot, stages_depot
 from cluster.progress import watch
 from cluster.session import session
 from cluster.stages.captions import captions_path
@@ -38,16 +38,17 @@ from cluster.stages.stage import (
 from cluster.stages.store import StageStore
 from cluster.trackers import check_trackers, log_record, log_results, trackers
 from tvilfm.config import Config, to_yaml
+from tvilfm.data.captions import read_captions
+from tvilfm.data.manifest import fingerprint, select
+from tvilfm.data.splits import TEST_SPLITS
 from tvilfm.datasets import read_dataset
-from tvilfm.datasets.captions import read_captions
-from tvilfm.datasets.manifest import fingerprint, select
-from tvilfm.datasets.splits import TEST_SPLITS
 from tvilfm.datasets.synthetic import SIZES, write_sysu_layout
 from tvilfm.evaluation.evaluator import Evaluator
 from tvilfm.evaluation.protocols import Split
 from tvilfm.evaluation.provenance import Provenance
 from tvilfm.models.opening import model_fingerprint
-from tvilfm.report.tables import Results, write_text_atomic
+from tvilfm.place import write_whole
+from tvilfm.report.tables import Results
 
 # What a reader wants of a run folder, the stages apart.
 RUN_FILES = ("config.yaml", "run.json", "events.jsonl", METRICS_FILE, *RESULTS_FILES.values(), "report/index.html")
@@ -249,14 +250,14 @@ class _Job:
     def _write_run_folder(self) -> None:
         path = self.config.run.path
         path.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(path / "config.yaml", to_yaml(self.config))
+        write_whole(path / "config.yaml", to_yaml(self.config))
         info = {
             "seed": self.config.run.seed,
             "versions": versions(),
             "fingerprints": self.sources,
             "stages": {name: os.path.relpath(self.store.path(name), path) for name in self._wanted("report")},
         }
-        write_text_atomic(path / "run.json", json.dumps(info, indent=2))
+        write_whole(path / "run.json", json.dumps(info, indent=2))
 
 
 def make_synthetic(config: Config, console: Console) -> None:

@@ -14,17 +14,17 @@ import torch
 
 from tvilfm.captioning.conv_captioner import build_conv_captioner
 from tvilfm.config import Config, load_config, to_yaml
+from tvilfm.data.captions import read_captions
+from tvilfm.data.manifest import select
+from tvilfm.data.pixels import decode_files
+from tvilfm.data.splits import TEST_SPLITS
 from tvilfm.datasets import read_dataset
-from tvilfm.datasets.captions import read_captions
-from tvilfm.datasets.manifest import select
-from tvilfm.datasets.pixels import decode_files
-from tvilfm.datasets.splits import TEST_SPLITS
 from tvilfm.evaluation.evaluator import Evaluator
-from tvilfm.evaluation.extract import encode_pixels, encode_texts
 from tvilfm.evaluation.features import FeatureTable
 from tvilfm.evaluation.protocols import get_protocol
 from tvilfm.evaluation.query_texts import draw_query_texts, sentences_of
 from tvilfm.models import TVILFM, spec_from_config
+from tvilfm.models.encode import encode_pixels, encode_texts
 
 
 @dataclass(frozen=True)

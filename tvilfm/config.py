@@ -21,6 +21,8 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from tvilfm.place import Place
+
 Fidelity = Literal["published", "corrected"]
 Numerics = Literal["published", "corrected"]
 WitnessDraw = Literal["released", "seeded"]
@@ -561,7 +563,7 @@ class ClusterSection(Section):
 
     @model_validator(mode="after")
     def _storage_is_the_same_everywhere(self) -> ClusterSection:
-        if self.storage is not None and "://" not in self.storage and not Path(self.storage).is_absolute():
+        if self.storage is not None and Place(self.storage).is_relative:
             raise ValueError(f"storage: expected an absolute path or a URI, got {self.storage}. Begin it with a /.")
         _check_no_keys("storage", self.storage)
         return self

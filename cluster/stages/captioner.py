@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from cluster.stages.stage import CAPTION_FILES, Stage, StageJob
 from tvilfm.config import Config
-from tvilfm.datasets.manifest import Modality
+from tvilfm.data.manifest import Modality
 
 
 class Captioner(Stage):

@@ -13,7 +13,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from cluster.depot import Depot, fetched
+from cluster.places.depot import Depot, fetched
 from cluster.stages.learning import METRICS_FILE, Record, write_records
 from cluster.stages.trainer import Reporter, last_checkpoint, trainer_of
 from tvilfm.captioning.captioner import Captioner
@@ -21,8 +21,8 @@ from tvilfm.captioning.conv_captioner import NAME, build_conv_captioner
 from tvilfm.captioning.finetune import Pairs, caption_pairs, finetune, mean_loss
 from tvilfm.captioning.scores import Marks, attribute_scores, colour_share, language_scores
 from tvilfm.config import CaptionerSection, Config
-from tvilfm.datasets.manifest import Modality, column
-from tvilfm.datasets.pixels import open_pixels
+from tvilfm.data.manifest import Modality, column
+from tvilfm.data.pixels import open_pixels
 from tvilfm.training.loop import AUTOCAST_DTYPES
 
 MARKED = 512  # validation pictures that are captioned to mark a captioner

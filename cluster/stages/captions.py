@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cluster.caption import caption_images
-from cluster.depot import below
 from cluster.progress import ProgressFile
-from cluster.rephrase import rephrase_table
 from cluster.stages.stage import DATASET, Stage, StageJob
+from cluster.tables.captioning import caption_images
+from cluster.tables.rephrasing import rephrase_table
 from tvilfm.config import Config
-from tvilfm.datasets.captions import read_captions
-from tvilfm.datasets.manifest import MODALITIES
+from tvilfm.data.captions import read_captions
+from tvilfm.data.manifest import MODALITIES
+from tvilfm.place import Place
 
 
 class Captions(Stage):
@@ -59,7 +59,7 @@ class Captions(Stage):
             rephrase_table(
                 read_captions(job.manifest, job.data_root, folder / "captions.parquet"),
                 job.manifest["modality"].to_pylist(),
-                below(out, "rephrased"),
+                (Place(out) / "rephrased").uri,
                 section.rephrase,
                 dtype=section.dtype,
                 cluster=job.config.cluster,

@@ -15,14 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
-from cluster.depot import Depot, fetched
+from cluster.places.depot import Depot, fetched
 from cluster.progress import ProgressFile
 from tvilfm.config import ClusterSection
-from tvilfm.datasets.pixels import open_pixels
-from tvilfm.datasets.transforms import Recipe, draw_views
-from tvilfm.evaluation.extract import encode_pixels, encode_texts
+from tvilfm.data.pixels import open_pixels
+from tvilfm.data.transforms import Recipe, draw_views
 from tvilfm.evaluation.features import IMAGES_FILE, FeatureTable
 from tvilfm.models import TVILFM
+from tvilfm.models.encode import encode_pixels, encode_texts
 
 Images = Mapping[str, tuple[Sequence[str], Sequence[int]]]  # modality -> image names and their pixel rows
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cluster.stages.store import StageStore
 from tvilfm.config import Config
-from tvilfm.report.tables import write_text_atomic
+from tvilfm.place import write_whole
 
 Record = dict[str, float | int | str]
 
@@ -30,7 +30,7 @@ def read_records(path: Path) -> list[Record]:
 
 def write_records(path: Path, records: Sequence[Record]) -> None:
     """Replace a file by these records, a JSON line each; a reader never sees half of them."""
-    write_text_atomic(path, "".join(json.dumps(record) + "\n" for record in records))
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def numbered(records: Mapping[str, Sequence[Record]], *, base_epochs: int) -> list[Record]:

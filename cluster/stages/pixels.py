@@ -15,7 +15,7 @@ from cluster.progress import ProgressFile
 from cluster.session import plain_errors
 from cluster.stages.stage import DATASET, Stage, StageJob
 from tvilfm.config import Config, DataSection
-from tvilfm.datasets.pixels import create, decode_files
+from tvilfm.data.pixels import create, decode_files
 
 
 class Pixels(Stage):

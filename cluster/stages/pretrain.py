@@ -9,15 +9,15 @@ import ray.train.torch
 import torch
 from safetensors.torch import save
 
-from cluster.depot import Depot
+from cluster.places.depot import Depot
 from cluster.progress import ProgressFile
 from cluster.stages.learning import Record
 from cluster.stages.pixels import decode_dataset
 from cluster.stages.stage import Stage, StageJob
 from cluster.stages.trainer import read_job, read_pixels, trainer_of
 from tvilfm.config import Config
+from tvilfm.data.manifest import select
 from tvilfm.datasets import read_dataset
-from tvilfm.datasets.manifest import select
 from tvilfm.datasets.synthetic import Size, write_sysu_layout
 from tvilfm.models.backbone import DualStemResNet
 from tvilfm.training.pretrain import attribute_labels, pretrain

@@ -17,9 +17,9 @@ from typing import Any, cast
 import pyarrow as pa
 from pydantic import BaseModel
 
-from cluster.depot import Depot
+from cluster.places.depot import Depot
 from tvilfm.config import Config, set_value, value_at
-from tvilfm.datasets.manifest import select
+from tvilfm.data.manifest import select
 from tvilfm.evaluation.protocols import Split
 
 DATASET, CAPTION_FILES, MODEL, CAPTIONS = "dataset", "caption_files", "model", "captions"

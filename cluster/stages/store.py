@@ -9,12 +9,12 @@ If several trials need a stage, one makes it and the others wait; the lock of a 
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster.depot import UNFINISHED, Depot
+from cluster.places.depot import UNFINISHED, Depot
+from tvilfm.place import lock
 
 
 class StageStore:
@@ -80,8 +80,5 @@ class StageStore:
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
         """Have the folder of that name under the store to oneself, among all runs that share the store."""
-        path = self.root / ".locks" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with lock(self.root / ".locks" / name):
             yield

@@ -19,11 +19,11 @@ import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 
-from cluster.depot import Depot, fetched
+from cluster.places.depot import Depot, fetched
 from cluster.progress import ProgressFile
 from cluster.stages.learning import METRICS_FILE, Record, read_records, write_records
 from tvilfm.config import ClusterSection, Config
-from tvilfm.datasets.pixels import open_pixels
+from tvilfm.data.pixels import open_pixels
 from tvilfm.models import TVILFM
 
 
@@ -94,7 +94,8 @@ def trainer_of(
         workers: how many.
         depot: whose copy of the folder the run lives in; None = in the folder itself.
     """
-    filesystem, path = (None, str(folder)) if depot is None else depot.place(folder)
+    place = None if depot is None else depot.place(folder)
+    filesystem, path = (None, str(folder)) if place is None else (place.filesystem, place.path)
     resources: dict[str, float] = {"CPU": section.cpus_per_train_worker}
     if section.gpus_per_worker:
         resources["GPU"] = section.gpus_per_worker

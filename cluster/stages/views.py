@@ -9,10 +9,10 @@ import pyarrow as pa
 from cluster.stages.extraction import Images, write_views
 from cluster.stages.stage import DATASET, Stage, StageJob
 from tvilfm.config import Config
-from tvilfm.datasets.manifest import MODALITIES, rows_of, select
-from tvilfm.datasets.splits import TEST_SPLITS
-from tvilfm.datasets.transforms import Recipe
-from tvilfm.datasets.tri_modal import RECIPES, TrainingRows
+from tvilfm.data.manifest import MODALITIES, rows_of, select
+from tvilfm.data.splits import TEST_SPLITS
+from tvilfm.data.transforms import Recipe
+from tvilfm.data.tri_modal import RECIPES, TrainingRows
 
 
 class Views(Stage):

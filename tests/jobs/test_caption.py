@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cluster.__main__ import main
-from cluster.caption import (
+from cluster.cli.app import main
+from cluster.tables.captioning import (
     PART_SCHEMA,
     QUARANTINE_SCHEMA,
     CaptionActor,
@@ -25,13 +25,14 @@ from cluster.caption import (
     decode_chunk,
     list_images,
 )
-from cluster.parts import Parts, alone, open_uri
+from cluster.tables.parts import Parts, alone
 from tvilfm.captioning.captioner import Captioner
 from tvilfm.captioning.colors import find_colors, remove_colors
 from tvilfm.captioning.conv_captioner import build_conv_captioner
 from tvilfm.config import CaptionerSection, CaptionSection, ClusterSection
-from tvilfm.datasets.captions import read_captions
-from tvilfm.datasets.pixels import decode_files
+from tvilfm.data.captions import read_captions
+from tvilfm.data.pixels import decode_files
+from tvilfm.place import Place
 
 HEIGHT, WIDTH, BATCH = 48, 24, 8
 VISIBLE, INFRARED = 30, 12
@@ -219,7 +220,7 @@ def test_another_captioner_is_refused_on_the_same_folder(
 
 def job_of(lab: SimpleNamespace, folder: Path, **keys: object) -> CaptionJob:
     job = CaptionJob(
-        images=open_uri(str(lab.root)),
+        images=Place(str(lab.root)),
         captions=Parts(str(folder), "captions"),
         quarantine=Parts(str(folder), "quarantine"),
         modality="visible",
@@ -233,7 +234,7 @@ def job_of(lab: SimpleNamespace, folder: Path, **keys: object) -> CaptionJob:
 
 
 def chunk_of(*images: str, start: int = 0) -> pa.Table:
-    return pa.table({"start": [start], "images": [list(images)]})
+    return pa.table({"start": [start], "image": [list(images)]})
 
 
 def test_a_chunk_that_is_handed_out_again_finds_its_part(
@@ -295,14 +296,14 @@ def test_no_file_stops_a_decoding_task(lab: SimpleNamespace, tmp_path: Path, mon
         return picture["fault"]
 
     assert fault(lab.names[0]) is None
-    monkeypatch.setattr("cluster.caption.MAX_BYTES", 10)
+    monkeypatch.setattr("cluster.tables.captioning.MAX_BYTES", 10)
     assert fault(lab.names[0]).startswith("expected at most 0 MiB, got")
     monkeypatch.undo()
 
     def fails(*arguments: object, **keys: object) -> None:
         raise KeyError("a decoder's own fault")
 
-    monkeypatch.setattr("cluster.caption.decode", fails)
+    monkeypatch.setattr("cluster.tables.captioning.decode", fails)
     assert "a decoder's own fault" in fault(lab.names[0])
 
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from cluster.parts import Parts
+from cluster.tables.parts import Parts
 
 IMAGES, BATCH = 96, 4
 REPOSITORY = Path(__file__).parents[2]
@@ -61,7 +61,7 @@ if __name__ == "__main__":
     import ray
     from ray.cluster_utils import Cluster
 
-    from cluster.caption import caption_images, list_images
+    from cluster.tables.captioning import caption_images, list_images
     from tvilfm.config import CaptionSection, ClusterSection
 
     hook = {"worker_process_setup_hook": replace_captioner}

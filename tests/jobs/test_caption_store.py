@@ -13,12 +13,13 @@ import pytest
 from PIL import Image
 from pyarrow import fs
 
-from cluster.caption import caption_images, list_images
-from cluster.parts import Parts, alone, open_uri, part_name, shown
+from cluster.tables.captioning import caption_images, list_images
+from cluster.tables.parts import Parts, alone, part_name
 from tvilfm.captioning.captioner import Captioner
 from tvilfm.captioning.conv_captioner import build_conv_captioner
 from tvilfm.config import CaptionerSection, CaptionSection, ClusterSection
-from tvilfm.datasets.pixels import decode
+from tvilfm.data.pixels import decode
+from tvilfm.place import Place
 
 HEIGHT, WIDTH = 32, 16
 
@@ -91,13 +92,13 @@ def test_two_jobs_on_one_folder_of_a_store_do_each_other_no_harm(store: SimpleNa
 
 
 def test_keys_of_a_store_are_not_shown() -> None:
-    assert shown("s3://key:secret@bucket/out?scheme=http&endpoint_override=host:1") == "s3://bucket/out"
-    assert shown("runs/captions") == "runs/captions"
+    assert str(Place("s3://key:secret@bucket/out?scheme=http&endpoint_override=host:1")) == "s3://bucket/out"
+    assert str(Place("runs/captions")) == "runs/captions"
 
 
 @pytest.mark.parametrize("uri", ["s3://AKIA:sec/ret@bucket/x", "nowhere://key:secret@bucket/x"])
 def test_keys_of_a_store_are_not_in_an_error(uri: str) -> None:
     with pytest.raises(ValueError, match="expected a local path or a URI") as caught:
-        open_uri(uri)
+        assert Place(uri).path
     assert "bucket" in str(caught.value)
     assert not any(secret in str(caught.value) for secret in ("AKIA", "sec/ret", "key:", "secret"))

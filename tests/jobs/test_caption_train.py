@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from cluster.__main__ import main
+from cluster.cli.app import main
 from cluster.stages.captioner_training import fit_captioner
 from cluster.stages.pixels import decode_dataset
 from tests.processes import kill
@@ -24,9 +24,9 @@ from tvilfm.captioning.conv_captioner import build_conv_captioner
 from tvilfm.captioning.finetune import caption_pairs, finetune
 from tvilfm.captioning.scores import Marks
 from tvilfm.config import CaptionerSection, Config, load_config
+from tvilfm.data.captions import read_published
+from tvilfm.data.pixels import open_pixels
 from tvilfm.datasets import read_dataset
-from tvilfm.datasets.captions import read_published
-from tvilfm.datasets.pixels import open_pixels
 from tvilfm.datasets.synthetic import Size, write_sysu_layout
 
 EPOCHS = 8

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.__main__ import main
+from cluster.cli.app import main
 from cluster.progress import ProgressFile, watch
 from tvilfm.config import known_keys, load_config
 
@@ -85,7 +85,7 @@ def test_a_ray_that_a_command_starts_asks_for_a_token(
         (tmp_path / ".ray").mkdir()
         (tmp_path / ".ray" / "auth_token").write_text("t")
     script = (
-        "import os; from cluster.__main__ import _guard; _guard(); "
+        "import os; from cluster.cli.app import _guard; _guard(); "
         "print(os.environ.get('RAY_AUTH_MODE'), 'made' if 'RAY_AUTH_TOKEN' in os.environ else 'kept')"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

@@ -15,14 +15,15 @@ import pytest
 import torch
 from pyarrow import fs
 
-from cluster.depot import COMPLETE, Depot, below, fetched
-from cluster.index import finished_run
+from cluster.places.depot import COMPLETE, Depot, fetched
 from cluster.run import run
 from cluster.stages.registry import stages_of
 from cluster.stages.store import StageStore
+from cluster.tables.indexing import finished_run
 from tests.processes import kill, kill_tree
 from tvilfm.config import Config, load_config
 from tvilfm.models import TVILFM
+from tvilfm.place import Place
 
 REPOSITORY = Path(__file__).parents[2]
 # The chain without what it can do without.
@@ -108,9 +109,9 @@ def test_a_stage_is_made_once_among_machines_and_its_working_folder_does_not_sta
         Depot(uri, tmp_path / "here").pull(here.partial("base") / "model")
     # Made before there was a store, or not copied before a kill.
     shutil.rmtree(tmp_path / "there")
-    other = StageStore(tmp_path / "here", {"base": "b0"}, Depot(below(uri, "new"), tmp_path / "here"))
+    other = StageStore(tmp_path / "here", {"base": "b0"}, Depot((Place(uri) / "new").uri, tmp_path / "here"))
     assert not other.ensure("base", make)
-    assert Depot(below(uri, "new"), tmp_path / "here").has(here.path("base"))
+    assert Depot((Place(uri) / "new").uri, tmp_path / "here").has(here.path("base"))
     assert not any(path.name == COMPLETE for path in (tmp_path / "here").iterdir())
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.__main__ import main
-from cluster.doctor import PACKAGES, Facts, Finding, examine, judge
+from cluster.cli.app import main
+from cluster.machines.doctor import PACKAGES, Facts, Finding, examine, judge
 from tvilfm.config import load_config
 
 REPOSITORY = Path(__file__).parents[2]
@@ -142,7 +142,7 @@ import ray
 from dataclasses import asdict
 from ray.cluster_utils import Cluster
 
-from cluster.doctor import examine
+from cluster.machines.doctor import examine
 from tvilfm.config import load_config
 
 nodes = Cluster()

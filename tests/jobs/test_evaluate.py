@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.__main__ import main
-from cluster.index import finished_run
+from cluster.cli.app import main
+from cluster.tables.indexing import finished_run
 from tests.untrained_run import UntrainedRun
 from tvilfm.config import load_run
 from tvilfm.datasets.synthetic import Size, write_layout

@@ -11,15 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from cluster.__main__ import main
-from cluster.index import build_index, index
+from cluster.cli.app import main
+from cluster.tables.indexing import build_index, index
 from tests.untrained_run import UntrainedRun, evaluated_rankings
 from tvilfm.config import Config, load_config
-from tvilfm.datasets.manifest import select
-from tvilfm.datasets.pixels import decode
-from tvilfm.evaluation.extract import encode_pixels
+from tvilfm.data.images import resized
+from tvilfm.data.manifest import select
+from tvilfm.data.pixels import decode
+from tvilfm.models.encode import encode_pixels
 from tvilfm.retrieval.gallery import Gallery, Where, vector_column
-from tvilfm.retrieval.pictures import resized
 from tvilfm.retrieval.query import QueryEncoder, Question
 from tvilfm.retrieval.search import Request, Searcher
 

@@ -22,15 +22,15 @@ import torch
 
 from cluster.stages.base import fit_base
 from cluster.stages.pixels import decode_dataset
-from cluster.tune import sweep_space
+from cluster.sweep import sweep_space
 from tests.processes import alive, command_line, descendants, kill_all, kill_tree
 from tvilfm.config import Config, load_config
+from tvilfm.data.captions import read_published
 from tvilfm.datasets import read_dataset
-from tvilfm.datasets.captions import read_published
 from tvilfm.datasets.synthetic import Size, write_sysu_layout
 from tvilfm.models import TVILFM
 from tvilfm.report.sweep import read_trials
-from tvilfm.tuning import Space
+from tvilfm.sweeps.space import Space
 
 REPOSITORY = Path(__file__).parents[2]
 EPOCHS = 4
@@ -64,8 +64,8 @@ from tvilfm.config import Config
 fit_base(Path(job["folder"]), Config.model_validate(job["config"]), job["inputs"])
 """
 SWEEP = """
-from cluster.tune import sweep_space
-from tvilfm.tuning import Space
+from cluster.sweep import sweep_space
+from tvilfm.sweeps.space import Space
 
 sweep_space(
     Space.model_validate(job["space"]), name="rows", config_path=Path("ray_config.yaml"), overrides=job["overrides"],

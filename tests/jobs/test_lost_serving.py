@@ -21,17 +21,17 @@ from typing import Any
 import httpx
 import pytest
 
-from cluster.deploy.render import render
-from cluster.index import index
+from cluster.machines.render import render
+from cluster.tables.indexing import index
 from tests.jobs.test_lost_nodes import named
 from tests.jobs.test_serve import free_port
 from tests.jobs.test_submit import TOKEN, free_ports, plain_environment, wait_for
 from tests.processes import command_line, descendants, kill_tree
 from tests.untrained_run import UntrainedRun
-from tvilfm.client import Client, as_json
 from tvilfm.config import Config
-from tvilfm.datasets.manifest import select
+from tvilfm.data.manifest import select
 from tvilfm.retrieval.gallery import Gallery
+from tvilfm.service.client import Client, as_json
 
 REPOSITORY = Path(__file__).parents[2]
 BINARIES = Path(sys.executable).parent

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster import parts as parts_module
-from cluster.parts import Parts, alone, part_name
+from cluster.tables import parts as parts_module
+from cluster.tables.parts import Parts, alone, part_name
 
 
 def rows(first: int, count: int) -> pa.Table:

@@ -21,8 +21,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from cluster import rephrase as module
-from cluster.rephrase import rephrase_table
+from cluster.tables import rephrasing as module
+from cluster.tables.rephrasing import rephrase_table
 from tvilfm.captioning.engines import EndpointRephraser, TransformersRephraser
 from tvilfm.captioning.rephrase import rephrase_all, seed_of
 from tvilfm.config import ClusterSection, RephraseSection

@@ -21,7 +21,7 @@ from cluster.stages.registry import stages_of
 from tests.processes import kill
 from tvilfm.captioning.colors import find_colors
 from tvilfm.config import Config, load_config
-from tvilfm.datasets.manifest import select
+from tvilfm.data.manifest import select
 from tvilfm.models import TVILFM
 from tvilfm.models.tvilfm import parameter_digest
 

@@ -30,22 +30,26 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from cluster import deploy
-from cluster.index import finished_run, index
-from cluster.serve import Ingress, SearcherReplica, Writer, _check_room, application, filter_captioner, serving
+from cluster import machines
+from cluster.serve.application import application, filter_captioner
+from cluster.serve.ingress import Ingress
+from cluster.serve.launch import _check_room, serving
+from cluster.serve.searcher import SearcherReplica
+from cluster.serve.writer import Writer
+from cluster.tables.indexing import finished_run, index
 from tests.processes import command_line, descendants
 from tests.unit.test_service import hostile
 from tests.untrained_run import Ranking, UntrainedRun, evaluated_rankings
 from tvilfm.captioning.captioner import Captioner
 from tvilfm.captioning.colors import remove_colors
-from tvilfm.client import Client, as_json
 from tvilfm.config import Config, resolve
-from tvilfm.datasets.manifest import select
-from tvilfm.datasets.pixels import decode
+from tvilfm.data.manifest import select
+from tvilfm.data.pixels import decode
 from tvilfm.retrieval.gallery import TIME, Gallery, vector_column
 from tvilfm.retrieval.query import Query
 from tvilfm.retrieval.search import Answer, Request, Searcher
 from tvilfm.service.backend import Change, Unavailable
+from tvilfm.service.client import Client, as_json
 from tvilfm.service.messages import SearchAnswer
 
 BATCH = 28
@@ -128,7 +132,7 @@ def test_weights_are_the_runs_and_what_its_evaluation_does_besides_is_said(
 
     def served(*overrides: str) -> dict[str, float]:
         changed = resolve(run.config.model_dump(mode="json"), ["evaluate.ensemble.text=2.0", *overrides])
-        monkeypatch.setattr("cluster.serve.finished_run", lambda config: replace(run, config=changed))
+        monkeypatch.setattr("cluster.serve.application.finished_run", lambda config: replace(run, config=changed))
         app = application({"config": config.model_dump(mode="json")})
         return dict(app._bound_deployment.init_args[1].weights)
 
@@ -151,15 +155,15 @@ def test_what_ends_with_the_service_is_what_it_started(
         return lambda *_, **__: calls.append(name)
 
     there = SimpleNamespace(http_config=HTTPOptions(host="127.0.0.1", port=config.serve.port, request_timeout_s=None))
-    monkeypatch.setattr("cluster.serve._get_global_client", lambda **_: there if runs_already else None)
+    monkeypatch.setattr("cluster.serve.launch._get_global_client", lambda **_: there if runs_already else None)
     names = ("start", "run", "delete", "shutdown")
-    monkeypatch.setattr("cluster.serve.serve", SimpleNamespace(**{name: noted(name) for name in names}))
-    monkeypatch.setattr("cluster.serve.application", lambda args: None)
+    monkeypatch.setattr("cluster.serve.launch.serve", SimpleNamespace(**{name: noted(name) for name in names}))
+    monkeypatch.setattr("cluster.serve.launch.application", lambda args: None)
     with serving(config):
         pass
     assert calls == (["run", "delete"] if runs_already else ["start", "run", "shutdown"])
     calls.clear()
-    monkeypatch.setattr("cluster.serve.application", lambda args: 1 / 0)
+    monkeypatch.setattr("cluster.serve.launch.application", lambda args: 1 / 0)
     with pytest.raises(ZeroDivisionError), serving(config):
         pass
     assert calls == []
@@ -501,7 +505,7 @@ def test_who_is_told_that_the_gallery_is_compacted_is_not_written_afterwards(
     untrained_run: UntrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, rows = small_gallery(untrained_run.config, tmp_path)
-    monkeypatch.setattr("cluster.serve.TURN_S", 0.05)
+    monkeypatch.setattr("cluster.serve.writer.TURN_S", 0.05)
     writer = Writer(config, "space")
     with writer._writer._lock, pytest.raises(Unavailable) as refused:
         asyncio.run(writer.upsert(rows.append_column("time", pa.nulls(3, TIME)), "space", None))
@@ -518,7 +522,7 @@ def test_a_writer_is_ready_before_the_one_before_it_ends_and_writes_after_that(
 ) -> None:
     config, rows = small_gallery(untrained_run.config, tmp_path)
     rows = rows.append_column("time", pa.nulls(3, TIME))
-    monkeypatch.setattr("cluster.serve.TURN_S", 0.05)
+    monkeypatch.setattr("cluster.serve.writer.TURN_S", 0.05)
     before = Gallery.open(str(tmp_path), write=True)
     writer = Writer(config, "space")
     asyncio.run(writer.ready())
@@ -572,7 +576,7 @@ def test_prometheus_finds_every_metric_that_the_dashboard_shows(address: str) ->
         client.search(sentence="a coat")
     (node,) = ray.nodes()
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    dashboard = (Path(deploy.__file__).parent / "grafana_service.json").read_text()
+    dashboard = (Path(machines.__file__).parent / "templates" / "grafana_service.json").read_text()
     # A refusal or a fault is counted once there was one.
     shown = set(re.findall(r"\bray_\w+", dashboard)) - {"ray_tvilfm_refused_total"}
     assert len(shown) > 6

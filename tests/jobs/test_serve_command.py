@@ -17,15 +17,15 @@ import httpx
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
-from cluster.index import index
 from cluster.run import evaluator_of
+from cluster.tables.indexing import index
 from tests.jobs.test_serve import assert_ranks_as_evaluated, free_port, until
 from tests.processes import descendants, kill_tree
 from tests.untrained_run import UntrainedRun, evaluated_rankings
-from tvilfm.client import Client, ServiceError
 from tvilfm.config import Config, load_config
-from tvilfm.datasets.manifest import select
+from tvilfm.data.manifest import select
 from tvilfm.retrieval.gallery import Gallery
+from tvilfm.service.client import Client, ServiceError
 from tvilfm.service.keys import add_key
 
 REPOSITORY = Path(__file__).parents[2]

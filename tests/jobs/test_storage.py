@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from cluster import storage
-from cluster.__main__ import main
-from cluster.storage import check_storage
+from cluster.cli.app import main
+from cluster.places import check as storage
+from cluster.places.check import check_storage
+from tvilfm.place import Place
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_the_step_that_fails_is_named(step: str, tmp_path: Path, monkeypatch: py
         def delete_file(self, path: str) -> None:
             raise OSError("ACCESS_DENIED")
 
-    monkeypatch.setattr(storage, "open_uri", lambda uri: (Lossy(), uri))
+    monkeypatch.setattr(Place, "filesystem", property(lambda self: Lossy()))
     with pytest.raises(ValueError, match=f"expected a place to {step}, got .*"):
         check_storage(str(tmp_path))
 

@@ -21,9 +21,9 @@ import requests
 import typer
 from ray.job_submission import JobStatus
 
-from cluster import submit
-from cluster.__main__ import app, main
-from cluster.submit import (
+from cluster.cli.app import app, main
+from cluster.machines import submit
+from cluster.machines.submit import (
     DATA_PARAMETERS,
     Package,
     connect,

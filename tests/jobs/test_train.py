@@ -13,8 +13,8 @@ from cluster.stages.base import fit_base
 from cluster.stages.pixels import decode_dataset
 from cluster.stages.text import fit_text
 from tvilfm.config import Config, load_config
+from tvilfm.data.captions import read_published
 from tvilfm.datasets import read_dataset
-from tvilfm.datasets.captions import read_published
 from tvilfm.datasets.synthetic import Size, write_sysu_layout
 from tvilfm.models import TVILFM
 

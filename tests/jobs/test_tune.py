@@ -19,12 +19,12 @@ import pytest
 import ray
 import yaml
 
-from cluster import tune
-from cluster.tune import SPACES, Sweep, report_sweep, sweep_space
+from cluster import sweep as tune
+from cluster.sweep import SPACES, Sweep, report_sweep, sweep_space
 from tvilfm.config import ClusterSection
 from tvilfm.report.sweep import TrialRecord, read_trials
 from tvilfm.report.tables import Results
-from tvilfm.tuning import Space, Trial, load_space
+from tvilfm.sweeps.space import Space, Trial, load_space
 
 CONFIG = Path("ray_config.yaml")
 SHORT = (

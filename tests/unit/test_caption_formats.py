@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tvilfm.captioning.colors import find_colors
-from tvilfm.datasets.captions import (
+from tvilfm.data.captions import (
     collect,
     identity_map,
     read_caption_dict,
@@ -22,7 +22,7 @@ from tvilfm.datasets.captions import (
     read_sysu_arrays,
     write_published,
 )
-from tvilfm.datasets.manifest import CAPTION_SCHEMA, build_manifest, fingerprint, select
+from tvilfm.data.manifest import CAPTION_SCHEMA, build_manifest, fingerprint, select
 from tvilfm.datasets.sysu_mm01 import read as read_sysu
 from tvilfm.evaluation.protocols import get_protocol, select_query, witness_captions
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from tvilfm.client import Client, ServiceError
+from tvilfm.service.client import Client, ServiceError
 from tvilfm.service.messages import RETRY_S
 
 STATUS = b'{"version": 3, "count": 1}'
@@ -112,7 +112,7 @@ def test_a_time_to_wait_that_is_no_number_of_seconds_is_the_usual_one(
     server: Scripted, monkeypatch: pytest.MonkeyPatch, told: str, wait_s: float
 ) -> None:
     waited: list[float] = []
-    monkeypatch.setattr("tvilfm.client.time", SimpleNamespace(sleep=waited.append))
+    monkeypatch.setattr("tvilfm.service.client.time", SimpleNamespace(sleep=waited.append))
     server.script, server.retry_after = [(503, b""), (200, STATUS)], told
     with Client("http://{}:{}".format(*server.server_address)) as client:
         assert client.compact().version == 3
@@ -120,6 +120,6 @@ def test_a_time_to_wait_that_is_no_number_of_seconds_is_the_usual_one(
 
 
 def test_the_client_loads_neither_the_model_nor_the_service() -> None:
-    code = "import sys, tvilfm.client; print(*{'torch', 'lance', 'numpy', 'fastapi'} & set(sys.modules))"
+    code = "import sys, tvilfm.service.client; print(*{'torch', 'lance', 'numpy', 'fastapi'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

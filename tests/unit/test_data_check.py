@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from cluster.data import app
+from cluster.cli.data import app
 from tvilfm.config import DataSection, load_config, to_yaml
+from tvilfm.data.manifest import select
+from tvilfm.data.pixels import decode
 from tvilfm.datasets import read_dataset
 from tvilfm.datasets.check import PUBLISHED_COUNTS, SYNTHETIC_MARK, Fault, Findings, check_dataset
-from tvilfm.datasets.manifest import select
-from tvilfm.datasets.pixels import decode
 from tvilfm.datasets.synthetic import Layout, Size, write_layout
 from tvilfm.evaluation.features import FeatureTable
 

@@ -19,8 +19,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve._private import constants
 from ray.serve.schema import ServeDeploySchema
 
-from cluster.deploy.render import CONFIG_PATH, REQUEST_S, SERVE_ENV, TARGETS, render
-from cluster.storage import excluded
+from cluster.machines.render import CONFIG_PATH, REQUEST_S, SERVE_ENV, TARGETS, render
+from cluster.places.check import excluded
 from tvilfm.config import Config, load_config
 
 REPOSITORY = Path(__file__).parents[2]

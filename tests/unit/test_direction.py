@@ -13,10 +13,11 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 # Packages of tvilfm from the bottom up; a package may import its own level and those below.
 LEVELS = (
-    ("config", "files"),
-    ("captioning", "datasets", "models", "losses", "tuning"),
+    ("place", "terms", "files", "config"),
+    ("data", "losses"),
+    ("captioning", "datasets", "models", "sweeps"),
     ("training", "evaluation", "retrieval"),
-    ("report", "service", "client"),
+    ("report", "service"),
 )
 LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.__main__ import app
-from cluster.deploy.render import render
-from cluster.submit import parse
+from cluster.cli.app import app
+from cluster.machines.render import render
+from cluster.machines.submit import parse
 from tvilfm.config import fidelity_table
-from tvilfm.tuning import Space, load_space
+from tvilfm.sweeps.space import Space, load_space
 
 REPOSITORY = Path(__file__).parents[2]
 DOCS = ("service", "cluster", "reproduce", "cameras", "extend", "method")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tvilfm.retrieval.ensemble import ensemble_query
+from tvilfm.models.ensemble import ensemble_query
 
 NAMES = ("infrared", "text", "fusion")
 

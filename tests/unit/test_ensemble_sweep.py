@@ -11,14 +11,14 @@ import torch
 import yaml
 
 from tvilfm.config import EnsembleWeights, EvaluateSection
-from tvilfm.datasets.manifest import CAPTION_SCHEMA, build_manifest
-from tvilfm.evaluation import ensemble_sweep
-from tvilfm.evaluation.ensemble_sweep import MODALITIES, SweepResult, sweep_ensemble, weight_grid
+from tvilfm.data.manifest import CAPTION_SCHEMA, build_manifest
+from tvilfm.evaluation import weight_sweep as ensemble_sweep
 from tvilfm.evaluation.evaluator import Evaluator, default_case
 from tvilfm.evaluation.features import FeatureTable
 from tvilfm.evaluation.query_texts import draw_query_texts
+from tvilfm.evaluation.weight_sweep import MODALITIES, SweepResult, sweep_ensemble, weight_grid
 from tvilfm.models import TVILFM, ModelSpec
-from tvilfm.tuning import written
+from tvilfm.sweeps.space import written
 
 PROTOCOLS = ("sysu_mm01/all/single", "sysu_mm01/indoor/multi", "llcm/infrared-visible", "regdb/infrared-visible")
 METRICS = ("rank1", "mAP", "mINP")

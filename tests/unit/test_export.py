@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from tests.untrained_run import UntrainedRun
-from tvilfm.datasets.captions import read_captions, texts_of
-from tvilfm.datasets.manifest import select
-from tvilfm.datasets.pixels import decode_files
-from tvilfm.datasets.tokens import tokenize
-from tvilfm.datasets.transforms import normalise
+from tvilfm.data.captions import read_captions, texts_of
+from tvilfm.data.manifest import select
+from tvilfm.data.pixels import decode_files
+from tvilfm.data.tokens import tokenize
+from tvilfm.data.transforms import normalise
 from tvilfm.models import TVILFM
 from tvilfm.models.export import export_model
 from tvilfm.models.opening import open_model

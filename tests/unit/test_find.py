@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from cluster.__main__ import app
+from cluster.cli.app import app
 from tests.unit.test_released import released
 from tests.untrained_run import UntrainedRun, evaluated_rankings
 from tvilfm.config import EnsembleWeights
-from tvilfm.datasets.pixels import decode_files
-from tvilfm.evaluation.extract import encode_pixels, encode_texts
+from tvilfm.data.pixels import decode_files
+from tvilfm.models.encode import encode_pixels, encode_texts
 from tvilfm.models.opening import OpenedModel, open_model
 from tvilfm.models.released import load_released
 from tvilfm.retrieval import find as finding
@@ -294,7 +294,7 @@ def test_command_writes_its_tables(loose: Loose, tmp_path: Path) -> None:
 
 
 def test_command_imports_no_ray(loose: Loose) -> None:
-    code = "import sys; from cluster.__main__ import app; app(standalone_mode=False); assert 'ray' not in sys.modules"
+    code = "import sys; from cluster.cli.app import app; app(standalone_mode=False); assert 'ray' not in sys.modules"
     command = [sys.executable, "-c", code, "find", str(loose.run), "--in", str(loose.folder), "--text", SENTENCE]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "level" in done.stdout, done.stderr

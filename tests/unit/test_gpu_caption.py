@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu_caption import build_blip, crops, main
-from tvilfm.datasets.pixels import decode
+from tvilfm.data.pixels import decode
 
 
 def test_it_measures_every_batch_size_and_writes_what_it_found(

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from tests.oracles import gem_loop, stretch_loop
 from tvilfm.config import LossSection, ModelSection, OptimSection, TextModelSection
-from tvilfm.datasets.tokens import tokenize
-from tvilfm.datasets.transforms import augment, draw
-from tvilfm.datasets.tri_modal import RECIPES, Batch
+from tvilfm.data.tokens import tokenize
+from tvilfm.data.transforms import augment, draw
+from tvilfm.data.tri_modal import RECIPES, Batch
 from tvilfm.losses.objective import JointObjective
 from tvilfm.models import TVILFM, ModelSpec, spec_from_config
 from tvilfm.models.backbone import DualStemResNet, load_imagenet, read_state_dict

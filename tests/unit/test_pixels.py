@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tvilfm.datasets.pixels import create, decode, decode_files, open_pixels
+from tvilfm.data.pixels import create, decode, decode_files, open_pixels
 
 NOISE = np.random.default_rng(0).integers(0, 256, (20, 10, 3), dtype=np.uint8)
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tvilfm.datasets.pk_sampler import PKBatch, PKSampler
+from tvilfm.data.pk_sampler import PKBatch, PKSampler
 
 
 def make_sampler(

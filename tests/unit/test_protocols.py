@@ -16,8 +16,8 @@ from scipy.io import loadmat, savemat
 
 from tests.oracles import gallery_draw_loop
 from tvilfm.config import WitnessDraw
-from tvilfm.datasets.captions import IDENTITY_MAP
-from tvilfm.datasets.manifest import fingerprint
+from tvilfm.data.captions import IDENTITY_MAP
+from tvilfm.data.manifest import fingerprint
 from tvilfm.datasets.sysu_mm01 import read as read_sysu
 from tvilfm.evaluation.metrics import ranking_metrics
 from tvilfm.evaluation.protocols import (

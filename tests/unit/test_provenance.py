@@ -6,7 +6,7 @@ import pytest
 
 from tests.untrained_run import UntrainedRun
 from tvilfm.config import DataSection
-from tvilfm.datasets.manifest import build_manifest
+from tvilfm.data.manifest import build_manifest
 from tvilfm.evaluation.provenance import Provenance
 from tvilfm.models.opening import open_model
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from tvilfm.place import write_whole
 from tvilfm.report import figures, page, tables
 from tvilfm.report.figures import RetrievalFeatures
 from tvilfm.report.page import CaptionSample, RankedExample, RankedRow, ReportData
@@ -311,9 +312,9 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(tables.os, "replace", fail)
+    monkeypatch.setattr("tvilfm.place.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        tables.write_text_atomic(path, "new")
+        write_whole(path, "new")
     assert [one.read_text() for one in tmp_path.iterdir()] == ["old"]
 
 

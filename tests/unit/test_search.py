@@ -16,20 +16,20 @@ from PIL import Image
 
 from tests.untrained_run import draw_statistics
 from tvilfm.config import EnsembleWeights, EvaluateSection, GallerySection
-from tvilfm.datasets.manifest import CAPTION_SCHEMA, build_manifest, select
+from tvilfm.data.images import Pixels
+from tvilfm.data.manifest import CAPTION_SCHEMA, build_manifest, select
 from tvilfm.evaluation.evaluator import Evaluator
-from tvilfm.evaluation.extract import encode_pixels, encode_texts
 from tvilfm.evaluation.features import FeatureTable
 from tvilfm.evaluation.protocols import get_protocol
 from tvilfm.evaluation.query_texts import draw_query_texts, sentences_of
 from tvilfm.models import TVILFM, ModelSpec
+from tvilfm.models.encode import encode_pixels, encode_texts
+from tvilfm.models.similarity import similarity
 from tvilfm.retrieval import exact
 from tvilfm.retrieval.exact import ExactIndex
 from tvilfm.retrieval.gallery import Gallery, Where, vector_column
-from tvilfm.retrieval.pictures import Pixels
 from tvilfm.retrieval.query import Query, QueryEncoder, Question
 from tvilfm.retrieval.search import Answer, Request, Searcher
-from tvilfm.retrieval.similarity import similarity
 from tvilfm.retrieval.spaces import gallery_vectors, space_id
 
 SPACE, DIM, NUM_ROWS = "feed-32x16", 24, 400

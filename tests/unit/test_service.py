@@ -30,11 +30,11 @@ from pydantic import ValidationError
 
 from tests.untrained_run import UntrainedRun
 from tvilfm.config import MAX_BATCH, EvaluateSection, GallerySection, ServeSection
-from tvilfm.datasets.manifest import select
-from tvilfm.datasets.pixels import decode
-from tvilfm.evaluation.extract import encode_pixels
+from tvilfm.data.images import Pixels, resized, thumbnail
+from tvilfm.data.manifest import select
+from tvilfm.data.pixels import decode
+from tvilfm.models.encode import encode_pixels
 from tvilfm.retrieval.gallery import Gallery, vector_column
-from tvilfm.retrieval.pictures import Pixels, resized, thumbnail
 from tvilfm.retrieval.query import Query, QueryEncoder, Question
 from tvilfm.retrieval.search import Answer, Request, Searcher
 from tvilfm.retrieval.spaces import gallery_vectors

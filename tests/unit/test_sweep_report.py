@@ -29,7 +29,7 @@ from tvilfm.report.sweep import (
     verdict_sentence,
     write_sweep_report,
 )
-from tvilfm.tuning import Parameter, Space, load_space
+from tvilfm.sweeps.space import Parameter, Space, load_space
 
 REASON = 'RuntimeError: bad & worse <b>_100%_</b> in "C:\\x" | end'
 LEVELS = {"B": 0.50, "B + SFF": 0.54, "B + SFF + MJL": 0.60, "B + SFF + MJL + LLM": 0.62, "B + SFF + MJL + MER": 0.64}

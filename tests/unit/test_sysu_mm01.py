@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tvilfm.datasets.manifest import build_manifest, column, fingerprint, rows_of, select
+from tvilfm.data.manifest import build_manifest, column, fingerprint, rows_of, select
 from tvilfm.datasets.readers import read_dataset
 from tvilfm.datasets.sysu_mm01 import read
 

@@ -24,13 +24,13 @@ from tvilfm.config import (
     TrainSection,
     load_config,
 )
-from tvilfm.datasets.captions import read_published
-from tvilfm.datasets.manifest import CAPTION_SCHEMA, build_manifest, column
-from tvilfm.datasets.pixels import decode_files
-from tvilfm.datasets.pk_sampler import PKBatch
+from tvilfm.data.captions import read_published
+from tvilfm.data.manifest import CAPTION_SCHEMA, build_manifest, column
+from tvilfm.data.pixels import decode_files
+from tvilfm.data.pk_sampler import PKBatch
+from tvilfm.data.tri_modal import RECIPES, Batch, TrainingRows, TriModalDataset
 from tvilfm.datasets.synthetic import ATTRIBUTES
 from tvilfm.datasets.sysu_mm01 import read
-from tvilfm.datasets.tri_modal import RECIPES, Batch, TrainingRows, TriModalDataset
 from tvilfm.evaluation import evaluator as evaluator_module
 from tvilfm.losses.objective import JointObjective
 from tvilfm.models import TVILFM, ModelSpec
@@ -317,7 +317,7 @@ def test_the_best_model_survives_a_resume(toy: Toy, tmp_path: Path) -> None:
 def test_a_step_is_the_objective_of_rows_encoded_one_modality_at_a_time(
     toy: Toy, joint: bool, filter_text: bool
 ) -> None:
-    from tvilfm.datasets.transforms import augment
+    from tvilfm.data.transforms import augment
 
     model = toy.model(text=True).eval()  # eval: batch statistics would tie the modalities together
     objective = JointObjective(LossSection(joint=joint, filter_text=filter_text, center_weight=0.1))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.oracles import augment_loop, erasing_area_share_loop
-from tvilfm.datasets.transforms import GRAY, KEEP, Draws, Recipe, augment, draw, normalise
+from tvilfm.data.transforms import GRAY, KEEP, Draws, Recipe, augment, draw, normalise
 
 RECIPES: tuple[Recipe, ...] = ("visible", "visible_augmented", "infrared")
 NUM_DRAWS = 20_000

@@ -10,11 +10,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-from tvilfm.datasets.manifest import CAPTION_SCHEMA, build_manifest
-from tvilfm.datasets.pk_sampler import PKBatch
-from tvilfm.datasets.tokens import tokenize
-from tvilfm.datasets.transforms import Draws
-from tvilfm.datasets.tri_modal import RECIPES, Batch, Captions, TrainingRows, TriModalDataset
+from tvilfm.data.manifest import CAPTION_SCHEMA, build_manifest
+from tvilfm.data.pk_sampler import PKBatch
+from tvilfm.data.tokens import tokenize
+from tvilfm.data.transforms import Draws
+from tvilfm.data.tri_modal import RECIPES, Batch, Captions, TrainingRows, TriModalDataset
 
 PIDS = (40, 7, 23, 11, 90)
 HEIGHT, WIDTH = 12, 6

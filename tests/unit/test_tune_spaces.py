@@ -10,7 +10,7 @@ import yaml
 
 from tvilfm.config import load_config
 from tvilfm.report.tables import published_rows
-from tvilfm.tuning import Space, check_space, load_space, words, written
+from tvilfm.sweeps.space import Space, check_space, load_space, words, written
 
 CONFIG = Path("ray_config.yaml")
 SPACES = sorted(Path("tune_spaces").glob("*.yaml"))

@@ -1,4 +1,4 @@
-"""Readers, captions, transforms and batches: from a dataset's folder to what a training step eats."""
+"""Readers of datasets, one file per dataset, and their published caption files."""
 
 from tvilfm.datasets.readers import read_dataset
 

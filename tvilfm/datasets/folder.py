@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from tvilfm.datasets.manifest import MANIFEST_SCHEMA, MODALITIES, build_manifest
-from tvilfm.datasets.splits import TEST_SPLITS, require_sound
+from tvilfm.data.manifest import MANIFEST_SCHEMA, MODALITIES, build_manifest
+from tvilfm.data.splits import TEST_SPLITS, require_sound
 from tvilfm.datasets.sysu_mm01 import SUFFIXES
 
 SPLITS = ("train", "val", *TEST_SPLITS)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from tvilfm.datasets.manifest import build_manifest
-from tvilfm.datasets.splits import held_out, read_ids, read_image_list, require_sound
+from tvilfm.data.manifest import build_manifest
+from tvilfm.data.splits import held_out, read_ids, read_image_list, require_sound
 from tvilfm.datasets.sysu_mm01 import SUFFIXES
 
 FOLDERS = {"visible": "vis", "infrared": "nir"}

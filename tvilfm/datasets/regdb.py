@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from tvilfm.datasets.manifest import build_manifest
-from tvilfm.datasets.splits import held_out, read_image_list, require_sound
+from tvilfm.data.manifest import build_manifest
+from tvilfm.data.splits import held_out, read_image_list, require_sound
 
 NUM_SPLITS = 10
 FOLDERS = {"visible": "Visible", "infrared": "Thermal"}

@@ -35,8 +35,8 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image, ImageDraw, ImageFilter
 
-from tvilfm.datasets.captions import write_published
-from tvilfm.datasets.manifest import CAPTION_SCHEMA, build_manifest
+from tvilfm.data.captions import write_published
+from tvilfm.data.manifest import CAPTION_SCHEMA, build_manifest
 
 Layout = Literal["sysu_mm01", "regdb", "llcm", "folder"]
 

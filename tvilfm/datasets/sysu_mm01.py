@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from tvilfm.datasets.manifest import build_manifest
-from tvilfm.datasets.splits import read_ids
+from tvilfm.data.manifest import build_manifest
+from tvilfm.data.splits import read_ids
 
 INFRARED_CAMERAS = (3, 6)
 CAMERAS = (1, 2, 3, 4, 5, 6)

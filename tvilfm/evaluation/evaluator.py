@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tvilfm.config import EvaluateSection
-from tvilfm.datasets.manifest import column
+from tvilfm.data.manifest import column
 from tvilfm.evaluation.features import FeatureTable
 from tvilfm.evaluation.metrics import RankingMetrics, ranking_metrics
 from tvilfm.evaluation.protocols import (
@@ -36,9 +36,9 @@ from tvilfm.evaluation.protocols import (
 from tvilfm.evaluation.query_texts import QueryTexts, select_query_texts
 from tvilfm.evaluation.rerank import expand_queries, k_reciprocal_rerank
 from tvilfm.models import TVILFM
+from tvilfm.models.ensemble import ensemble_query
 from tvilfm.models.fusion import semantic_filtered_fusion
-from tvilfm.retrieval.ensemble import ensemble_query
-from tvilfm.retrieval.similarity import similarity
+from tvilfm.models.similarity import similarity
 
 Similarity = npt.NDArray[np.float32]
 

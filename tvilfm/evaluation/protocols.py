@@ -19,8 +19,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from tvilfm.config import WitnessDraw
-from tvilfm.datasets.captions import BY_IDENTITY, identity_map
-from tvilfm.datasets.manifest import Modality, column
+from tvilfm.data.captions import BY_IDENTITY, identity_map
+from tvilfm.data.manifest import Modality, column
 from tvilfm.datasets.sysu_mm01 import PERMUTATIONS_FILE, permutations
 from tvilfm.evaluation.metrics import MetricRule
 

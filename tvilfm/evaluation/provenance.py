@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tvilfm.config import DataSection
-from tvilfm.datasets.manifest import column, select
-from tvilfm.datasets.splits import TEST_SPLITS
+from tvilfm.data.manifest import column, select
+from tvilfm.data.splits import TEST_SPLITS
 from tvilfm.models.opening import OpenedModel
 
 FILE = "provenance.json"

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tvilfm.config import EvaluateSection
-from tvilfm.datasets.captions import texts_of
+from tvilfm.data.captions import texts_of
 from tvilfm.evaluation.protocols import Protocol, Split, TextSource, get_protocol, select_query, witness_captions
 
 QUERY_TEXTS_FILE = "query_texts.parquet"

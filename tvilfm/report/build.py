@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tvilfm.captioning.scores import Marks
 from tvilfm.config import Config, to_yaml
-from tvilfm.datasets.captions import texts_of
-from tvilfm.datasets.manifest import column, rows_of, select
+from tvilfm.data.captions import texts_of
+from tvilfm.data.manifest import column, rows_of, select
 from tvilfm.evaluation.evaluator import CaseResult, Evaluator, default_case
 from tvilfm.evaluation.protocols import Protocol, get_protocol, ignored_gallery
 from tvilfm.evaluation.query_texts import QueryTexts

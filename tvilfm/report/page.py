@@ -22,6 +22,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from tvilfm.captioning.scores import Marks
+from tvilfm.place import write_whole
 from tvilfm.report import figures, tables
 from tvilfm.report.figures import FloatArray, RetrievalFeatures
 from tvilfm.report.tables import METRIC_LABELS, METRICS, QUERIES, QUERY_LABELS, Results
@@ -133,7 +134,7 @@ def write_report(data: ReportData, path: Path) -> None:
         data: what to show.
         path: the HTML file, usually runs/<name>/report/index.html.
     """
-    tables.write_text_atomic(path, render_report(data))
+    write_whole(path, render_report(data))
 
 
 def render_report(data: ReportData) -> str:

@@ -20,11 +20,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from tvilfm.place import write_whole
 from tvilfm.report import figures, tables
 from tvilfm.report.figures import ParallelAxis, TrialCurve
 from tvilfm.report.page import DATASET_LABELS, markup, page_template
 from tvilfm.report.tables import METRIC_LABELS, QUERY_LABELS, PublishedRow, percent
-from tvilfm.tuning import Parameter, Space, word
+from tvilfm.sweeps.space import Parameter, Space, word
 
 SHOWN = ("rank1", "mAP", "mINP")
 COMPARED = ("rank1", "mAP")
@@ -337,10 +338,10 @@ def parameter_importance(space: Space, records: Sequence[TrialRecord]) -> dict[s
 
 def write_sweep_report(data: SweepData, folder: Path) -> None:
     """Write `table.md`, `table.csv`, `table.tex` and the page `index.html`, each atomically."""
-    tables.write_text_atomic(folder / "table.md", markdown_table(data))
-    tables.write_text_atomic(folder / "table.csv", csv_table(data))
-    tables.write_text_atomic(folder / "table.tex", latex_table(data))
-    tables.write_text_atomic(folder / "index.html", render_sweep(data))
+    write_whole(folder / "table.md", markdown_table(data))
+    write_whole(folder / "table.csv", csv_table(data))
+    write_whole(folder / "table.tex", latex_table(data))
+    write_whole(folder / "index.html", render_sweep(data))
 
 
 def render_sweep(data: SweepData) -> str:

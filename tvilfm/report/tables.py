@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,8 @@ from typing import Any, Literal
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from tvilfm.place import write_whole
 
 QUERIES: tuple[str, ...] = ("infrared", "visible", "text", "fusion", "ensemble")
 TEXT_SOURCES: tuple[str, ...] = ("witness", "witness-heldout", "own", "none")
@@ -257,7 +258,7 @@ class Results:
 
     def write(self, path: Path) -> None:
         """Write results.json atomically; floats survive the round trip unchanged."""
-        write_text_atomic(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+        write_whole(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Results:
@@ -316,21 +317,6 @@ class PublishedRow:
     mINP: float | None = None
     rank1_std: float | None = None
     note: str = PUBLISHED_LABEL
-
-
-def write_text_atomic(path: Path, text: str) -> None:
-    """Write UTF-8 text to a neighbouring temporary file and rename it over `path`; parents are created.
-
-    A reader sees the old file or the new one, never half of one.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile: its files are readable by their owner only, and the page is meant to be passed on.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def percent(fraction: float) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from tvilfm.datasets.pixels import decode
+from tvilfm.data.images import thumbnail
+from tvilfm.data.pixels import decode
 from tvilfm.retrieval.find import Found, printable
-from tvilfm.retrieval.pictures import thumbnail
 
 HEIGHT = 224  # pixels of an image
 _STYLE = (

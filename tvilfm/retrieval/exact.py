@@ -23,8 +23,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from tvilfm.models.similarity import similarity
 from tvilfm.retrieval.gallery import Gallery, Where, column_of, vectors_of
-from tvilfm.retrieval.similarity import similarity
 
 FACTS = ("id", "pid", "camid", "time", "image", "position")
 CHUNK_ROWS = 1 << 18

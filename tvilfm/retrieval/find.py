@@ -27,15 +27,15 @@ import torch
 from torch import Tensor
 
 from tvilfm.config import EnsembleWeights
-from tvilfm.datasets.pixels import decode
-from tvilfm.evaluation.extract import encode_pixels, encode_texts
+from tvilfm.data.pixels import decode
 from tvilfm.evaluation.features import FeatureTable
 from tvilfm.files import cache_folder, content_digests
 from tvilfm.models import TVILFM
+from tvilfm.models.encode import encode_pixels, encode_texts
+from tvilfm.models.ensemble import ensemble_query
 from tvilfm.models.opening import OpenedModel, model_fingerprint
-from tvilfm.retrieval.ensemble import ensemble_query
+from tvilfm.models.similarity import similarity
 from tvilfm.retrieval.query import query_parts
-from tvilfm.retrieval.similarity import similarity
 from tvilfm.retrieval.spaces import gallery_vectors
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")

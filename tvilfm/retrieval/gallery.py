@@ -17,7 +17,6 @@ Shapes: N rows, D feature.
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import operator
 import os
@@ -26,7 +25,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
-from io import StringIO
+from io import BytesIO
 from pathlib import Path
 from typing import IO
 
@@ -39,6 +38,7 @@ from lance.dataset import MergeInsertBuilder
 from lance.file import LanceFileSession
 from lance.optimize import Compaction, CompactionOptions
 
+from tvilfm.place import Place, lock, write_whole
 from tvilfm.retrieval.terms import MAX_ID, is_id
 
 POINTER = "current"
@@ -578,28 +578,25 @@ def _latest(dataset: lance.LanceDataset) -> lance.LanceDataset:
 
 
 def _is_remote(uri: str) -> bool:
-    return "://" in uri
+    return Place(uri).is_uri
 
 
 def _absolute(uri: str) -> str:
-    return uri.rstrip("/") if _is_remote(uri) else str(Path(uri).absolute())  # workers run in other folders
+    return Place(uri).absolute
 
 
 def _table_uri(uri: str, space_id: str) -> str:
     return f"{uri}/{space_id}.lance"
 
 
-def _lock(uri: str, space_id: str) -> IO[str]:
+def _lock(uri: str, space_id: str) -> IO[bytes]:
     """Be the writer of a table until the lock is closed; a killed writer's lock is free."""
     if _is_remote(uri):
-        return StringIO()  # commits are conditional there: of two writers one is refused
-    file = (Path(uri) / f".{space_id}.writer").open("w")
+        return BytesIO()  # commits are conditional there: of two writers one is refused
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock(Path(uri) / f".{space_id}.writer", wait=False)
     except BlockingIOError:
-        file.close()
         raise GalleryLocked(f"gallery.uri: expected one writer of {uri}, got a second one. Stop the first.") from None
-    return file
 
 
 def _current(uri: str) -> str | None:
@@ -616,12 +613,11 @@ def _current(uri: str) -> str | None:
 
 
 def _point(uri: str, space_id: str) -> None:
-    with tempfile.TemporaryDirectory(dir=None if _is_remote(uri) else uri) as folder:
+    if not _is_remote(uri):
+        write_whole(Path(uri) / POINTER, space_id, durable=True)
+        _fsync(uri)
+        return
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / POINTER
         path.write_text(space_id)
-        if _is_remote(uri):
-            LanceFileSession(uri).upload_file(str(path), POINTER)
-        else:
-            _fsync(path)
-            os.replace(path, Path(uri) / POINTER)
-            _fsync(uri)
+        LanceFileSession(uri).upload_file(str(path), POINTER)

@@ -17,10 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tvilfm.evaluation.extract import encode_pixels, encode_texts
+from tvilfm.data.images import Pixels, resized
 from tvilfm.models import TVILFM
+from tvilfm.models.encode import encode_pixels, encode_texts
 from tvilfm.models.fusion import semantic_filtered_fusion
-from tvilfm.retrieval.pictures import Pixels, resized
 from tvilfm.retrieval.spaces import space_id
 from tvilfm.retrieval.terms import FilterTextSource
 

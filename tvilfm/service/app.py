@@ -27,10 +27,10 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tvilfm.config import ServeSection
-from tvilfm.datasets.pixels import count_pixels, decode
+from tvilfm.data.images import Pixels, thumbnail
+from tvilfm.data.pixels import count_pixels, decode
 from tvilfm.retrieval import search
 from tvilfm.retrieval.gallery import Where, row_schema, vector_column
-from tvilfm.retrieval.pictures import Pixels, thumbnail
 from tvilfm.retrieval.query import Query, Question
 from tvilfm.retrieval.search import Answer
 from tvilfm.service import keys, messages

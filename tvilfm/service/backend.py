@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from tvilfm.retrieval.pictures import Pixels
+from tvilfm.data.images import Pixels
 from tvilfm.retrieval.query import Query, Question
 from tvilfm.retrieval.search import Answer, Request
 from tvilfm.service.messages import ModelFacts, Status

@@ -5,10 +5,8 @@ A key is 256 random bits, so one round of SHA-256 keeps it as well as a slow has
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import hmac
-import os
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tvilfm.config import explain
+from tvilfm.place import lock, write_whole
 
 Scope = Literal["read", "write", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -130,8 +129,7 @@ def remove_key(path: Path, name: str) -> None:
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Change a file while no other command does: what it changed would be lost, a key that was removed come back."""
-    with path.with_name(f"{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock(path.with_name(f"{path.name}.lock")):
         yield
 
 
@@ -149,7 +147,5 @@ def _read(path: Path) -> list[Key]:
 
 
 def _write(path: Path, keys: Sequence[Key]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.touch(mode=0o600)
-    partial.write_text(yaml.safe_dump(_File(keys=list(keys)).model_dump(mode="json"), sort_keys=False))
-    os.replace(partial, path)
+    text = yaml.safe_dump(_File(keys=list(keys)).model_dump(mode="json"), sort_keys=False)
+    write_whole(path, text, mode=0o600)

@@ -21,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from tvilfm.config import LossSection, OptimSection, ScheduleSection, TrainSection
-from tvilfm.datasets.pk_sampler import PKSampler
-from tvilfm.datasets.tri_modal import TriModalDataset
+from tvilfm.data.pk_sampler import PKSampler
+from tvilfm.data.tri_modal import TriModalDataset
 from tvilfm.losses.objective import JointObjective
 from tvilfm.models import TVILFM
 from tvilfm.models.backbone import image_format

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from tvilfm.config import PretrainSection
-from tvilfm.datasets.manifest import column, rows_of, select
+from tvilfm.data.manifest import column, rows_of, select
+from tvilfm.data.transforms import Recipe, augment, draw
 from tvilfm.datasets.synthetic import ATTRIBUTES, COLOUR_ATTRIBUTES
-from tvilfm.datasets.transforms import Recipe, augment, draw
 from tvilfm.models.backbone import DualStemResNet, image_format
 
 

@@ -12,15 +12,15 @@ import pyarrow as pa
 import torch
 
 from tvilfm.config import PROTOCOLS, Config, EvaluateSection, ScheduleSection, TextStageSection
-from tvilfm.datasets.manifest import rows_of, select
-from tvilfm.datasets.transforms import Recipe
-from tvilfm.datasets.tri_modal import TrainingRows, TriModalDataset
+from tvilfm.data.manifest import rows_of, select
+from tvilfm.data.transforms import Recipe
+from tvilfm.data.tri_modal import TrainingRows, TriModalDataset
 from tvilfm.evaluation.evaluator import Evaluator
-from tvilfm.evaluation.extract import encode_pixels, encode_texts
 from tvilfm.evaluation.features import FeatureTable
 from tvilfm.evaluation.protocols import Split
 from tvilfm.evaluation.query_texts import QUERY_TEXTS_SCHEMA, draw_query_texts, sentences_of
 from tvilfm.models import TVILFM, spec_from_config
+from tvilfm.models.encode import encode_pixels, encode_texts
 from tvilfm.models.tvilfm import load_text_weights, load_visual_weights
 from tvilfm.training.distributed import rank, world_size
 from tvilfm.training.loop import Listener, StageSettings, train_stage

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tvilfm.datasets.transforms import Recipe, augment
-from tvilfm.datasets.tri_modal import RECIPES, Batch
+from tvilfm.data.transforms import Recipe, augment
+from tvilfm.data.tri_modal import RECIPES, Batch
 from tvilfm.losses.objective import JointObjective, ModalityFeatures
 from tvilfm.models import TVILFM
 from tvilfm.models.backbone import image_format

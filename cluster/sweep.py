@@ -33,11 +33,12 @@ from cluster.stages.learning import Record
 from cluster.stages.results import RESULTS_FILES
 from cluster.trackers import check_trackers
 from tvilfm.config import ClusterSection, Config, known_keys, load_config, to_yaml, value_at
-from tvilfm.evaluation.ensemble_sweep import MODALITIES, SweptMetric, sweep_ensemble, weight_grid
 from tvilfm.evaluation.evaluator import Split
+from tvilfm.evaluation.weight_sweep import MODALITIES, SweptMetric, sweep_ensemble, weight_grid
+from tvilfm.place import write_whole
 from tvilfm.report.sweep import SweepData, TrialRecord, read_trials, write_sweep_report
-from tvilfm.report.tables import Results, write_text_atomic
-from tvilfm.tuning import Parameter, Space, Trial, check_space, written
+from tvilfm.report.tables import Results
+from tvilfm.sweeps.space import Parameter, Space, Trial, check_space, written
 
 TRIAL_MEMORY = 200 * 2**20  # bytes for the process that drives a trial; its CPUs are those of the stages it runs
 WATCHED = "watched_epoch"  # epochs of the stage that asha counts
@@ -119,8 +120,8 @@ def sweep_space(
         for path in folder.glob(f"trials/*/{ERROR_FILE}"):
             path.unlink()
     else:
-        write_text_atomic(folder / SPACE_FILE, space.model_dump_json(indent=2))
-        write_text_atomic(folder / BASE_FILE, to_yaml(base))
+        write_whole(folder / SPACE_FILE, space.model_dump_json(indent=2))
+        write_whole(folder / BASE_FILE, to_yaml(base))
     # A dataset that stands beside the runs is not beside the trials.
     sweep = Sweep(
         folder=folder,
@@ -141,7 +142,7 @@ def sweep_space(
     ended = {end["name"]: end for end in map(json.loads, lines)}
     records = [record for end in ended.values() for record in _records(sweep, **end)]
     records.sort(key=lambda record: record.name)
-    write_text_atomic(folder / TRIALS_FILE, "".join(json.dumps(asdict(record)) + "\n" for record in records))
+    write_whole(folder / TRIALS_FILE, "".join(json.dumps(asdict(record)) + "\n" for record in records))
     _check_ended(sweep, ended)
     return folder
 
@@ -331,7 +332,7 @@ def _trial(params: dict[str, Any], *, sweep: Sweep) -> None:
         metrics = _run(sweep, _trials_of(sweep, params, name)[0])
     except Exception as error:
         # Tune tells nobody of it before the trial has ended.
-        write_text_atomic(path, str(error))
+        write_whole(path, str(error))
         raise
     tune.report({**metrics, DONE: True})
 

@@ -7,10 +7,7 @@ row is lost and `read` gives every image once.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import os
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -22,6 +19,8 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from tvilfm.place import Place, lock
+
 KEY = "image"
 MERGED = "merged-"
 PARTS_A_MERGE = 100
@@ -32,14 +31,13 @@ class Parts:
     """The folder.
 
     Args:
-        uri: a local path, or a URI that pyarrow opens: `s3://bucket/folder?endpoint_override=host:port&scheme=http`,
-            `gs://bucket/folder`, `file:///folder`. Credentials come from the environment, as that store defines them.
+        uri: see `Place`.
         folders: further folders below it.
     """
 
     def __init__(self, uri: str, *folders: str) -> None:
-        self.filesystem, root = open_uri(uri)
-        self.path = "/".join((root, *folders))
+        self.place = Place(uri) / "/".join(folders)
+        self.filesystem, self.path = self.place.filesystem, self.place.path
 
     def write(self, name: str, table: pa.Table) -> None:
         """Write a part, whole or not at all; writing it again replaces it.
@@ -48,12 +46,11 @@ class Parts:
             name: of the part, without suffix; see `part_name`.
             table: its rows; the column `image` names them.
         """
-        write_whole(self.filesystem, f"{self.path}/{name}.parquet", to_parquet(table))
+        (self.place / f"{name}.parquet").write(to_parquet(table))
 
     def has(self, name: str) -> bool:
         """Whether that part is there, under its own name (not merged)."""
-        info = self.filesystem.get_file_info(f"{self.path}/{name}.parquet")
-        return bool(info.type == fs.FileType.File)
+        return (self.place / f"{name}.parquet").is_file()
 
     def keys(self, column: str = KEY) -> pa.ChunkedArray:
         """The column of every part, as it lies there: an image that was written twice comes twice."""
@@ -69,18 +66,18 @@ class Parts:
         table = self._load()
         return _once(table).sort_by(KEY) if table.num_columns else table
 
-    def publish(self, path: str, schema: pa.Schema) -> None:
+    def publish(self, target: Place, schema: pa.Schema) -> None:
         """Write every row, each image once, as one Parquet file, holding no more than a part beside the file itself.
 
         Args:
-            path: of the file, in this folder's filesystem.
+            target: the file.
             schema: of the parts; there may be none yet.
         """
         content = None
         while content is None:
             with suppress(FileNotFoundError):  # merged by another process since they were listed
                 content = self._as_one_file(schema)
-        write_whole(self.filesystem, path, content)
+        target.write(content)
 
     def compact(self) -> None:
         """Merge small parts, a hundred into one, as a million images leave 30,000 that take minutes to open.
@@ -141,18 +138,17 @@ def alone(uri: str) -> Iterator[None]:
     Raises:
         ValueError: another job holds the folder.
     """
-    filesystem, path = open_uri(uri)
-    if not isinstance(filesystem, fs.LocalFileSystem):
+    place = Place(uri)
+    if not place.is_local:
         yield
         return
-    Path(path).mkdir(parents=True, exist_ok=True)
-    with (Path(path) / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{shown(uri)}: expected a folder that no other job fills, got one that is in use. Wait for that job."
-            ) from None
+    try:
+        held = lock(Path(place.path) / ".lock", wait=False)
+    except BlockingIOError:
+        raise ValueError(
+            f"{place}: expected a folder that no other job fills, got one that is in use. Wait for that job."
+        ) from None
+    with held:
         yield
 
 
@@ -161,54 +157,11 @@ def part_name(images: Iterable[str]) -> str:
     return hashlib.sha256("\0".join(images).encode()).hexdigest()[:24]
 
 
-def open_uri(uri: str) -> tuple[fs.FileSystem, str]:
-    """The filesystem of a local path or URI, and the path in it.
-
-    Raises:
-        ValueError: a URI that pyarrow cannot open.
-    """
-    if "://" not in uri:
-        return fs.LocalFileSystem(), str(Path(uri).absolute())  # workers run in other folders
-    try:
-        filesystem, path = fs.FileSystem.from_uri(uri)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        raise ValueError(
-            f"{shown(uri)}: expected a local path or a URI such as s3://bucket/folder, got an error: "
-            f"{str(error).replace(uri, shown(uri))}. "
-            "Check the URI and the store's credentials in the environment."
-        ) from None
-    return filesystem, path.rstrip("/")
-
-
-def shown(uri: str) -> str:
-    """A path or URI without the keys and options that it may hold."""
-    if "://" not in uri:
-        return uri
-    scheme, _, rest = uri.partition("://")
-    return f"{scheme}://{rest.partition('?')[0].rpartition('@')[2]}"
-
-
 def to_parquet(table: pa.Table) -> pa.Buffer:
     """The bytes of a Parquet file of that table."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     return sink.getvalue()
-
-
-def write_whole(filesystem: fs.FileSystem, path: str, content: pa.Buffer | bytes) -> None:
-    """Write a file so that it is never seen in part: renamed into place locally, one upload in an object store."""
-    if not isinstance(filesystem, fs.LocalFileSystem):
-        with filesystem.open_output_stream(path) as stream:
-            stream.write(content)
-        return
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())  # else a machine that goes down may keep the new name and lose the bytes
-    os.replace(temporary, target)
 
 
 def _once(table: pa.Table) -> pa.Table:

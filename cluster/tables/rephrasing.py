@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.util
-import json
 import os
 import pickle
 import tempfile
@@ -29,23 +28,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
-from pyarrow import fs
 from pydantic import SecretStr
 
-from cluster.parts import Parts, alone, open_uri, part_name, to_parquet, write_whole
 from cluster.progress import ProgressFile, watch
 from cluster.session import session
+from cluster.tables.job import chunk_dataset, claim_folder, fixed_chunks, with_absolute_model
+from cluster.tables.parts import Parts, alone, part_name, to_parquet
 from tvilfm.captioning.rephrase import completion_prompt, judge, messages, prompt_hash, rephrase_all, seed_of
 from tvilfm.config import ClusterSection, Config, RephraseSection
+from tvilfm.data.captions import read_captions
+from tvilfm.data.manifest import CAPTION_SCHEMA, MODALITIES
 from tvilfm.datasets import read_dataset
-from tvilfm.datasets.captions import read_captions
-from tvilfm.datasets.manifest import CAPTION_SCHEMA, MODALITIES
+from tvilfm.place import Place
 
 if TYPE_CHECKING:
     from tvilfm.captioning.rephrase import Rephraser
 
-CHUNKS_A_TASK = 16  # at most; a million captions are 2,000 tasks
-TASKS = 64  # that a smaller job is cut into at least, so that every actor gets some
 WITH_MODEL = ("transformers", "vllm")
 
 PART_SCHEMA = pa.schema(
@@ -161,10 +159,10 @@ def read_rows(config: Config, captions: str | None) -> tuple[pa.Table, list[str]
         ValueError: no caption table, or one with images that are not in the dataset and have no modality.
     """
     if captions is not None:
-        filesystem, path = open_uri(captions)
-        if filesystem.get_file_info(path).type != fs.FileType.File:
+        place = Place(captions)
+        if not place.is_file():
             raise ValueError(f"--captions: expected a Parquet caption table, got {captions}, no file. Check the path.")
-        table = pq.read_table(path, filesystem=filesystem)
+        table = pq.read_table(place.path, filesystem=place.filesystem)
         if missing := [name for name in ("image", "caption") if name not in table.column_names]:
             raise ValueError(f"--captions: expected a column {missing[0]}, got {table.column_names} in {captions}.")
         if "modality" in table.column_names:
@@ -222,7 +220,7 @@ def rephrase_table(
     _check(captions, modalities, section)
     rows = pa.table({"image": captions["image"], "caption": captions["caption"], "modality": pa.array(modalities)})
     job = _Job(
-        section=_found_by_workers(section),
+        section=with_absolute_model(section) if section.engine in WITH_MODEL else section,
         out=out,
         seed=seed,
         device="cuda" if cluster.gpus_per_worker else "cpu",
@@ -273,33 +271,20 @@ def _key(section: RephraseSection) -> SecretStr | None:
     return SecretStr(value) if value else None
 
 
-def _found_by_workers(section: RephraseSection) -> RephraseSection:
-    """A local folder by its absolute path, as workers run in other folders."""
-    path = Path(section.model)
-    local = section.engine in WITH_MODEL and path.is_dir()
-    return section.model_copy(update={"model": str(path.absolute())}) if local else section
-
-
 def _introduce(job: _Job) -> None:
     """Note in the output folder who rephrases, or refuse another one."""
-    found = {
+    producer = {
         "rephraser": job.rephraser,
         "prompt_hash": prompt_hash(),
         "seed": job.seed,
         **job.section.model_dump(include={"engine", "temperature", "max_new_tokens", "max_words"}),
     }
-    filesystem, path = open_uri(job.out)
-    note = f"{path}/rephraser.json"
-    if filesystem.get_file_info(note).type == fs.FileType.File:
-        with filesystem.open_input_file(note) as file:
-            noted = json.loads(file.read())
-        for key, value in found.items():
-            if noted.get(key) != value:
-                raise ValueError(
-                    f"{job.out}: expected rephrases of one engine, got {key} {noted.get(key)!r} there and {value!r} "
-                    "here. Rephrase into another folder."
-                )
-    write_whole(filesystem, note, json.dumps(found, indent=2).encode())
+    claim_folder(
+        Place(job.out) / "rephraser.json",
+        producer,
+        expected="rephrases of one engine",
+        advice="Rephrase into another folder.",
+    )
 
 
 def _dealt_with(captions: pa.Table, job: _Job) -> npt.NDArray[np.bool_]:
@@ -327,13 +312,10 @@ def _dealt_with(captions: pa.Table, job: _Job) -> npt.NDArray[np.bool_]:
 
 def _on_actors(job: _Job, rows: pa.Table, wanted: npt.NDArray[np.bool_], cluster: ClusterSection) -> Iterator[int]:
     """Rephrase on a pool of actors; how many captions each chunk had, as they are done."""
-    chunks = _chunks(rows, wanted, job.section.batch)
+    chunks = fixed_chunks(rows, wanted, job.section.batch)
     if not chunks.num_rows:
         return
-    a_task = max(1, min(CHUNKS_A_TASK, chunks.num_rows // TASKS))
-    dataset = ray.data.from_arrow([chunks.slice(start, a_task) for start in range(0, chunks.num_rows, a_task)])
-    dataset.context.target_max_block_size = 1  # every chunk is reported when it is done
-    reports = dataset.map_batches(
+    reports = chunk_dataset(chunks).map_batches(
         _Actor,
         fn_constructor_kwargs={"job": job},
         batch_size=1,
@@ -384,16 +366,6 @@ class _Actor:
             for image, caption, one in zip(columns["image"], columns["caption"], rephrases, strict=True)
         ]
         return _part(rows, self._job)
-
-
-def _chunks(rows: pa.Table, wanted: npt.NDArray[np.bool_], batch: int) -> pa.Table:
-    """Chunks of fixed places in the table, each with those of its rows that are wanted, as lists."""
-    places = np.flatnonzero(wanted)
-    starts, offsets = np.unique(places // batch, return_index=True)
-    ends = np.append(offsets, len(places)).astype(np.int32)
-    taken = rows.take(places)
-    lists = {name: pa.ListArray.from_arrays(ends, taken[name].combine_chunks()) for name in rows.column_names}
-    return pa.table({"start": starts * batch, **lists})
 
 
 def _through_vllm(job: _Job, rows: pa.Table) -> Iterator[int]:
@@ -478,8 +450,7 @@ def _publish(captions: pa.Table, job: _Job, before: npt.NDArray[np.bool_], secon
         table = table.append_column(name, values)
     order = [name for name in CAPTION_SCHEMA.names if name in table.column_names]
     table = table.select([*order, *(name for name in table.column_names if name not in order)])
-    filesystem, path = open_uri(job.out)
-    write_whole(filesystem, f"{path}/captions.parquet", to_parquet(table))
+    (Place(job.out) / "captions.parquet").write(to_parquet(table))
     now = pc.is_valid(table["rephrased"]).to_numpy() & ~before
     return Summary(
         table=f"{job.out.partition('?')[0].rstrip('/')}/captions.parquet",

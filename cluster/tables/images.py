@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cluster.parts import open_uri
-from tvilfm.datasets.pixels import decode
-from tvilfm.retrieval.pictures import resized, thumbnail
+from tvilfm.data.images import resized, thumbnail
+from tvilfm.data.pixels import decode
+from tvilfm.place import Place
 
 Batch = dict[str, npt.NDArray[Any]]
 
@@ -17,7 +17,7 @@ Batch = dict[str, npt.NDArray[Any]]
 def reference(root: str, name: str) -> str:
     """Where a picture lies, without the options that a URI may carry."""
     scheme, separator, _ = root.rpartition("://")
-    return f"{scheme}{separator}{open_uri(root)[1]}/{name}"
+    return f"{scheme}{separator}{Place(root).path}/{name}"
 
 
 def read_pictures(batch: Batch, *, root: str, size: tuple[int, int] | None, thumbnail_height: int) -> Batch:
@@ -32,11 +32,10 @@ def read_pictures(batch: Batch, *, root: str, size: tuple[int, int] | None, thum
     Raises:
         ValueError: a file is no picture; it is named.
     """
-    filesystem, folder = open_uri(root)
+    folder = Place(root)
     images, thumbnails, inputs = [], [], []
     for name in batch["name"]:
-        with filesystem.open_input_stream(f"{folder}/{name}") as stream:
-            pixels = decode(stream.read(), height=None, width=None, name=name)
+        pixels = decode((folder / name).read(), height=None, width=None, name=name)
         images.append(reference(root, name))
         thumbnails.append(thumbnail(pixels, height=thumbnail_height))
         if size is not None:

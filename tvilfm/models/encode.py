@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tvilfm.datasets.tokens import tokenize
-from tvilfm.datasets.transforms import Draws, augment, normalise
+from tvilfm.data.tokens import tokenize
+from tvilfm.data.transforms import Draws, augment, normalise
 from tvilfm.models import TVILFM
 from tvilfm.models.backbone import image_format
 

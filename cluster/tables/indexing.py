@@ -24,17 +24,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from cluster.caption import list_images
-from cluster.depot import Depot, runs_depot, stages_depot
-from cluster.pictures import read_pictures, reference
+from cluster.places.depot import Depot, runs_depot, stages_depot
 from cluster.session import plain_errors, session
+from cluster.tables.captioning import list_images
+from cluster.tables.images import read_pictures, reference
 from tvilfm.config import Config, load_config
-from tvilfm.datasets.manifest import select
-from tvilfm.datasets.splits import TEST_SPLITS
-from tvilfm.evaluation.extract import encode_pixels
+from tvilfm.data.manifest import select
+from tvilfm.data.splits import TEST_SPLITS
 from tvilfm.evaluation.features import IMAGES_FILE, FeatureTable
 from tvilfm.evaluation.protocols import get_protocol
 from tvilfm.models import TVILFM
+from tvilfm.models.encode import encode_pixels
 from tvilfm.retrieval.gallery import METRIC, Gallery, table_schema, vector_column
 from tvilfm.retrieval.spaces import gallery_vectors, space_id
 from tvilfm.retrieval.terms import MAX_ID, is_id

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tvilfm.datasets.captions import texts_of
-from tvilfm.datasets.manifest import column, rows_of, select
-from tvilfm.datasets.pk_sampler import PKBatch, PKSampler
-from tvilfm.datasets.tokens import tokenize
-from tvilfm.datasets.transforms import Draws, Recipe, draw
+from tvilfm.data.captions import texts_of
+from tvilfm.data.manifest import column, rows_of, select
+from tvilfm.data.pk_sampler import PKBatch, PKSampler
+from tvilfm.data.tokens import tokenize
+from tvilfm.data.transforms import Draws, Recipe, draw
 
 RECIPES: tuple[Recipe, ...] = ("visible", "visible_augmented", "infrared")
 

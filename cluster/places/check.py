@@ -8,11 +8,10 @@ import threading
 import uuid
 from pathlib import Path
 
-from pyarrow import fs
 from pydantic import BaseModel
 
-from cluster.parts import open_uri, shown, write_whole
 from tvilfm.config import Config
+from tvilfm.place import Place
 
 # Never part of a program: version control, environments, caches, builds, weights, secrets.
 EXCLUDED = (
@@ -50,8 +49,8 @@ def check_storage(uri: str) -> None:
     Raises:
         ValueError: one of the three failed or took longer than `ANSWER_S`; it says which, why, and what to do.
     """
-    filesystem, root = open_uri(uri)
-    trial = _Trial(filesystem, root)
+    place = Place(uri)
+    trial = _Trial(place)
     # Google's client tries an endpoint that is not there for a quarter of an hour.
     trial.thread.start()
     trial.thread.join(ANSWER_S)
@@ -60,27 +59,26 @@ def check_storage(uri: str) -> None:
         error = TimeoutError(f"no answer within {ANSWER_S:g} s")
     if error is not None:
         advice = next((advice for sign, advice in ADVICE if sign.lower() in str(error).lower()), "Try another place.")
-        raise ValueError(f"{shown(uri)}: expected a place to {trial.step}, got {error}. {advice}") from None
+        raise ValueError(f"{place}: expected a place to {trial.step}, got {error}. {advice}") from None
 
 
 class _Trial:
     """One object written, read and deleted, in a thread that a program need not wait for."""
 
-    def __init__(self, filesystem: fs.FileSystem, root: str) -> None:
+    def __init__(self, folder: Place) -> None:
         self.step = "write"
         self.error: Exception | None = None
-        self.thread = threading.Thread(target=self._run, args=(filesystem, root), daemon=True)
+        self.thread = threading.Thread(target=self._run, args=(folder,), daemon=True)
 
-    def _run(self, filesystem: fs.FileSystem, root: str) -> None:
-        path, content = f"{root}/.check-{uuid.uuid4().hex}", uuid.uuid4().bytes
+    def _run(self, folder: Place) -> None:
+        place, content = folder / f".check-{uuid.uuid4().hex}", uuid.uuid4().bytes
         try:
-            write_whole(filesystem, path, content)
+            place.write(content)
             self.step = "read"
-            with filesystem.open_input_stream(path) as stream:
-                if stream.read() != content:
-                    raise OSError("other bytes than were written")
+            if place.read() != content:
+                raise OSError("other bytes than were written")
             self.step = "delete"
-            filesystem.delete_file(path)
+            place.filesystem.delete_file(place.path)
         except Exception as error:  # told by the thread that waits
             self.error = error
 
@@ -88,7 +86,7 @@ class _Trial:
 def storage_folder(config: Config) -> Path | None:
     """`cluster.storage` where it is a folder: relative paths of jobs on the cluster lie in it."""
     storage = config.cluster.storage
-    return None if storage is None or "://" in storage else Path(storage)
+    return None if storage is None or Place(storage).is_uri else Path(storage)
 
 
 def paths_of(config: Config) -> dict[str, str]:
@@ -102,7 +100,7 @@ def paths_of(config: Config) -> dict[str, str]:
 
 def is_relative(path: str) -> bool:
     """Whether it means another place in another folder."""
-    return "://" not in path and not Path(path).is_absolute()
+    return Place(path).is_relative
 
 
 def absolute_paths(config: Config, base: Path | None) -> list[str]:
@@ -128,7 +126,7 @@ def absolute_paths(config: Config, base: Path | None) -> list[str]:
 def excluded(config: Config, folder: Path) -> list[str]:
     """What of a folder stays on this machine, as gitignore patterns: `EXCLUDED`, data, runs, galleries, keys."""
     secrets = [path for path in (config.cluster.token_path, config.cluster.provider.ssh_key) if path is not None]
-    named = [path for path in paths_of(config).values() if "://" not in path]
+    named = [path for path in paths_of(config).values() if not Place(path).is_uri]
     paths = [folder / Path(path).expanduser() for path in (*secrets, *named)]
     inside = set()
     for meant in (os.path.abspath, os.path.realpath):  # Ray follows links, so that both ends of one stay

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from pyarrow import fs
 
-from cluster.parts import open_uri, write_whole
 from tvilfm.config import Config
+from tvilfm.place import Place
 
 COMPLETE = ".complete"  # folder of marks: a copy without one may lack something
 UNFINISHED = ".partial"  # how the name of a folder ends that somebody still works in
@@ -44,29 +44,27 @@ class Depot:
         relative = path.relative_to(self.root)
         if relative.parts[0].endswith(UNFINISHED):
             relative = Path(WORKING, self.owner, relative)
-        return below(self.uri, relative.as_posix())
+        return (Place(self.uri) / relative.as_posix()).uri
 
-    def place(self, path: Path) -> tuple[fs.FileSystem, str]:
-        """The same, opened."""
-        return open_uri(self.uri_of(path))
+    def place(self, path: Path) -> Place:
+        """Return the same as a `Place`."""
+        return Place(self.uri_of(path))
 
     def has(self, path: Path) -> bool:
         """Whether a whole copy of a folder is there."""
-        filesystem, mark = self.place(self._mark(path))
-        return bool(filesystem.get_file_info(mark).type == fs.FileType.File)
+        return self.place(self._mark(path)).is_file()
 
     def keep(self, path: Path) -> None:
         """Copy a finished folder, of which a whole copy is then there."""
         self.push(path)
-        filesystem, mark = self.place(self._mark(path))
-        write_whole(filesystem, mark, path.name.encode())
+        self.place(self._mark(path)).write(path.name.encode())
 
     def push(self, path: Path) -> None:
         """Copy a file or folder to the store, over what is there."""
-        filesystem, target = self.place(path)
-        if isinstance(filesystem, fs.LocalFileSystem):  # file://, where folders have to be made
-            Path(target if path.is_dir() else Path(target).parent).mkdir(parents=True, exist_ok=True)
-        fs.copy_files(str(path), target, fs.LocalFileSystem(), filesystem)
+        target = self.place(path)
+        if target.is_local:  # file://, where folders have to be made
+            Path(target.path if path.is_dir() else Path(target.path).parent).mkdir(parents=True, exist_ok=True)
+        fs.copy_files(str(path), target.path, fs.LocalFileSystem(), target.filesystem)
 
     def pull(self, path: Path) -> None:
         """Copy a file or folder from the store, whole or not at all.
@@ -74,13 +72,13 @@ class Depot:
         Raises:
             FileNotFoundError: it is not there.
         """
-        filesystem, source = self.place(path)
+        source = self.place(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".pull-") as folder:
             partial = Path(folder) / path.name
-            if filesystem.get_file_info(source).type == fs.FileType.Directory:
+            if source.filesystem.get_file_info(source.path).type == fs.FileType.Directory:
                 partial.mkdir()
-            fs.copy_files(source, str(partial), filesystem, fs.LocalFileSystem())
+            fs.copy_files(source.path, str(partial), source.filesystem, fs.LocalFileSystem())
             try:
                 os.replace(partial, path)
             except OSError:
@@ -89,9 +87,9 @@ class Depot:
 
     def drop(self, path: Path) -> None:
         """Remove what is there of a folder."""
-        filesystem, target = self.place(path)
-        if filesystem.get_file_info(target).type == fs.FileType.Directory:
-            filesystem.delete_dir(target)
+        target = self.place(path)
+        if target.filesystem.get_file_info(target.path).type == fs.FileType.Directory:
+            target.filesystem.delete_dir(target.path)
 
     def _mark(self, path: Path) -> Path:
         return self.root / COMPLETE / path.relative_to(self.root)
@@ -114,9 +112,9 @@ def runs_depot(config: Config, group: str | None = None) -> Depot | None:
 
 def _depot(config: Config, name: str, root: Path, owner: str) -> Depot | None:
     storage = config.cluster.storage
-    if storage is None or "://" not in storage:
+    if storage is None or not Place(storage).is_uri:
         return None
-    return Depot(below(storage, name), root.absolute(), owner)
+    return Depot((Place(storage) / name).uri, root.absolute(), owner)
 
 
 def fetched(path: Path, depot: Depot | None) -> Path:
@@ -128,9 +126,3 @@ def fetched(path: Path, depot: Depot | None) -> Path:
         unit = depot.root / path.relative_to(depot.root).parts[0]
         depot.pull(path if unit.name.endswith(UNFINISHED) else unit)
     return path
-
-
-def below(uri: str, path: str) -> str:
-    """A URI further down, the options of the store kept."""
-    place, mark, options = uri.partition("?")
-    return f"{place.rstrip('/')}/{path}{mark}{options}"

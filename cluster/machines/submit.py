@@ -31,7 +31,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 from rich.table import Table
 
-from cluster.storage import absolute_paths, excluded, is_relative, storage_folder
+from cluster.places.check import absolute_paths, excluded, is_relative, storage_folder
 from tvilfm.config import ClusterSection, Config, load_config
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"

@@ -12,7 +12,6 @@ the half that is done first would idle.
 from __future__ import annotations
 
 import datetime
-import json
 import tempfile
 import time
 from collections import Counter
@@ -32,15 +31,17 @@ from pyarrow import fs
 from ray.data import ExecutionResources
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.depot import Depot, fetched
-from cluster.parts import Parts, alone, open_uri, part_name, shown, to_parquet, write_whole
+from cluster.places.depot import Depot, fetched
 from cluster.progress import ProgressFile, watch
 from cluster.session import plain_errors, session
+from cluster.tables.job import chunk_dataset, claim_folder, fixed_chunks, with_absolute_model
+from cluster.tables.parts import Parts, alone, part_name, to_parquet
 from tvilfm.captioning.colors import remove_colors
 from tvilfm.config import CaptionerSection, CaptionSection, ClusterSection, Config
+from tvilfm.data.manifest import CAPTION_SCHEMA, MODALITIES
+from tvilfm.data.pixels import decode
 from tvilfm.datasets import read_dataset
-from tvilfm.datasets.manifest import CAPTION_SCHEMA, MODALITIES
-from tvilfm.datasets.pixels import decode
+from tvilfm.place import Place
 
 if TYPE_CHECKING:
     from tvilfm.captioning.captioner import Captioner
@@ -49,8 +50,6 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MIN_SIDE = 8  # pixels; what is smaller shows nobody
 MAX_BYTES = 256 << 20  # of a file; a mistaken video would fill a worker's memory before it is found to be no picture
 READERS = 8  # files that a decoding task reads at once: an object store takes 30 ms to answer
-CHUNKS_A_TASK = 16  # at most; a million images are 2,000 decoding tasks
-TASKS = 64  # that a smaller job is cut into at least, so that every worker gets some
 # Not in the placement group of a Tune trial that the job may be a part of: that holds the trial's driver alone.
 ANYWHERE = PlacementGroupSchedulingStrategy(placement_group=None)
 STORE_BYTES = 1 << 30  # of decoded pictures ahead of each actor, at most: seconds of work for the fastest GPU
@@ -140,7 +139,7 @@ class Summary:
 class CaptionJob:
     """What a worker has to know; one modality."""
 
-    images: tuple[fs.FileSystem, str]
+    images: Place
     captions: Parts
     quarantine: Parts
     modality: str
@@ -259,16 +258,16 @@ def _caption(
     jobs, work = [], []
     for modality in MODALITIES:
         of_modality = pc.equal(rows["modality"], modality).to_numpy()
-        chunks = _chunks(rows["image"].filter(of_modality), wanted[of_modality], section.batch)
+        chunks = fixed_chunks(rows.select(["image"]).filter(of_modality), wanted[of_modality], section.batch)
         if chunks.num_rows:
             work.append(chunks)
             jobs.append(
                 CaptionJob(
-                    images=open_uri(root),
+                    images=Place(root),
                     captions=captions,
                     quarantine=quarantine,
                     modality=modality,
-                    captioner=_found_by_workers(getattr(section, modality)),
+                    captioner=with_absolute_model(getattr(section, modality)),
                     device="cuda" if cluster.gpus_per_worker else "cpu",
                     dtype=section.dtype,
                     filter_colors=section.filter_colors,
@@ -299,22 +298,13 @@ def _introduce(
     """
     with plain_errors():
         introduced = ray.get(_load_captioners.options(scheduling_strategy=ANYWHERE, **resources).remote(jobs))
-    filesystem, path = open_uri(out)
     for job, (_, provenance) in zip(jobs, introduced, strict=True):
-        note = f"{path}/captioner-{job.modality}.json"
-        found = {**provenance, "filter_colors": job.filter_colors, "seed": job.seed}
-        if filesystem.get_file_info(note).type == fs.FileType.File:
-            with filesystem.open_input_file(note) as file:
-                noted = json.loads(file.read())
-            differing = [
-                f"{key}={noted.get(key)} there, {found[key]} here" for key in found if noted.get(key) != found[key]
-            ]
-            if differing:
-                raise ValueError(
-                    f"{shown(out)}: expected {job.modality} captions of one captioner, got {'; '.join(differing)}. "
-                    "Caption into another folder."
-                )
-        write_whole(filesystem, note, json.dumps(found, indent=2).encode())
+        claim_folder(
+            Place(out) / f"captioner-{job.modality}.json",
+            {**provenance, "filter_colors": job.filter_colors, "seed": job.seed},
+            expected=f"{job.modality} captions of one captioner",
+            advice="Caption into another folder.",
+        )
     return [size for size, _ in introduced]
 
 
@@ -340,9 +330,7 @@ def _reports(
 ) -> Iterator[dict[str, Any]]:
     """Caption chunks; what the actors report of each."""
     workers = min(section.workers, chunks.num_rows)
-    a_task = max(1, min(CHUNKS_A_TASK, chunks.num_rows // TASKS))
-    dataset = ray.data.from_arrow([chunks.slice(start, a_task) for start in range(0, chunks.num_rows, a_task)])
-    dataset.context.target_max_block_size = 1  # a chunk a block: it goes to the next free actor, and is reported
+    dataset = chunk_dataset(chunks)
     dataset.context.execution_options.resource_limits = ExecutionResources.for_limits(
         object_store_memory=STORE_BYTES * workers
     )
@@ -366,17 +354,17 @@ def _reports(
 
 def decode_chunk(chunk: pa.Table, *, job: CaptionJob, size: tuple[int, int] | None) -> pa.Table:
     """A chunk's names -> its pictures, or why there is none."""
-    (names,) = chunk["images"].to_pylist()
+    (names,) = chunk["image"].to_pylist()
     with ThreadPoolExecutor(READERS) as pool:
-        contents = list(pool.map(partial(_read, *job.images), names))
+        contents = list(pool.map(partial(_read, job.images), names))
     pictures = [_picture(name, *content, size) for name, content in zip(names, contents, strict=True)]
     return pa.table({"start": chunk["start"], "pictures": pa.array([pictures], type=pa.list_(_PICTURE))})
 
 
-def _read(filesystem: fs.FileSystem, folder: str, name: str) -> tuple[bytes, str | None, bool]:
+def _read(folder: Place, name: str) -> tuple[bytes, str | None, bool]:
     """A file's bytes; else why there are none, and whether that may be another matter next time."""
     try:
-        with filesystem.open_input_file(f"{folder}/{name}") as file:
+        with folder.filesystem.open_input_file(f"{folder.path}/{name}") as file:
             if file.size() > MAX_BYTES:
                 return b"", f"expected at most {MAX_BYTES >> 20} MiB, got {file.size() >> 20}", False
             return file.read(), None, False
@@ -460,18 +448,16 @@ def list_images(uri: str, modality: str) -> pa.Table:
     Raises:
         ValueError: there is none.
     """
-    filesystem, root = open_uri(uri)
-    names, folders = [], [root]
+    place = Place(uri)
+    names, folders = [], [place.path]
     while folders:
-        for info in filesystem.get_file_info(fs.FileSelector(folders.pop(), allow_not_found=True)):
+        for info in place.filesystem.get_file_info(fs.FileSelector(folders.pop(), allow_not_found=True)):
             if info.type == fs.FileType.Directory:
                 folders.append(info.path)
             elif info.path.lower().endswith(SUFFIXES):
-                names.append(info.path.removeprefix(f"{root}/"))
+                names.append(info.path.removeprefix(f"{place.path}/"))
     if not names:
-        raise ValueError(
-            f"--images: expected {', '.join(SUFFIXES)} files below {shown(uri)}, got none. Check the path."
-        )
+        raise ValueError(f"--images: expected {', '.join(SUFFIXES)} files below {place}, got none. Check the path.")
     return pa.table({"image": sorted(names), "modality": pa.repeat(pa.scalar(modality), len(names))})
 
 
@@ -483,26 +469,10 @@ def _check_rows(rows: pa.Table) -> None:
         raise ValueError(f"image: expected each image once, got some twice in {rows.num_rows} rows. Drop the copies.")
 
 
-def _found_by_workers(section: CaptionerSection) -> CaptionerSection:
-    """A local folder by its absolute path, as workers run in other folders."""
-    path = Path(section.model)
-    return section.model_copy(update={"model": str(path.absolute())}) if path.is_dir() else section
-
-
 def _among(rows: pa.Table, images: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
     """Which rows' images are among those."""
     found: npt.NDArray[np.bool_] = pc.is_in(rows["image"], images.combine_chunks()).to_numpy()
     return found
-
-
-def _chunks(images: pa.ChunkedArray, wanted: npt.NDArray[np.bool_], batch: int) -> pa.Table:
-    """Chunks of fixed places in the list, each with those of its images that are wanted: `start`, `images`."""
-    places = np.flatnonzero(wanted)
-    starts, offsets = np.unique(places // batch, return_index=True)
-    lists = pa.ListArray.from_arrays(
-        np.append(offsets, len(places)).astype(np.int32), images.take(places).combine_chunks()
-    )
-    return pa.table({"start": starts * batch, "images": lists})
 
 
 def _publish(
@@ -515,23 +485,23 @@ def _publish(
     seconds: float,
 ) -> Summary:
     """Write the tables that users read."""
-    filesystem, path = open_uri(out)
-    captions.publish(f"{path}/captions.parquet", PART_SCHEMA)
+    folder = Place(out)
+    captions.publish(folder / "captions.parquet", PART_SCHEMA)
     captioned, bad_rows = captions.keys(), quarantine.read()
     bad_rows = bad_rows if bad_rows.num_columns else QUARANTINE_SCHEMA.empty_table()
     bad_rows = bad_rows.filter(~_among(bad_rows, captioned))  # an earlier run's may have been mended
-    write_whole(filesystem, f"{path}/quarantine.parquet", to_parquet(bad_rows))
+    (folder / "quarantine.parquet").write(to_parquet(bad_rows))
     there, bad = _among(rows, captioned), _among(rows, bad_rows["image"])
     lost = int((~there & ~bad).sum()) - unread.total()
     if lost > 0:
         raise ValueError(
-            f"{shown(out)}: expected a folder that every worker shares, got {lost} images fewer than were captioned. "
+            f"{folder}: expected a folder that every worker shares, got {lost} images fewer than were captioned. "
             "Use storage that all machines mount, or a URI."
         )
     counts = pc.value_counts(bad_rows["reason"].filter(_among(bad_rows, rows["image"]))).to_pylist()
     reasons = Counter({count["values"]: count["counts"] for count in counts}) + unread
     return Summary(
-        table=f"{shown(out)}/captions.parquet",
+        table=f"{folder / 'captions.parquet'}",
         total=rows.num_rows,
         before=int(before.sum()),
         captioned=int((there & ~before).sum()),

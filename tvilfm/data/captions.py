@@ -19,8 +19,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tvilfm.datasets.manifest import CAPTION_SCHEMA, select
-from tvilfm.datasets.splits import TEST_SPLITS
+from tvilfm.data.manifest import CAPTION_SCHEMA, select
+from tvilfm.data.splits import TEST_SPLITS
 
 SENSORS = {"visible": "RGB", "infrared": "IR"}
 PUBLISHED = "published"

@@ -21,8 +21,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.table import Table
 from rich.text import Text
 
+from cluster.places.check import absolute_paths, check_storage, storage_folder
 from cluster.session import session
-from cluster.storage import absolute_paths, check_storage, storage_folder
 from tvilfm.config import Config, resolve
 
 PACKAGES = ("tvilfm", "ray", "torch", "torchvision", "transformers", "pyarrow", "pylance")

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # it ships no types
 
-from tvilfm.datasets.manifest import column
+from tvilfm.data.manifest import column
 from tvilfm.evaluation.evaluator import Evaluator
 from tvilfm.evaluation.protocols import get_protocol, ignored_gallery
 

@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from cluster.storage import absolute_paths, excluded, storage_folder
+from cluster.places.check import absolute_paths, excluded, storage_folder
 from tvilfm.config import Config, ServeSection, resolve, to_yaml
 
 Document = dict[str, Any]
@@ -372,7 +372,7 @@ def serve_config(config: Config) -> Document:
             {
                 "name": "tvilfm",
                 "route_prefix": "/",
-                "import_path": "cluster.serve:application",
+                "import_path": "cluster.serve.application:application",
                 "args": {"config": config.model_dump(mode="json")},
             }
         ],
@@ -382,7 +382,7 @@ def serve_config(config: Config) -> Document:
 def slurm(config: Config, command: str) -> str:
     """A batch script: Ray on the machines that Slurm lends, the head on the first, and one command on them."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("cluster", "deploy"),
+        loader=jinja2.PackageLoader("cluster", "machines/templates"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

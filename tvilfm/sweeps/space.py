@@ -321,7 +321,9 @@ def load_space(path: Path) -> Space:
         named = [
             f"{part}.{name}.{field}" for part in fields for name in values.get(part) or () for field in fields[part]
         ]
-        raise ValueError(f"{path}: {explain(error, [*known_keys(Space), *named], see='tvilfm/tuning.py')}") from None
+        raise ValueError(
+            f"{path}: {explain(error, [*known_keys(Space), *named], see='tvilfm/sweeps/space.py')}"
+        ) from None
 
 
 def with_seeds(space: Space, seeds: str) -> Space:

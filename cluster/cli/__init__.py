@@ -1,0 +1,1 @@
+"""The `tvilfm` command, one file per group of commands."""

@@ -1,0 +1,142 @@
+"""Commands that submit jobs to a cluster, render the files that create one, and check its nodes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from cluster.cli.options import ConfigOption, Overrides, SizeOption, described
+from tvilfm.config import default_description
+
+app = typer.Typer()
+jobs_app = typer.Typer(no_args_is_help=True, help="Submitted jobs.")
+app.add_typer(jobs_app, name="jobs")
+cluster_app = typer.Typer(no_args_is_help=True, help="Files that create a cluster.")
+app.add_typer(cluster_app, name="cluster")
+
+
+@app.command("submit")
+def submit_command(
+    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="Any tvilfm command, after --.")],
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Print the job's log and end with its exit status; Ctrl-C detaches.")
+    ] = False,
+) -> None:
+    """Run a command as a job on a Ray cluster (cluster.job_address), with this folder's program."""
+    from cluster.cli.app import app as commands
+    from cluster.machines import submit
+
+    parsed = submit.parse(commands, command, default_description())
+    folder = Path.cwd()
+    package = submit.package_of(folder, parsed.config)
+    package.check(parsed)
+    client = submit.connect(parsed.config.cluster)
+    same_machine = submit.on_this_machine(client.get_address())
+    overrides = submit.job_paths(parsed, folder, same_machine=same_machine)
+    typer.echo(f"sending {folder}: {package}", err=True)
+    for name in parsed.config.cluster.env:
+        if name not in os.environ:
+            typer.echo(f"cluster.env: {name} is not set here and stays behind", err=True)
+    for override in overrides:
+        typer.echo(f"on the cluster: {override}", err=True)
+    job = submit.submit(client, parsed, package, overrides)
+    typer.echo(job)
+    if follow:
+        raise typer.Exit(submit.follow(client, job))
+    typer.echo(submit.how_to(job), err=True)
+
+
+@jobs_app.command("list")
+def jobs_list(config: ConfigOption = None, overrides: Overrides = None) -> None:
+    """List the jobs of the cluster, the last first."""
+    from cluster.machines.submit import connect, jobs_table
+
+    Console().print(jobs_table(connect(described(config, None, overrides).cluster)))
+
+
+JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job, as `tvilfm jobs list` has it.")]
+
+
+@jobs_app.command("logs")
+def jobs_logs(
+    job: JobArgument,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Go on until the job ends, and end with its exit status.")
+    ] = False,
+    config: ConfigOption = None,
+    overrides: Overrides = None,
+) -> None:
+    """Print a job's log."""
+    from cluster.machines import submit
+
+    client = submit.connect(described(config, None, overrides).cluster)
+    if follow:
+        raise typer.Exit(submit.follow(client, job))
+    submit.job(client, job)
+    with submit.answered(job):
+        typer.echo(client.get_job_logs(job), nl=False)
+
+
+@jobs_app.command("status")
+def jobs_status(job: JobArgument, config: ConfigOption = None, overrides: Overrides = None) -> None:
+    """Say how a job stands; one that has ended gives its exit status, a failed one also the end of its log."""
+    from cluster.machines import submit
+
+    client = submit.connect(described(config, None, overrides).cluster)
+    details = submit.job(client, job)
+    if details.status.is_terminal():
+        raise typer.Exit(submit.report_end(client, job, shown=False))
+    typer.echo(f"{job}: {details.status.value.lower()}")
+
+
+@jobs_app.command("stop")
+def jobs_stop(job: JobArgument, config: ConfigOption = None, overrides: Overrides = None) -> None:
+    """Stop a job; what its stages have finished stays."""
+    from cluster.machines import submit
+
+    client = submit.connect(described(config, None, overrides).cluster)
+    submit.job(client, job)
+    with submit.answered(job):
+        typer.echo(f"{job}: {'stopping' if client.stop_job(job) else 'has ended before'}")
+
+
+@cluster_app.command("render")
+def cluster_render(
+    target: Annotated[
+        str,
+        typer.Option(
+            help="ray-up-aws, ray-up-gcp, ray-up-onprem, kuberay-cluster, kuberay-job, kuberay-service, serve-config "
+            "or slurm."
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; default standard output.", show_default=False)
+    ] = None,
+    command: Annotated[str, typer.Option(help="What kuberay-job and slurm run, such as 'tune ablations'.")] = "run",
+    config: ConfigOption = None,
+    size: SizeOption = None,
+    overrides: Overrides = None,
+) -> None:
+    """Write the file that makes the cluster of the description's cluster section, or runs something on one."""
+    from cluster.machines.render import render
+
+    text = render(target, described(config, size, overrides), command=command)
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        out.write_text(text)
+
+
+@app.command("doctor")
+def doctor_command(config: ConfigOption = None, size: SizeOption = None, overrides: Overrides = None) -> None:
+    """Look at every machine of the cluster as a job would meet it, and say how to mend what is wrong."""
+    from cluster.machines.doctor import examine, table_of
+
+    findings = examine(described(config, size, overrides))
+    Console().print(table_of(findings))
+    if any(finding.state == "fault" for finding in findings):
+        raise typer.Exit(1)

@@ -1,0 +1,1 @@
+"""Clusters: files that create one, jobs that run on one, and a check of its nodes."""

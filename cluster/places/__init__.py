@@ -1,0 +1,1 @@
+"""Local folders and object stores, and what is kept in them."""

@@ -1,0 +1,114 @@
+"""The Serve application: which replicas there are, what each reserves, and how they are connected."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from ray import serve
+
+from cluster.serve.encoder import Encoder
+from cluster.serve.ingress import Ingress
+from cluster.serve.replicas import HEALTH_S
+from cluster.serve.searcher import SearcherReplica
+from cluster.serve.writer import Writer
+from cluster.tables.indexing import FinishedRun, finished_run
+from tvilfm.config import CaptionerSection, Config, EvaluateSection
+from tvilfm.models import TVILFM
+from tvilfm.retrieval.gallery import Gallery
+from tvilfm.retrieval.spaces import space_id
+from tvilfm.service.keys import KeyFile
+from tvilfm.service.messages import ModelFacts, Weights
+
+# CPUs that each part reserves; together they fit on two, and a part that computes has its threads beside them.
+INGRESS_CPUS, ENCODER_CPUS, SEARCHER_CPUS, WRITER_CPUS = 0.1, 1.0, 0.2, 0.2
+UNDER_WAY = 1000  # requests of an ingress at once; the parts behind it say when it is too much
+AT_A_PART = 32  # likewise of another part, at least: the router waits ever longer for a part that is full
+
+
+def filter_captioner(config: Config, run: FinishedRun) -> CaptionerSection | None:
+    """Who says what infrared pictures show, where the client does not; None = nobody.
+
+    Raises:
+        ValueError: the run's captioner is wanted and it has none.
+    """
+    name = config.serve.captioner
+    if name != "run":
+        return None if name is None else config.caption.infrared.model_copy(update={"model": name})
+    if run.captioner is None:
+        raise ValueError(
+            "serve.captioner: expected a run that fine-tuned captioners, got one with the captions of files. "
+            "Name a model, or set serve.captioner=null."
+        )
+    return run.config.caption.infrared.model_copy(update={"model": str(run.captioner), "revision": None})
+
+
+def _unlike_the_evaluation(section: EvaluateSection) -> str | None:
+    """Why the service, which sums plain similarities, ranks otherwise than the run's evaluation; None = it does not."""
+    for key, plain, given in (
+        ("rerank.method", "none", section.rerank.method),
+        ("ensemble.temperature", "null", section.ensemble.temperature or "null"),
+    ):
+        if given != plain:
+            return f"evaluate.{key}: expected {plain} to rank as the evaluation does, got {given}. It serves without."
+    return None
+
+
+def application(args: dict[str, Any]) -> serve.Application:
+    """The service, for `tvilfm serve` and for Serve's own config files.
+
+    Args:
+        args: `config`, a resolved run description, as `tvilfm config show` prints.
+
+    Raises:
+        ValueError: the run is not finished or has no captioner, there is no gallery of its model, or no file of keys.
+    """
+    config = Config.model_validate(args["config"])
+    run = finished_run(config)
+    if (difference := _unlike_the_evaluation(run.config.evaluate)) is not None:
+        logging.getLogger("ray.serve").warning(difference)
+    section = config.serve
+    captioner = filter_captioner(config, run)
+    if section.keys is not None:
+        KeyFile(section.keys)
+    model = TVILFM.from_pretrained(run.here(run.model))
+    space = space_id(model, height=run.config.data.height, width=run.config.data.width)
+    Gallery.open(config.gallery_uri, space_id=space)
+    facts = ModelFacts(
+        model=config.run.name,
+        space_id=space,
+        text=model.text is not None,
+        captioner=section.captioner is not None,
+        weights=Weights(**run.config.evaluate.ensemble.weights),
+    )
+
+    def part(of: type, cpus: float, *, gpus: float = 0, **scale: Any) -> serve.Deployment:
+        return serve.deployment(
+            of,
+            name=of.__name__,
+            ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
+            max_queued_requests=section.max_queued,
+            max_ongoing_requests=max(2 * section.batch, AT_A_PART),
+            health_check_period_s=HEALTH_S,
+            graceful_shutdown_timeout_s=5,
+            **scale,
+        )
+
+    load = {
+        "min_replicas": section.encoders,
+        "max_replicas": section.max_encoders,
+        "target_ongoing_requests": section.batch,
+    }
+    gpus = config.cluster.gpus_per_worker
+    encoder = part(Encoder, ENCODER_CPUS, gpus=gpus, autoscaling_config=load).bind(config, run, captioner)
+    searchers = part(SearcherReplica, SEARCHER_CPUS, gpus=section.searcher_gpus, num_replicas=section.searchers)
+    searcher = searchers.bind(config, space)
+    writer = part(Writer, WRITER_CPUS, num_replicas=1).bind(config, space)
+    ingress = serve.deployment(
+        serve.ingress()(Ingress),
+        name="Ingress",
+        ray_actor_options={"num_cpus": INGRESS_CPUS},
+        max_ongoing_requests=UNDER_WAY,
+        health_check_period_s=HEALTH_S,
+    )
+    return ingress.bind(config, facts, encoder, searcher, writer)

@@ -1,0 +1,69 @@
+"""The encoder replica: queries and visible images to vectors, those of several requests together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ray import serve
+
+from cluster.serve.replicas import in_batches
+from cluster.tables.indexing import FinishedRun
+from tvilfm.captioning.captioner import Captioner
+from tvilfm.captioning.colors import remove_colors
+from tvilfm.config import CaptionerSection, Config
+from tvilfm.data.images import Pixels, resized
+from tvilfm.models import TVILFM
+from tvilfm.models.encode import encode_pixels
+from tvilfm.retrieval.query import Query, QueryEncoder, Question
+from tvilfm.retrieval.spaces import gallery_vectors
+
+
+class Encoder:
+    """Replica: pictures and sentences to vectors, those of several requests together."""
+
+    def __init__(self, config: Config, run: FinishedRun, captioner: CaptionerSection | None) -> None:
+        device = "cuda" if config.cluster.gpus_per_worker > 0 else "cpu"
+        self._model = TVILFM.from_pretrained(run.here(run.model)).to(device).eval()
+        self._captioner = None
+        if captioner is not None:
+            model = str(run.here(Path(captioner.model)))
+            self._captioner = Captioner.load(captioner.model_copy(update={"model": model}), device=device)
+        data = run.config.data
+        self._size = {"height": data.height, "width": data.width}
+        self._encoder = QueryEncoder(
+            self._model,
+            **self._size,
+            filter_text=run.config.loss.filter_text,
+            captioner=None if self._captioner is None else self._caption,
+        )
+        self._batch = config.serve.batch
+        self.encode.set_max_batch_size(config.serve.batch)
+        self.encode.set_batch_wait_timeout_s(config.serve.batch_wait_ms / 1000)
+
+    @serve.batch
+    async def encode(self, groups: list[Sequence[Question]]) -> list[list[Query]]:
+        """The questions of several requests."""
+        questions = [one for group in groups for one in group]
+        found = iter(await asyncio.to_thread(in_batches, self._encoder.encode, self._batch, questions))
+        return [[next(found) for _ in group] for group in groups]
+
+    async def ready(self) -> None:
+        """Answers when there is an encoder."""
+
+    def _caption(self, pictures: Sequence[Pixels]) -> list[str]:
+        """What infrared pictures show, without colours."""
+        assert self._captioner is not None
+        return [remove_colors(sentence) for sentence in self._captioner.caption(pictures)]
+
+    async def encode_visible(self, pictures: Sequence[Pixels]) -> list[dict[str, Any]]:
+        """Vectors of visible pictures."""
+        return await asyncio.to_thread(self._encode_visible, pictures)
+
+    def _encode_visible(self, pictures: Sequence[Pixels]) -> list[dict[str, Any]]:
+        pixels = np.stack([resized(picture, **self._size) for picture in pictures])
+        vectors = gallery_vectors(self._model, encode_pixels(self._model, pixels, "visible"))
+        return [{name: part[row] for name, part in vectors.items()} for row in range(len(pictures))]

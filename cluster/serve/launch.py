@@ -1,0 +1,129 @@
+"""`tvilfm serve`: start the service on Ray Serve, or add it to a Serve that runs already."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import webbrowser
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions
+from ray.serve.context import _get_global_client
+from ray.serve.schema import LoggingConfig
+from rich.console import Console
+
+from cluster.machines.render import http_options
+from cluster.places.check import absolute_paths
+from cluster.serve.application import ENCODER_CPUS, INGRESS_CPUS, SEARCHER_CPUS, WRITER_CPUS, application
+from cluster.session import address_of, session
+from cluster.tables.indexing import index
+from tvilfm.config import Config, ServeSection, resolve
+from tvilfm.retrieval.gallery import POINTER
+
+APPLICATION = "tvilfm"
+QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")  # the audit trail says who asked
+
+
+@contextmanager
+def serving(config: Config) -> Iterator[str]:
+    """Have the service while the block runs.
+
+    Yields:
+        Its address.
+
+    Raises:
+        ValueError: the run is not finished, what it needs to serve is not there, this machine is too small, or Serve
+            runs on the cluster already and listens otherwise.
+    """
+    # Its parts may run elsewhere than in this folder.
+    config = resolve(config.model_dump(mode="json"), absolute_paths(config, Path.cwd()))
+    if config.gallery.uri is None and not (Path(config.gallery_uri) / POINTER).exists():
+        index(config)
+    section = config.serve
+    with session(config.cluster):
+        _check_room(config, ray.cluster_resources())
+        app = application({"config": config.model_dump(mode="json")})
+        options = HTTPOptions(**http_options(section))
+        joined = _get_global_client(raise_if_no_controller_running=False)
+        if joined is None:
+            serve.start(http_options=options, logging_config=QUIET)
+        else:
+            _check_listens_so(joined.http_config, options)
+        try:
+            serve.run(app, name=APPLICATION, route_prefix="/", logging_config=QUIET)
+            yield _address(section)
+        finally:
+            if joined is None:
+                serve.shutdown()
+            else:  # other applications may run there
+                serve.delete(APPLICATION)
+
+
+def _check_room(config: Config, resources: Mapping[str, float]) -> None:
+    """Ray waits for ever, and says nothing, where parts reserve more than there is.
+
+    Args:
+        config: `serve`, and `cluster`.
+        resources: name -> amount, of all machines. Where they were joined more may come, so that a lack is said alone.
+
+    Raises:
+        ValueError: this machine lacks some.
+    """
+    section = config.serve
+    cpus = INGRESS_CPUS + WRITER_CPUS + section.encoders * ENCODER_CPUS + section.searchers * SEARCHER_CPUS
+    gpus = section.encoders * config.cluster.gpus_per_worker + section.searchers * section.searcher_gpus
+    for name, amount in (("CPU", cpus), ("GPU", gpus)):
+        has = resources.get(name, 0.0)
+        if round(amount, 4) <= has:
+            continue
+        lack = f"expected {amount:g} {name}s for its parts, got {has:g}"
+        mend = "Lower serve.encoders, serve.searchers, serve.searcher_gpus or cluster.gpus_per_worker"
+        if address_of(config.cluster) == "local":
+            raise ValueError(f"serve: {lack}. {mend}.")
+        Console(stderr=True).print(f"service: {lack}. {mend}, unless machines are added on demand.", highlight=False)
+
+
+def _check_listens_so(running: HTTPOptions, wanted: HTTPOptions) -> None:
+    """Serve listens in one way for all its applications, and ignores what a later one asks for.
+
+    Raises:
+        ValueError: it listens elsewhere than the description says, where keys may be needed, or without its TLS.
+    """
+    keys = {"host": "host", "port": "port", "tls_cert": "ssl_certfile", "tls_key": "ssl_keyfile"}
+    for key, option in keys.items():
+        given, there = getattr(wanted, option), getattr(running, option)
+        if given != there:
+            raise ValueError(
+                f"serve.{key}: expected {there}, as Serve runs on this cluster already, got {given}. Set it so, or end "
+                "that Serve first."
+            )
+
+
+def _address(section: ServeSection) -> str:
+    """Where a browser of this machine finds the service."""
+    host = "127.0.0.1" if section.host in ("0.0.0.0", "::") else section.host
+    scheme = "http" if section.tls_cert is None else "https"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{section.port}"
+
+
+def serve_forever(config: Config, *, show: bool) -> None:
+    """Serve until the process is told to end.
+
+    Args:
+        config: which run (`run`), which gallery (`gallery`), and the service (`serve`).
+        show: open the page in a browser.
+    """
+    end = threading.Event()
+    console = Console(stderr=True)
+    with serving(config) as address:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: end.set())
+        console.print(f"service: {address} (Ctrl-C ends it)", highlight=False)
+        if show:
+            webbrowser.open(address)
+        end.wait()
+        console.print("service: ending", highlight=False)

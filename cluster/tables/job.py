@@ -1,0 +1,81 @@
+"""What jobs over a growing table share: fixed chunks, their order on Ray Data, and one producer per folder.
+
+A job reads which rows its parts already have (`parts.Parts`), cuts the missing ones into chunks of fixed places, and
+hands the chunks to actors, which write one part per chunk. So neither the number of actors nor their speed changes
+which rows are processed together, and a killed job continues with what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray
+
+from tvilfm.config import CaptionerSection, RephraseSection
+from tvilfm.place import Place
+
+MAX_CHUNKS_PER_TASK = 16  # a million rows in chunks of 32 are 2,000 tasks
+MIN_TASKS = 64  # a smaller job is cut into at least this many, so that every worker gets some
+
+S = TypeVar("S", CaptionerSection, RephraseSection)
+
+
+def fixed_chunks(rows: pa.Table, missing: npt.NDArray[np.bool_], size: int) -> pa.Table:
+    """Cut rows into chunks by their places, whatever is missing, and keep the missing rows of each.
+
+    Args:
+        rows: all rows.
+        missing: (N,) which of them are to be processed.
+        size: places per chunk.
+
+    Returns:
+        One row per chunk that has missing rows: `start`, the first place, and each column of `rows` as a list.
+    """
+    places = np.flatnonzero(missing)
+    starts, offsets = np.unique(places // size, return_index=True)
+    ends = np.append(offsets, len(places)).astype(np.int32)
+    taken = rows.take(places)
+    lists = {name: pa.ListArray.from_arrays(ends, taken[name].combine_chunks()) for name in rows.column_names}
+    return pa.table({"start": starts * size, **lists})
+
+
+def chunk_dataset(chunks: pa.Table) -> ray.data.Dataset:
+    """Return a dataset of chunks that hands each to the next free worker and reports it as soon as it is done."""
+    per_task = max(1, min(MAX_CHUNKS_PER_TASK, chunks.num_rows // MIN_TASKS))
+    dataset = ray.data.from_arrow([chunks.slice(start, per_task) for start in range(0, chunks.num_rows, per_task)])
+    dataset.context.target_max_block_size = 1  # one chunk per block
+    return dataset
+
+
+def claim_folder(note: Place, producer: Mapping[str, Any], *, expected: str, advice: str) -> None:
+    """Note who fills a folder, or refuse another producer: a table holds the results of one.
+
+    Args:
+        note: JSON file in the folder.
+        producer: everything about it that decides a result.
+        expected, advice: of the error.
+
+    Raises:
+        ValueError: the folder holds results of another producer.
+    """
+    if note.is_file():
+        noted = json.loads(note.read())
+        differing = [
+            f"{key}={noted.get(key)} there, {producer[key]} here" for key in producer if noted.get(key) != producer[key]
+        ]
+        if differing:
+            folder = str(note).rpartition("/")[0]
+            raise ValueError(f"{folder}: expected {expected}, got {'; '.join(differing)}. {advice}")
+    note.write(json.dumps(dict(producer), indent=2).encode())
+
+
+def with_absolute_model(section: S) -> S:
+    """Return the section with a local model folder as an absolute path, because workers run in other folders."""
+    path = Path(section.model)
+    return section.model_copy(update={"model": str(path.absolute())}) if path.is_dir() else section

@@ -1,0 +1,1 @@
+"""The manifest, captions, pixels, transforms and batches: what every dataset becomes."""

@@ -1,0 +1,1 @@
+"""Sweeps: what varies, and what their trials found."""
