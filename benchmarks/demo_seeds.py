@@ -22,7 +22,7 @@ from typing import Any
 
 from cluster.run import run
 from tvilfm.config import load_config
-from tvilfm.report.tables import Results
+from tvilfm.evaluation.results import Results
 
 RESULTS = Path(__file__).parent / "results"
 METRICS = ("rank1", "mAP", "mINP")

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from benchmarks.claim import Claim
 from tvilfm.config import GallerySection
-from tvilfm.retrieval.gallery import Gallery, Where, vector_column
+from tvilfm.retrieval.gallery import Gallery
 from tvilfm.retrieval.query import Query
+from tvilfm.retrieval.rows import Where, vector_column
 from tvilfm.retrieval.search import Request, Searcher
 
 ROWS, DIM, K, REPEATS = 100_000, 2048, 20, 15

@@ -18,10 +18,10 @@ import torch
 
 from benchmarks.claim import Claim
 from tvilfm.config import LossSection, OptimSection
-from tvilfm.data.captions import read_published
 from tvilfm.data.tri_modal import RECIPES, Batch, TrainingRows, TriModalDataset
 from tvilfm.datasets import read_dataset
-from tvilfm.datasets.synthetic import Size, write_sysu_layout
+from tvilfm.datasets.caption_files import read_published
+from tvilfm.datasets.synthetic.layouts import Size, write_sysu_layout
 from tvilfm.losses.objective import JointObjective
 from tvilfm.models import TVILFM, ModelSpec
 from tvilfm.training.optim import StageOptimizer

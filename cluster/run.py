@@ -38,17 +38,17 @@ from cluster.stages.stage import (
 from cluster.stages.store import StageStore
 from cluster.trackers import check_trackers, log_record, log_results, trackers
 from tvilfm.config import Config, to_yaml
-from tvilfm.data.captions import read_captions
 from tvilfm.data.manifest import fingerprint, select
 from tvilfm.data.splits import TEST_SPLITS
 from tvilfm.datasets import read_dataset
-from tvilfm.datasets.synthetic import SIZES, write_sysu_layout
+from tvilfm.datasets.caption_files import read_captions
+from tvilfm.datasets.synthetic.layouts import SIZES, write_sysu_layout
 from tvilfm.evaluation.evaluator import Evaluator
 from tvilfm.evaluation.protocols import Split
 from tvilfm.evaluation.provenance import Provenance
+from tvilfm.evaluation.results import Results
 from tvilfm.models.opening import model_fingerprint
 from tvilfm.place import write_whole
-from tvilfm.report.tables import Results
 
 # What a reader wants of a run folder, the stages apart.
 RUN_FILES = ("config.yaml", "run.json", "events.jsonl", METRICS_FILE, *RESULTS_FILES.values(), "report/index.html")

@@ -34,10 +34,11 @@ from cluster.stages.results import RESULTS_FILES
 from cluster.trackers import check_trackers
 from tvilfm.config import ClusterSection, Config, known_keys, load_config, to_yaml, value_at
 from tvilfm.evaluation.evaluator import Split
+from tvilfm.evaluation.results import Results
 from tvilfm.evaluation.weight_sweep import MODALITIES, SweptMetric, sweep_ensemble, weight_grid
 from tvilfm.place import write_whole
-from tvilfm.report.sweep import SweepData, TrialRecord, read_trials, write_sweep_report
-from tvilfm.report.tables import Results
+from tvilfm.report.sweep import write_sweep_report
+from tvilfm.sweeps.results import SweepData, TrialRecord, read_trials
 from tvilfm.sweeps.space import Parameter, Space, Trial, check_space, written
 
 TRIAL_MEMORY = 200 * 2**20  # bytes for the process that drives a trial; its CPUs are those of the stages it runs

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 from tvilfm.config import Config, known_keys, value_at
-from tvilfm.report.tables import METRICS, Results
+from tvilfm.evaluation.results import METRICS, Results
 
 
 class Tracker(Protocol):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.untrained_run import UntrainedRun, write_untrained_run
-from tvilfm.datasets.synthetic import Size, write_sysu_layout
+from tvilfm.datasets.synthetic.layouts import Size, write_sysu_layout
 
 TINY = Size(train=6, val=2, test=4, images_per_camera=1)
 

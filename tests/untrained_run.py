@@ -14,11 +14,11 @@ import torch
 
 from tvilfm.captioning.conv_captioner import build_conv_captioner
 from tvilfm.config import Config, load_config, to_yaml
-from tvilfm.data.captions import read_captions
 from tvilfm.data.manifest import select
 from tvilfm.data.pixels import decode_files
 from tvilfm.data.splits import TEST_SPLITS
 from tvilfm.datasets import read_dataset
+from tvilfm.datasets.caption_files import read_captions
 from tvilfm.evaluation.evaluator import Evaluator
 from tvilfm.evaluation.features import FeatureTable
 from tvilfm.evaluation.protocols import get_protocol

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from tvilfm.config import DataSection, default_description, load_config
 from tvilfm.datasets.check import Findings, check_dataset
-from tvilfm.datasets.synthetic import SIZES, Layout, Size, write_layout
+from tvilfm.datasets.synthetic.layouts import SIZES, Layout, Size, write_layout
 
 REGDB_IMAGES = 10
 SHOWN = 3

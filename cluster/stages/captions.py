@@ -9,8 +9,8 @@ from cluster.stages.stage import DATASET, Stage, StageJob
 from cluster.tables.captioning import caption_images
 from cluster.tables.rephrasing import rephrase_table
 from tvilfm.config import Config
-from tvilfm.data.captions import read_captions
 from tvilfm.data.manifest import MODALITIES
+from tvilfm.datasets.caption_files import read_captions
 from tvilfm.place import Place
 
 

@@ -18,7 +18,7 @@ from cluster.stages.trainer import read_job, read_pixels, trainer_of
 from tvilfm.config import Config
 from tvilfm.data.manifest import select
 from tvilfm.datasets import read_dataset
-from tvilfm.datasets.synthetic import Size, write_sysu_layout
+from tvilfm.datasets.synthetic.layouts import Size, write_sysu_layout
 from tvilfm.models.backbone import DualStemResNet
 from tvilfm.training.pretrain import attribute_labels, pretrain
 

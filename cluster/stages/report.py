@@ -15,9 +15,9 @@ from tvilfm.config import Config
 from tvilfm.data.manifest import MODALITIES
 from tvilfm.data.pixels import open_pixels
 from tvilfm.evaluation.provenance import Provenance
+from tvilfm.evaluation.results import Results
 from tvilfm.report.build import RunFacts, build_report
 from tvilfm.report.page import write_report
-from tvilfm.report.tables import Results
 
 PACKAGES = ("ray", "torch", "torchvision", "open_clip_torch", "transformers", "pyarrow", "numpy", "scikit-learn")
 

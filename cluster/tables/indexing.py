@@ -35,7 +35,8 @@ from tvilfm.evaluation.features import IMAGES_FILE, FeatureTable
 from tvilfm.evaluation.protocols import get_protocol
 from tvilfm.models import TVILFM
 from tvilfm.models.encode import encode_pixels
-from tvilfm.retrieval.gallery import METRIC, Gallery, table_schema, vector_column
+from tvilfm.retrieval.gallery import METRIC, Gallery
+from tvilfm.retrieval.rows import table_schema, vector_column
 from tvilfm.retrieval.spaces import gallery_vectors, space_id
 from tvilfm.retrieval.terms import MAX_ID, is_id
 

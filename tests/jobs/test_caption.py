@@ -30,8 +30,8 @@ from tvilfm.captioning.captioner import Captioner
 from tvilfm.captioning.colors import find_colors, remove_colors
 from tvilfm.captioning.conv_captioner import build_conv_captioner
 from tvilfm.config import CaptionerSection, CaptionSection, ClusterSection
-from tvilfm.data.captions import read_captions
 from tvilfm.data.pixels import decode_files
+from tvilfm.datasets.caption_files import read_captions
 from tvilfm.place import Place
 
 HEIGHT, WIDTH, BATCH = 48, 24, 8

@@ -24,10 +24,10 @@ from tvilfm.captioning.conv_captioner import build_conv_captioner
 from tvilfm.captioning.finetune import caption_pairs, finetune
 from tvilfm.captioning.scores import Marks
 from tvilfm.config import CaptionerSection, Config, load_config
-from tvilfm.data.captions import read_published
 from tvilfm.data.pixels import open_pixels
 from tvilfm.datasets import read_dataset
-from tvilfm.datasets.synthetic import Size, write_sysu_layout
+from tvilfm.datasets.caption_files import read_published
+from tvilfm.datasets.synthetic.layouts import Size, write_sysu_layout
 
 EPOCHS = 8
 OVERRIDES = (

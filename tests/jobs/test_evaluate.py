@@ -15,7 +15,7 @@ from cluster.cli.app import main
 from cluster.tables.indexing import finished_run
 from tests.untrained_run import UntrainedRun
 from tvilfm.config import load_run
-from tvilfm.datasets.synthetic import Size, write_layout
+from tvilfm.datasets.synthetic.layouts import Size, write_layout
 from tvilfm.models import TVILFM, ModelSpec
 from tvilfm.models.opening import open_model
 from tvilfm.models.released import released_state_dict

@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tvilfm.retrieval.gallery import Gallery, vector_column, vectors_of
+from tvilfm.retrieval.gallery import Gallery
+from tvilfm.retrieval.rows import vector_column, vectors_of
 
 SPACE, DIM, KILLS = "feed-96x48", 4, 20
 State = dict[str, int]

@@ -19,8 +19,9 @@ from tvilfm.data.images import resized
 from tvilfm.data.manifest import select
 from tvilfm.data.pixels import decode
 from tvilfm.models.encode import encode_pixels
-from tvilfm.retrieval.gallery import Gallery, Where, vector_column
+from tvilfm.retrieval.gallery import Gallery
 from tvilfm.retrieval.query import QueryEncoder, Question
+from tvilfm.retrieval.rows import Where, vector_column
 from tvilfm.retrieval.search import Request, Searcher
 
 

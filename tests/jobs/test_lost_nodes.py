@@ -25,11 +25,11 @@ from cluster.stages.pixels import decode_dataset
 from cluster.sweep import sweep_space
 from tests.processes import alive, command_line, descendants, kill_all, kill_tree
 from tvilfm.config import Config, load_config
-from tvilfm.data.captions import read_published
 from tvilfm.datasets import read_dataset
-from tvilfm.datasets.synthetic import Size, write_sysu_layout
+from tvilfm.datasets.caption_files import read_published
+from tvilfm.datasets.synthetic.layouts import Size, write_sysu_layout
 from tvilfm.models import TVILFM
-from tvilfm.report.sweep import read_trials
+from tvilfm.sweeps.results import read_trials
 from tvilfm.sweeps.space import Space
 
 REPOSITORY = Path(__file__).parents[2]

@@ -45,8 +45,9 @@ from tvilfm.captioning.colors import remove_colors
 from tvilfm.config import Config, resolve
 from tvilfm.data.manifest import select
 from tvilfm.data.pixels import decode
-from tvilfm.retrieval.gallery import TIME, Gallery, vector_column
+from tvilfm.retrieval.gallery import Gallery
 from tvilfm.retrieval.query import Query
+from tvilfm.retrieval.rows import TIME, vector_column
 from tvilfm.retrieval.search import Answer, Request, Searcher
 from tvilfm.service.backend import Change, Unavailable
 from tvilfm.service.client import Client, as_json

@@ -13,9 +13,9 @@ from cluster.stages.base import fit_base
 from cluster.stages.pixels import decode_dataset
 from cluster.stages.text import fit_text
 from tvilfm.config import Config, load_config
-from tvilfm.data.captions import read_published
 from tvilfm.datasets import read_dataset
-from tvilfm.datasets.synthetic import Size, write_sysu_layout
+from tvilfm.datasets.caption_files import read_published
+from tvilfm.datasets.synthetic.layouts import Size, write_sysu_layout
 from tvilfm.models import TVILFM
 
 # 8 identities x 4 visible images and batches of 4 x 2: int(32 / 8) + 1 = 5 steps an epoch.

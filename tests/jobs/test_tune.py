@@ -22,8 +22,8 @@ import yaml
 from cluster import sweep as tune
 from cluster.sweep import SPACES, Sweep, report_sweep, sweep_space
 from tvilfm.config import ClusterSection
-from tvilfm.report.sweep import TrialRecord, read_trials
-from tvilfm.report.tables import Results
+from tvilfm.evaluation.results import Results
+from tvilfm.sweeps.results import TrialRecord, read_trials
 from tvilfm.sweeps.space import Space, Trial, load_space
 
 CONFIG = Path("ray_config.yaml")

@@ -26,9 +26,9 @@ from tvilfm.captioning.finetune import (
     training_inputs,
 )
 from tvilfm.config import CaptionerSection, CaptionTrainSection
-from tvilfm.data.captions import read_published
 from tvilfm.data.manifest import select
 from tvilfm.datasets import read_dataset
+from tvilfm.datasets.caption_files import read_published
 
 TEXTS = ["a man with red coat", "woman", "the picture of a black coat with hair", "a woman with black hair"]
 

@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tvilfm.captioning.colors import find_colors
-from tvilfm.data.captions import (
+from tvilfm.data.captions import identity_map
+from tvilfm.data.manifest import CAPTION_SCHEMA, build_manifest, fingerprint, select
+from tvilfm.datasets.caption_files import (
     collect,
-    identity_map,
     read_caption_dict,
     read_captions,
     read_identity_map,
@@ -22,7 +23,6 @@ from tvilfm.data.captions import (
     read_sysu_arrays,
     write_published,
 )
-from tvilfm.data.manifest import CAPTION_SCHEMA, build_manifest, fingerprint, select
 from tvilfm.datasets.sysu_mm01 import read as read_sysu
 from tvilfm.evaluation.protocols import get_protocol, select_query, witness_captions
 

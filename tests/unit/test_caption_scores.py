@@ -15,7 +15,8 @@ from tvilfm.captioning.scores import (
     language_scores,
     named_attributes,
 )
-from tvilfm.datasets.synthetic import COLOUR_ATTRIBUTES, SHAPE_ATTRIBUTES, draw_people, write_sentence
+from tvilfm.datasets.synthetic.people import COLOUR_ATTRIBUTES, SHAPE_ATTRIBUTES, draw_people
+from tvilfm.datasets.synthetic.sentences import write_sentence
 
 
 @pytest.mark.parametrize("infrared", [False, True])

@@ -9,8 +9,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from tvilfm.data.captions import read_published, texts_of
+from tvilfm.data.captions import texts_of
 from tvilfm.data.manifest import CAPTION_SCHEMA, build_manifest
+from tvilfm.datasets.caption_files import read_published
 from tvilfm.datasets.sysu_mm01 import read
 
 IMAGES = {"cam1/0001/0001.jpg": "visible", "cam3/0001/0001.jpg": "infrared", "cam1/0002/0001.jpg": "visible"}

@@ -11,7 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tvilfm.captioning.colors import find_colors, remove_colors
-from tvilfm.datasets.synthetic import RGB, SYNONYMS
+from tvilfm.datasets.synthetic.people import RGB
+from tvilfm.datasets.synthetic.sentences import SYNONYMS
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "regdb_captions"
 

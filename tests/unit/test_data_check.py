@@ -16,7 +16,7 @@ from tvilfm.data.manifest import select
 from tvilfm.data.pixels import decode
 from tvilfm.datasets import read_dataset
 from tvilfm.datasets.check import PUBLISHED_COUNTS, SYNTHETIC_MARK, Fault, Findings, check_dataset
-from tvilfm.datasets.synthetic import Layout, Size, write_layout
+from tvilfm.datasets.synthetic.layouts import Layout, Size, write_layout
 from tvilfm.evaluation.features import FeatureTable
 
 SIZE = Size(train=10, val=1, test=5, images_per_camera=1)

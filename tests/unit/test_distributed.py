@@ -13,10 +13,10 @@ import torch.multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 from tvilfm.config import load_config
-from tvilfm.data.captions import read_published
 from tvilfm.data.pixels import decode_files
 from tvilfm.data.tri_modal import TrainingRows, TriModalDataset
 from tvilfm.datasets import read_dataset
+from tvilfm.datasets.caption_files import read_published
 from tvilfm.losses.objective import JointObjective
 from tvilfm.models import TVILFM, spec_from_config
 from tvilfm.training import step as step_module

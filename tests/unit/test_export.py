@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from tests.untrained_run import UntrainedRun
-from tvilfm.data.captions import read_captions, texts_of
+from tvilfm.data.captions import texts_of
 from tvilfm.data.manifest import select
 from tvilfm.data.pixels import decode_files
 from tvilfm.data.tokens import tokenize
 from tvilfm.data.transforms import normalise
+from tvilfm.datasets.caption_files import read_captions
 from tvilfm.models import TVILFM
 from tvilfm.models.export import export_model
 from tvilfm.models.opening import open_model

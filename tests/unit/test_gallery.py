@@ -17,7 +17,8 @@ import pytest
 from lance.file import LanceFileSession
 
 from tvilfm.retrieval import gallery as gallery_module
-from tvilfm.retrieval.gallery import Gallery, vector_column, vectors_of
+from tvilfm.retrieval.gallery import Gallery
+from tvilfm.retrieval.rows import vector_column, vectors_of
 
 SPACE, OTHER, DIM = "feed-96x48", "beef-96x48", 8
 

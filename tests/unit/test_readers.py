@@ -16,13 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from tvilfm.config import load_config
-from tvilfm.data.captions import read_captions
 from tvilfm.data.manifest import MANIFEST_SCHEMA, column, select
 from tvilfm.data.splits import held_out
 from tvilfm.data.tri_modal import TrainingRows
 from tvilfm.datasets import read_dataset
+from tvilfm.datasets.caption_files import read_captions
 from tvilfm.datasets.folder import split_rule
-from tvilfm.datasets.synthetic import Layout, Size, write_layout
+from tvilfm.datasets.synthetic.layouts import Layout, Size, write_layout
 from tvilfm.evaluation.metrics import ranking_metrics
 from tvilfm.evaluation.protocols import get_protocol, select_gallery, select_query, witness_captions
 

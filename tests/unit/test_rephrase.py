@@ -27,7 +27,8 @@ from tvilfm.captioning.rephrase import (
     validate,
 )
 from tvilfm.config import RephraseSection
-from tvilfm.datasets.synthetic import ATTRIBUTES, COLOUR_ATTRIBUTES, write_sentence
+from tvilfm.datasets.synthetic.people import ATTRIBUTES, COLOUR_ATTRIBUTES
+from tvilfm.datasets.synthetic.sentences import write_sentence
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "regdb_captions"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the published RegDB captions are not on this machine")

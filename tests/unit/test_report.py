@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from tvilfm.datasets.published import published_rows
+from tvilfm.evaluation.results import METRICS, QUERIES, ResultRow, Results
 from tvilfm.place import write_whole
-from tvilfm.report import figures, page, tables
-from tvilfm.report.figures import RetrievalFeatures
+from tvilfm.report import page, tables
+from tvilfm.report.charts.features import RetrievalFeatures, distance_chart, pair_distances, tsne_chart
+from tvilfm.report.charts.learning import _learning_panels, learning_chart
 from tvilfm.report.page import CaptionSample, RankedExample, RankedRow, ReportData
-from tvilfm.report.tables import METRICS, QUERIES, ResultRow, Results
 
 NUM_IDS = 16
 DIM = 100
@@ -448,7 +450,7 @@ def test_results_reject_missing_default_and_repeated_rows(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("dataset", ["sysu_mm01", "regdb", "llcm"])
 def test_published_rows_stand_beside_real_datasets(dataset: str) -> None:
-    rows = tables.published_rows(dataset)
+    rows = published_rows(dataset)
     assert {"infrared", "ensemble"} <= {row.query for row in rows}
     assert all(0 < row.rank1 < 1 for row in rows)
     text = read_page(page.render_report(ReportData(results=replace(infrared_only(), dataset=dataset)))).text
@@ -458,7 +460,7 @@ def test_published_rows_stand_beside_real_datasets(dataset: str) -> None:
 
 def test_published_numbers_of_the_full_method() -> None:
     """METHOD section 9, last row of the table."""
-    full = {name: tables.published_rows(name) for name in ("sysu_mm01", "llcm")}
+    full = {name: published_rows(name) for name in ("sysu_mm01", "llcm")}
     found = {
         name: [100 * value for value in (row.rank1, row.mAP, row.mINP) if value is not None]
         for name, rows in full.items()
@@ -470,7 +472,7 @@ def test_published_numbers_of_the_full_method() -> None:
 
 
 def test_published_rows_are_absent_for_synthetic(full_page: str) -> None:
-    assert tables.published_rows("synthetic") == ()
+    assert published_rows("synthetic") == ()
     assert "Beside the literature" not in full_page
 
 
@@ -500,7 +502,7 @@ def test_single_trial_prints_no_spread() -> None:
 
 def test_pair_distances_match_plain_loops() -> None:
     features = make_features("fusion", images=2)
-    same, different = figures.pair_distances(features)
+    same, different = pair_distances(features)
     pairs: dict[bool, list[float]] = {True: [], False: []}
     for query, query_pid in zip(features.query_QD, features.query_pids, strict=True):
         for gallery, gallery_pid in zip(features.gallery_GD, features.gallery_pids, strict=True):
@@ -513,30 +515,30 @@ def test_pair_distances_match_plain_loops() -> None:
 
 def test_pair_distances_take_part_of_the_queries_beyond_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     features = make_features("fusion")
-    monkeypatch.setattr(figures, "DISTANCE_PAIRS", 10 * len(features.gallery_pids))
-    same, different = figures.pair_distances(features)
+    monkeypatch.setattr("tvilfm.report.charts.features.DISTANCE_PAIRS", 10 * len(features.gallery_pids))
+    same, different = pair_distances(features)
     assert len(same) + len(different) == 10 * len(features.gallery_pids)
 
 
 def test_charts_are_reproducible_and_leave_out_what_cannot_be_drawn() -> None:
     features = {"fusion": make_features("fusion", images=2)}
-    assert figures.tsne_chart(features, seed=1) == figures.tsne_chart(features, seed=1)
+    assert tsne_chart(features, seed=1) == tsne_chart(features, seed=1)
     query_QD, query_pids, gallery_GD, gallery_pids = features["fusion"]
     strangers = {"fusion": RetrievalFeatures(query_QD, query_pids, gallery_GD, gallery_pids + 1000)}
-    assert figures.tsne_chart(strangers) is None
-    assert figures.distance_chart(strangers) is None
+    assert tsne_chart(strangers) is None
+    assert distance_chart(strangers) is None
     tiny = {"fusion": RetrievalFeatures(query_QD[:2], query_pids[:2], gallery_GD[:2], gallery_pids[:2])}
-    assert figures.tsne_chart(tiny) is None
-    assert figures.tsne_chart({}) is None
-    assert figures.learning_chart([]) is None
-    assert figures.learning_chart([{"stage": "base", "epoch": 0, "lr": 0.1, "loss": float("nan")}]) is None
+    assert tsne_chart(tiny) is None
+    assert tsne_chart({}) is None
+    assert learning_chart([]) is None
+    assert learning_chart([{"stage": "base", "epoch": 0, "lr": 0.1, "loss": float("nan")}]) is None
 
 
 def test_many_points_become_one_bitmap(monkeypatch: pytest.MonkeyPatch) -> None:
     features = {"fusion": make_features("fusion", images=3)}
-    vector = figures.tsne_chart(features)
-    monkeypatch.setattr(figures, "VECTOR_POINTS", 10)
-    bitmap = figures.tsne_chart(features)
+    vector = tsne_chart(features)
+    monkeypatch.setattr("tvilfm.report.charts.features.VECTOR_POINTS", 10)
+    bitmap = tsne_chart(features)
     assert vector is not None and bitmap is not None
     assert "<image" not in vector
     assert "data:image/png;base64" in bitmap
@@ -548,7 +550,7 @@ def test_learning_records_of_one_epoch_are_merged() -> None:
         {"stage": "base", "epoch": 0, "loss": 2.0, "val_rank1": 0.25, "lr": 1e-4, "val_loss": 9.0},
         {"stage": "ifs", "epoch": 0, "wrt_text": 1.0},
     ]
-    panels = figures._learning_panels(records)
+    panels = _learning_panels(records)
     assert panels == [
         ("base: loss", {"loss": {0: 2.0}}, False),
         ("base: validation (%)", {"rank-1": {0: 0.25}}, True),

@@ -27,8 +27,9 @@ from tvilfm.models.encode import encode_pixels, encode_texts
 from tvilfm.models.similarity import similarity
 from tvilfm.retrieval import exact
 from tvilfm.retrieval.exact import ExactIndex
-from tvilfm.retrieval.gallery import Gallery, Where, vector_column
+from tvilfm.retrieval.gallery import Gallery
 from tvilfm.retrieval.query import Query, QueryEncoder, Question
+from tvilfm.retrieval.rows import Where, vector_column
 from tvilfm.retrieval.search import Answer, Request, Searcher
 from tvilfm.retrieval.spaces import gallery_vectors, space_id
 

@@ -34,8 +34,9 @@ from tvilfm.data.images import Pixels, resized, thumbnail
 from tvilfm.data.manifest import select
 from tvilfm.data.pixels import decode
 from tvilfm.models.encode import encode_pixels
-from tvilfm.retrieval.gallery import Gallery, vector_column
+from tvilfm.retrieval.gallery import Gallery
 from tvilfm.retrieval.query import Query, QueryEncoder, Question
+from tvilfm.retrieval.rows import vector_column
 from tvilfm.retrieval.search import Answer, Request, Searcher
 from tvilfm.retrieval.spaces import gallery_vectors
 from tvilfm.service.app import FORMATS, ROOM, create_app

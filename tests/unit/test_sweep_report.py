@@ -15,19 +15,21 @@ import numpy as np
 import pytest
 
 from tvilfm.report.sweep import (
-    SweepData,
-    TrialRecord,
     csv_table,
     latex_table,
     markdown_table,
+    render_sweep,
+    settings_table,
+    verdict_sentence,
+    write_sweep_report,
+)
+from tvilfm.sweeps.results import (
+    SweepData,
+    TrialRecord,
     paired_difference,
     parameter_importance,
     read_trials,
-    render_sweep,
-    settings_table,
     summarise,
-    verdict_sentence,
-    write_sweep_report,
 )
 from tvilfm.sweeps.space import Parameter, Space, load_space
 

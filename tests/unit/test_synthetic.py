@@ -13,22 +13,10 @@ import pytest
 from PIL import Image
 
 from tvilfm.datasets import synthetic
-from tvilfm.datasets.synthetic import (
-    ATTRIBUTES,
-    COLOUR_ATTRIBUTES,
-    CONFUSED_COLOURS,
-    INFRARED_CAMERAS,
-    RGB,
-    SHAPE_ATTRIBUTES,
-    SIZES,
-    SYNONYMS,
-    Size,
-    draw_people,
-    observe,
-    render,
-    write_sentence,
-    write_sysu_layout,
-)
+from tvilfm.datasets.synthetic.layouts import SIZES, Size, write_sysu_layout
+from tvilfm.datasets.synthetic.people import ATTRIBUTES, COLOUR_ATTRIBUTES, RGB, SHAPE_ATTRIBUTES, draw_people
+from tvilfm.datasets.synthetic.rendering import INFRARED_CAMERAS, render
+from tvilfm.datasets.synthetic.sentences import CONFUSED_COLOURS, SYNONYMS, observe, write_sentence
 
 TREE = Size(train=3, val=1, test=2, images_per_camera=1)
 COLOUR_WORDS = set(RGB) | {word for colour in RGB for word in SYNONYMS.get(colour, ())}

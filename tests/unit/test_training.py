@@ -24,12 +24,12 @@ from tvilfm.config import (
     TrainSection,
     load_config,
 )
-from tvilfm.data.captions import read_published
 from tvilfm.data.manifest import CAPTION_SCHEMA, build_manifest, column
 from tvilfm.data.pixels import decode_files
 from tvilfm.data.pk_sampler import PKBatch
 from tvilfm.data.tri_modal import RECIPES, Batch, TrainingRows, TriModalDataset
-from tvilfm.datasets.synthetic import ATTRIBUTES
+from tvilfm.datasets.caption_files import read_published
+from tvilfm.datasets.synthetic.people import ATTRIBUTES
 from tvilfm.datasets.sysu_mm01 import read
 from tvilfm.evaluation import evaluator as evaluator_module
 from tvilfm.losses.objective import JointObjective

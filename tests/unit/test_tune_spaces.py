@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tvilfm.config import load_config
-from tvilfm.report.tables import published_rows
+from tvilfm.datasets.published import published_rows
 from tvilfm.sweeps.space import Space, check_space, load_space, words, written
 
 CONFIG = Path("ray_config.yaml")

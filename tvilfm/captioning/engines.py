@@ -18,7 +18,7 @@ from pydantic import SecretStr
 from tvilfm.captioning.colors import find_colors, indefinite_article
 from tvilfm.captioning.rephrase import completion_prompt, messages, seed_of
 from tvilfm.config import RephraseSection
-from tvilfm.datasets.synthetic import SYNONYMS
+from tvilfm.datasets.synthetic.sentences import SYNONYMS
 
 if TYPE_CHECKING:
     import openai

@@ -16,7 +16,8 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 
 from tvilfm.captioning.colors import find_colors
-from tvilfm.datasets.synthetic import ATTRIBUTES, COLOUR_ATTRIBUTES, RGB, SHAPE_ATTRIBUTES, SYNONYMS
+from tvilfm.datasets.synthetic.people import ATTRIBUTES, COLOUR_ATTRIBUTES, RGB, SHAPE_ATTRIBUTES
+from tvilfm.datasets.synthetic.sentences import SYNONYMS
 
 UNSPOKEN = ("plain", "none")  # values that a sentence states by saying nothing
 GARMENTS = ("top", "pattern", "bottom")

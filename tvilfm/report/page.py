@@ -22,10 +22,16 @@ from markupsafe import Markup
 from PIL import Image
 
 from tvilfm.captioning.scores import Marks
+from tvilfm.datasets.published import PUBLISHED_LABEL, published_rows
+from tvilfm.evaluation.results import METRICS, QUERIES, TEXT_SOURCES, Results
 from tvilfm.place import write_whole
-from tvilfm.report import figures, tables
-from tvilfm.report.figures import FloatArray, RetrievalFeatures
-from tvilfm.report.tables import METRIC_LABELS, METRICS, QUERIES, QUERY_LABELS, Results
+from tvilfm.report import tables
+from tvilfm.report.charts.cmc import cmc_chart
+from tvilfm.report.charts.comparison import comparison_chart
+from tvilfm.report.charts.features import RetrievalFeatures, distance_chart, tsne_chart
+from tvilfm.report.charts.learning import learning_chart
+from tvilfm.report.charts.style import QUERY_COLORS, FloatArray
+from tvilfm.report.tables import METRIC_LABELS, QUERY_LABELS
 
 ImageArray: TypeAlias = npt.NDArray[np.uint8]
 
@@ -104,7 +110,7 @@ class ReportData:
         cmc: query -> fractions at ranks 1-20, for the default protocol and text source.
         examples: ranked lists of a few queries.
         features: query -> unit vectors and identities of both sides.
-        learning: metric records, see `figures.learning_chart`.
+        learning: metric records, see `learning_chart`.
         captions: samples of the captions.
         marks: modality -> marks of its captioner, where the run trained one.
         facts: facts of the run in the order to show, e.g. dataset, seed, versions, time by stage.
@@ -163,14 +169,12 @@ def render_report(data: ReportData) -> str:
         text_source_sentence=tables.text_source_sentence(results),
         spread_sentence=tables.spread_sentence(results.default_rows),
         published=_published_table(results),
-        published_label=tables.PUBLISHED_LABEL,
+        published_label=PUBLISHED_LABEL,
         metric_labels=[METRIC_LABELS[metric] for metric in METRICS],
-        colors=figures.QUERY_COLORS,
+        colors=QUERY_COLORS,
         query_labels=QUERY_LABELS,
-        comparison=markup(
-            figures.comparison_chart(results.default_rows, chance=chance) if results.default_rows else None
-        ),
-        cmc=markup(figures.cmc_chart(data.cmc, chance=chance) if data.cmc else None),
+        comparison=markup(comparison_chart(results.default_rows, chance=chance) if results.default_rows else None),
+        cmc=markup(cmc_chart(data.cmc, chance=chance) if data.cmc else None),
         protocols=_full_table(results) if len(results.rows) > len(results.default_rows) else [],
         text_sources={
             source: meaning
@@ -179,14 +183,14 @@ def render_report(data: ReportData) -> str:
         },
         markdown=tables.markdown_table(results),
         examples=[_example(example) for example in data.examples],
-        tsne=markup(figures.tsne_chart(data.features, seed=data.seed)),
-        distances=markup(figures.distance_chart(data.features, seed=data.seed)),
+        tsne=markup(tsne_chart(data.features, seed=data.seed)),
+        distances=markup(distance_chart(data.features, seed=data.seed)),
         captions=[
             {"image": _jpeg(image), "modality": modality, "caption": caption, "rephrased": rephrased}
             for image, modality, caption, rephrased in data.captions
         ],
         marks=[_marks(modality, marks) for modality, marks in data.marks.items()],
-        learning=markup(figures.learning_chart(data.learning)),
+        learning=markup(learning_chart(data.learning)),
         facts=data.facts,
         config_yaml=data.config_yaml,
         results_json=_script_json(results),
@@ -255,7 +259,7 @@ def _full_table(results: Results) -> list[dict[str, Any]]:
     for protocol in protocols:
         rows = [row for row in results.rows if row.protocol == protocol]
         # "none" beside "witness": infrared alone opens the block of the first text source.
-        rows.sort(key=lambda row: (tables.TEXT_SOURCES.index(row.text_source) % 3, QUERIES.index(row.query)))
+        rows.sort(key=lambda row: (TEXT_SOURCES.index(row.text_source) % 3, QUERIES.index(row.query)))
         chance = results.chance.get(protocol)
         groups.append(
             {
@@ -279,7 +283,7 @@ def _full_table(results: Results) -> list[dict[str, Any]]:
 def _published_table(results: Results) -> list[dict[str, Any]]:
     """Group the published numbers by how they were obtained, in the order of their first row."""
     groups: dict[str, list[dict[str, Any]]] = {}
-    for row in tables.published_rows(results.dataset):
+    for row in published_rows(results.dataset):
         cells = ["" if value is None else tables.percent(value) for value in (row.rank1, row.mAP, row.mINP)]
         if row.rank1_std is not None:
             cells[0] += f" ± {tables.percent(row.rank1_std)}"

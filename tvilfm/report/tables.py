@@ -1,31 +1,16 @@
-"""The numbers of a run: what results.json holds, how they are worded, and the tables made from them.
-
-One `ResultRow` is one line of the paper's tables: a query modality, the source of the query text, a
-protocol, and five metrics as means over trials. `Results` is all rows of a run and is what results.json
-stores. The page, the terminal and the Markdown table all print through `metric_cell`, so the same figure
-never appears with two roundings.
-
-Fractions 0-1 everywhere; percent only in the strings made here.
-"""
+"""How results are worded: labels, sentences, and tables for the terminal and for Markdown."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tvilfm.place import write_whole
-
-QUERIES: tuple[str, ...] = ("infrared", "visible", "text", "fusion", "ensemble")
-TEXT_SOURCES: tuple[str, ...] = ("witness", "witness-heldout", "own", "none")
-METRICS: tuple[str, ...] = ("rank1", "rank5", "rank10", "mAP", "mINP")
+from tvilfm.evaluation.results import METRICS, ResultRow, Results
 
 QUERY_LABELS: Mapping[str, str] = {
     "infrared": "infrared alone",
@@ -57,7 +42,6 @@ TEXT_SOURCE_MEANINGS: Mapping[str, str] = {
     ),
     "none": "no text; the infrared image is the whole query.",
 }
-
 # How a sentence names the text that fusion used.
 _TEXT_WORDS: Mapping[str, str] = {
     "witness": "a witness description",
@@ -66,219 +50,8 @@ _TEXT_WORDS: Mapping[str, str] = {
     "none": "a text",
 }
 _MOVES: Mapping[int, str] = {1: "higher", 0: "no change", -1: "lower"}
-
-PUBLISHED_LABEL = "published, single run, test-selected"
-
 # Two fractions closer than this print the same with two decimals of a percent.
 _SAME = 5e-5
-
-
-@dataclass(frozen=True, kw_only=True)
-class ResultRow:
-    """One line of a results table: means over trials, as fractions, with their standard deviations.
-
-    Args:
-        query: "infrared", "text", "fusion" or "ensemble".
-        text_source: "witness", "witness-heldout", "own" or "none"; where the query text came from.
-        protocol: e.g. "sysu_mm01/all/single".
-        rank1, rank5, rank10, mAP, mINP: fractions 0-1.
-        std: the same five names -> standard deviation over trials, fractions.
-        num_trials: how many trials the mean is over, >= 1.
-
-    Raises:
-        ValueError: a name is unknown, a metric is not a fraction, or `std` does not name the five metrics.
-    """
-
-    query: str
-    text_source: str
-    protocol: str
-    rank1: float
-    rank5: float
-    rank10: float
-    mAP: float
-    mINP: float
-    std: Mapping[str, float]
-    num_trials: int
-
-    def __post_init__(self) -> None:
-        _expect(self.query in QUERIES, "row.query", f"one of {list(QUERIES)}", self.query, "Rename the query.")
-        _expect(
-            self.text_source in TEXT_SOURCES,
-            "row.text_source",
-            f"one of {list(TEXT_SOURCES)}",
-            self.text_source,
-            "Name where the query text came from.",
-        )
-        _expect(self.num_trials >= 1, "row.num_trials", ">= 1", self.num_trials, "Evaluate at least one trial.")
-        _expect(
-            set(self.std) == set(METRICS),
-            "row.std",
-            f"the keys {list(METRICS)}",
-            sorted(self.std),
-            "Give one standard deviation a metric (0 for a single trial).",
-        )
-        for metric in METRICS:
-            _expect_fraction(f"row.{metric}", getattr(self, metric))
-            _expect_fraction(f"row.std.{metric}", self.std[metric])
-
-    def metric(self, name: str) -> float:
-        """Return the mean of one of `METRICS`, a fraction."""
-        return float(getattr(self, name))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the row as plain JSON types; NumPy scalars become Python numbers."""
-        return {
-            "query": self.query,
-            "text_source": self.text_source,
-            "protocol": self.protocol,
-            **{metric: self.metric(metric) for metric in METRICS},
-            "std": {metric: float(self.std[metric]) for metric in METRICS},
-            "num_trials": int(self.num_trials),
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> ResultRow:
-        """Build a row from what `to_dict` returned.
-
-        Raises:
-            ValueError: a key is missing or unknown, or a value is out of range.
-        """
-        expected = {"query", "text_source", "protocol", *METRICS, "std", "num_trials"}
-        _expect(
-            set(data) == expected,
-            "row",
-            f"the keys {sorted(expected)}",
-            sorted(data),
-            "Write results.json again.",
-        )
-        return cls(**data)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Results:
-    """Every number of one run, and which of them is shown first; stored as results.json.
-
-    Args:
-        dataset: e.g. "synthetic", "sysu_mm01", "regdb", "llcm".
-        default_text_source: the text source of the headline table.
-        default_protocol: the protocol of the headline table; some row must have it.
-        chance: protocol -> expected rank-1 of a random ranking, a fraction.
-        rows: one `ResultRow` per query, text source and protocol; at least one.
-
-    Raises:
-        ValueError: no rows, two rows for the same case, an unknown text source, or a default protocol
-        without rows.
-    """
-
-    dataset: str
-    default_text_source: str
-    default_protocol: str
-    rows: Sequence[ResultRow]
-    chance: Mapping[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rows", tuple(self.rows))
-        _expect(len(self.rows) > 0, "results.rows", "at least one row", 0, "Evaluate at least one query modality.")
-        _expect(
-            self.default_text_source in TEXT_SOURCES,
-            "results.default_text_source",
-            f"one of {list(TEXT_SOURCES)}",
-            self.default_text_source,
-            "Name a known text source.",
-        )
-        _expect(
-            self.default_protocol in self.protocols,
-            "results.default_protocol",
-            f"one of {list(self.protocols)}",
-            self.default_protocol,
-            "Choose a protocol that was evaluated.",
-        )
-        cases = [(row.query, row.text_source, row.protocol) for row in self.rows]
-        repeated = sorted({case for case in cases if cases.count(case) > 1})
-        _expect(
-            not repeated,
-            "results.rows",
-            "one row per (query, text source, protocol)",
-            repeated,
-            "Average the trials first.",
-        )
-        for protocol, value in self.chance.items():
-            _expect_fraction(f"results.chance[{protocol!r}]", value)
-
-    @property
-    def protocols(self) -> tuple[str, ...]:
-        """The protocols in the order of their first row."""
-        return tuple(dict.fromkeys(row.protocol for row in self.rows))
-
-    @property
-    def default_rows(self) -> tuple[ResultRow, ...]:
-        """The headline rows, in the order of `QUERIES`.
-
-        An infrared query has no text, so its row (text source "none") stands beside the rows of the default
-        source.
-        """
-        chosen = []
-        for query in QUERIES:
-            by_source = {
-                row.text_source: row
-                for row in self.rows
-                if row.query == query and row.protocol == self.default_protocol
-            }
-            row = by_source.get(self.default_text_source, by_source.get("none"))
-            if row is not None:
-                chosen.append(row)
-        return tuple(chosen)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the results as plain JSON types."""
-        return {
-            "dataset": self.dataset,
-            "default_text_source": self.default_text_source,
-            "default_protocol": self.default_protocol,
-            "chance": {protocol: float(value) for protocol, value in self.chance.items()},
-            "rows": [row.to_dict() for row in self.rows],
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Results:
-        """Build the results from what `to_dict` returned.
-
-        Raises:
-            ValueError: a key is missing or unknown, or a value is out of range.
-        """
-        expected = {"dataset", "default_text_source", "default_protocol", "chance", "rows"}
-        _expect(
-            set(data) == expected,
-            "results",
-            f"the keys {sorted(expected)}",
-            sorted(data),
-            "Write results.json again.",
-        )
-        return cls(**{**data, "rows": [ResultRow.from_dict(row) for row in data["rows"]]})
-
-    def write(self, path: Path) -> None:
-        """Write results.json atomically; floats survive the round trip unchanged."""
-        write_whole(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
-
-    @classmethod
-    def read(cls, path: Path) -> Results:
-        """Read what `write` wrote.
-
-        Raises:
-            ValueError: the file is not JSON, or not of this layout.
-        """
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: expected JSON, got {error}. Run the evaluation again.") from error
-        _expect(
-            isinstance(data, dict),
-            str(path),
-            "a JSON object",
-            type(data).__name__,
-            "Run the evaluation again.",
-        )
-        return cls.from_dict(data)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,29 +67,6 @@ class Verdict:
 
     outcome: Literal["holds", "partly", "fails", "incomplete"]
     sentence: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class PublishedRow:
-    """A published number to stand beside ours.
-
-    Args:
-        setting: the published protocol in words.
-        method: the published method or ablation.
-        query: which of our query modalities it compares with.
-        rank1, mAP, mINP: fractions, None where not reported.
-        rank1_std: standard deviation of rank-1 over training seeds, None for a single run.
-        note: how the number came about.
-    """
-
-    setting: str
-    method: str
-    query: str
-    rank1: float
-    mAP: float | None = None
-    mINP: float | None = None
-    rank1_std: float | None = None
-    note: str = PUBLISHED_LABEL
 
 
 def percent(fraction: float) -> str:
@@ -461,74 +211,6 @@ def markdown_table(results: Results) -> str:
     return "\n".join([*lines, text_source_sentence(results)]) + "\n"
 
 
-def published_rows(dataset: str) -> tuple[PublishedRow, ...]:
-    """Return the published numbers to compare with; empty for any data set that nobody else has measured.
-
-    Source: METHOD.md section 9 (Hu, Yang, Ye, NeurIPS 2024; an independent re-run of the released code;
-    others).
-    """
-    fused, indoor = "infrared + text", "indoor search, single-shot"
-    sysu, regdb, llcm = "all search, single-shot", "10 splits", "one gallery image per camera"
-    rerun = "independent re-run of the released code, mean ± standard deviation of 4 seeds"
-    other = "other methods, as reported"
-    rows: dict[str, tuple[PublishedRow, ...]] = {
-        "sysu_mm01": (
-            _published(sysu, "TVI-LFM, infrared only", "infrared", 69.89, 66.74, 53.34),
-            _published(sysu, f"baseline, {fused}", "fusion", 72.52, 69.15, 55.93),
-            _published(sysu, "baseline + SFF", "fusion", 77.00, 73.73, 61.50),
-            _published(sysu, "baseline + SFF + MJL", "fusion", 83.97, 80.40, 69.46),
-            _published(sysu, "baseline + SFF + MJL + LLM", "fusion", 84.17, 80.72, 70.02),
-            _published(sysu, "baseline + SFF + MJL + MER", "ensemble", 84.88, 81.32, 70.57),
-            _published(sysu, "TVI-LFM, all parts", "ensemble", 84.90, 81.47, 70.85),
-            _published(indoor, "TVI-LFM, all parts", "ensemble", 89.06, 90.78, 88.39),
-            _published(sysu, "TVI-LFM re-run, without MER", "fusion", 81.42, 77.29, 64.86, rerun, 0.40),
-            _published(sysu, "TVI-LFM re-run, with MER", "ensemble", 81.16, 77.23, 64.86, rerun, 0.69),
-            _published(sysu, "YYDS, human text", "fusion", 85.54, 81.64, 70.51, other),
-            _published(sysu, "BIT (CVPR 2026), image only", "infrared", 80.53, 79.76, None, other),
-            _published(sysu, "IDKL, image only", "infrared", 81.42, 79.85, None, other),
-        ),
-        "regdb": (
-            _published(regdb, "TVI-LFM, infrared only", "infrared", 89.51, 83.51, 69.65),
-            _published(regdb, "TVI-LFM, all parts", "ensemble", 91.38, 85.92, 72.73),
-        ),
-        "llcm": (
-            _published(llcm, "TVI-LFM, infrared only", "infrared", 53.53, 59.77, 56.40),
-            _published(llcm, f"baseline, {fused}", "fusion", 52.63, 58.82, 55.43),
-            _published(llcm, "baseline + SFF", "fusion", 54.73, 60.95, 57.64),
-            _published(llcm, "baseline + SFF + MJL", "fusion", 56.76, 63.58, 60.35),
-            _published(llcm, "baseline + SFF + MJL + LLM", "fusion", 57.13, 64.06, 60.72),
-            _published(llcm, "baseline + SFF + MJL + MER", "ensemble", 57.09, 63.87, 60.62),
-            _published(llcm, "TVI-LFM, all parts", "ensemble", 58.19, 65.08, 61.83),
-            _published(llcm, "YYDS, human text", "fusion", 58.22, 65.09, None, other),
-            _published("NIR to VIS", "BIT (CVPR 2026), image only", "infrared", 66.7, None, None, other),
-        ),
-    }
-    return rows.get(dataset, ())
-
-
-def _published(
-    setting: str,
-    method: str,
-    query: str,
-    rank1: float,
-    mAP: float | None,
-    mINP: float | None,
-    note: str = PUBLISHED_LABEL,
-    rank1_std: float | None = None,
-) -> PublishedRow:
-    """Build a `PublishedRow` from the percentages printed in the paper."""
-    return PublishedRow(
-        setting=setting,
-        method=method,
-        query=query,
-        rank1=rank1 / 100,
-        mAP=None if mAP is None else mAP / 100,
-        mINP=None if mINP is None else mINP / 100,
-        rank1_std=None if rank1_std is None else rank1_std / 100,
-        note=note,
-    )
-
-
 def _direction(low: ResultRow, high: ResultRow, metric: str) -> int:
     """Return 1, 0 or -1 as `high` is above, equal to (as printed) or below `low`."""
     gain = high.metric(metric) - low.metric(metric)
@@ -537,18 +219,3 @@ def _direction(low: ResultRow, high: ResultRow, metric: str) -> int:
 
 def _join(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1] if words else ""
-
-
-def _expect(holds: bool, name: str, expected: str, got: object, action: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}: expected {expected}, got {got}. {action}")
-
-
-def _expect_fraction(name: str, value: float) -> None:
-    _expect(
-        math.isfinite(value) and 0 <= value <= 1 + 1e-6,
-        name,
-        "a fraction in 0-1",
-        value,
-        "Divide percentages by 100.",
-    )

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from tvilfm.models.similarity import similarity
-from tvilfm.retrieval.gallery import Gallery, Where, column_of, vectors_of
+from tvilfm.retrieval.gallery import Gallery
+from tvilfm.retrieval.rows import Where, column_of, vectors_of
 
 FACTS = ("id", "pid", "camid", "time", "image", "position")
 CHUNK_ROWS = 1 << 18

@@ -17,8 +17,6 @@ Shapes: N rows, D feature.
 
 from __future__ import annotations
 
-import functools
-import operator
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -39,76 +37,16 @@ from lance.file import LanceFileSession
 from lance.optimize import Compaction, CompactionOptions
 
 from tvilfm.place import Place, lock, write_whole
+from tvilfm.retrieval.rows import OPTIONAL, SPACE_KEY, TIME, Where, column_of, row_schema, table_schema, vectors_of
 from tvilfm.retrieval.terms import MAX_ID, is_id
 
 POINTER = "current"
-SPACE_KEY = b"space_id"
 UNIT_TOLERANCE = 1e-3
 ALL_INDICES = 1 << 20  # more than an index ever has parts
 # A write a fragment: after so many, a look-up by id takes several times as long as in one piece.
 SMALL_FRAGMENTS, SMALL_ROWS = 128, 1024
 DATED_ROWS = 4096  # that are given a time in one write
-TIME = pa.timestamp("us", "UTC")
 METRIC = "cosine"  # of the index; the rows are unit, so it ranks as the similarity does
-OPTIONAL = ("pid", "time", "image", "thumbnail")
-
-
-def row_schema(dim: int) -> pa.Schema:
-    """Columns of `Gallery.upsert`; pid, time, image and thumbnail may be left out or null.
-
-    id: unique. vector, vector_base: unit, through the current and the base stage's head. time: when the picture was
-    taken. image: where it lies. thumbnail: a JPEG.
-    """
-    vector = pa.list_(pa.float32(), dim)
-    return pa.schema(
-        [
-            # Lance lets of two writers that insert the same key only one commit.
-            pa.field("id", pa.string(), nullable=False, metadata={"lance-schema:unenforced-primary-key": "true"}),
-            pa.field("vector", vector, nullable=False),
-            pa.field("vector_base", vector, nullable=False),
-            pa.field("pid", pa.int64()),
-            pa.field("camid", pa.int32(), nullable=False),
-            pa.field("time", TIME),
-            pa.field("image", pa.string()),
-            pa.field("thumbnail", pa.binary()),
-        ]
-    )
-
-
-def table_schema(dim: int, space_id: str) -> pa.Schema:
-    """Columns of the table itself: those of `row_schema` and `position`, the order of writing, which breaks ties."""
-    position = pa.field("position", pa.int64(), nullable=False)
-    return row_schema(dim).append(position).with_metadata({SPACE_KEY: space_id.encode()})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Where:
-    """Which rows take part in a search.
-
-    Attributes:
-        cameras: those that do; None = all.
-        exclude_cameras: those that do not: the query's own, or as SYSU-MM01 wants camera 2 for a query of camera 3.
-        since, until: aware times, both included; a row without a time is outside of every window. None = no bound.
-    """
-
-    cameras: frozenset[int] | None = None
-    exclude_cameras: frozenset[int] = frozenset()
-    since: datetime | None = None
-    until: datetime | None = None
-
-    def expression(self) -> pc.Expression | None:
-        """The same as a filter of a table; None where every row takes part."""
-        camid, time = pc.field("camid"), pc.field("time")
-        terms = []
-        if self.cameras is not None:
-            terms.append(camid.isin(pa.array(sorted(self.cameras), pa.int32())))
-        if self.exclude_cameras:
-            terms.append(~camid.isin(pa.array(sorted(self.exclude_cameras), pa.int32())))
-        if self.since is not None:
-            terms.append(time >= pa.scalar(self.since, TIME))
-        if self.until is not None:
-            terms.append(time <= pa.scalar(self.until, TIME))
-        return functools.reduce(operator.and_, terms) if terms else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -521,24 +459,6 @@ class Gallery:
                     f"{ids[wrong[0]]!r}. Divide it by its length."
                 )
         return rows
-
-
-def column_of(base: bool) -> str:
-    """The column that holds the vectors of a space."""
-    return "vector_base" if base else "vector"
-
-
-def vectors_of(column: pa.ChunkedArray) -> npt.NDArray[np.float32]:
-    """A column of vectors as (N, D) float32."""
-    vectors = column.combine_chunks()
-    if isinstance(vectors, pa.ChunkedArray):  # pyarrow keeps an empty column chunked
-        return np.empty((0, column.type.list_size), dtype=np.float32)
-    return np.asarray(vectors.flatten().to_numpy(), dtype=np.float32).reshape(-1, column.type.list_size)
-
-
-def vector_column(vectors_ND: npt.NDArray[np.float32]) -> pa.FixedSizeListArray:
-    """(N, D) float32 as a column of `row_schema`."""
-    return pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.ravel()), vectors_ND.shape[1])
 
 
 class _Disk:

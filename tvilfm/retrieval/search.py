@@ -19,8 +19,9 @@ from tvilfm.config import GallerySection
 from tvilfm.models.ensemble import ensemble_query
 from tvilfm.models.similarity import similarity
 from tvilfm.retrieval.exact import FACTS, ExactIndex, Ranked, best_first, tensor_of
-from tvilfm.retrieval.gallery import Gallery, Where, column_of
+from tvilfm.retrieval.gallery import Gallery
 from tvilfm.retrieval.query import Query
+from tvilfm.retrieval.rows import Where, column_of
 from tvilfm.retrieval.terms import SearchKind
 
 MORE = 4  # times as many rows are ranked when those found show too few people

@@ -30,8 +30,8 @@ from tvilfm.config import ServeSection
 from tvilfm.data.images import Pixels, thumbnail
 from tvilfm.data.pixels import count_pixels, decode
 from tvilfm.retrieval import search
-from tvilfm.retrieval.gallery import Where, row_schema, vector_column
 from tvilfm.retrieval.query import Query, Question
+from tvilfm.retrieval.rows import Where, row_schema, vector_column
 from tvilfm.retrieval.search import Answer
 from tvilfm.service import keys, messages
 from tvilfm.service.audit import Audit

@@ -20,7 +20,7 @@ from torch import nn
 from tvilfm.config import PretrainSection
 from tvilfm.data.manifest import column, rows_of, select
 from tvilfm.data.transforms import Recipe, augment, draw
-from tvilfm.datasets.synthetic import ATTRIBUTES, COLOUR_ATTRIBUTES
+from tvilfm.datasets.synthetic.people import ATTRIBUTES, COLOUR_ATTRIBUTES
 from tvilfm.models.backbone import DualStemResNet, image_format
 
 

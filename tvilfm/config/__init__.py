@@ -1,0 +1,102 @@
+"""The run description: frozen, typed sections that are read once and written beside the results.
+
+Precedence: defaults < fidelity preset < YAML file < `section.key=value` overrides. The preset is how
+`fidelity: published` and `fidelity: corrected` choose the switches in which the released code and ours differ
+(`FIDELITY_SWITCHES`); in the file, `null` for such a switch means "as fidelity says". The resolved configuration that
+is written to the run folder spells every choice out.
+"""
+
+from tvilfm.config.caption import CaptionerSection, CaptionSection, CaptionTrainSection, RephraseEngine, RephraseSection
+from tvilfm.config.cluster import (
+    ClusterSection,
+    DriverSection,
+    HeadSection,
+    PortsSection,
+    ProviderSection,
+    WorkersSection,
+)
+from tvilfm.config.data import PROTOCOLS, DataSection, SyntheticSection
+from tvilfm.config.evaluate import EnsembleWeights, EvaluateSection, QueryTextSource, RerankSection, WitnessDraw
+from tvilfm.config.fidelity import FIDELITY_SWITCHES, Fidelity, Switch, fidelity_table
+from tvilfm.config.model import ModelSection, TextModelSection
+from tvilfm.config.resolve import (
+    Config,
+    default_description,
+    explain,
+    known_keys,
+    load_config,
+    load_run,
+    read_description,
+    resolve,
+    run_folder,
+    set_value,
+    to_yaml,
+    value_at,
+)
+from tvilfm.config.run import RunSection
+from tvilfm.config.section import Section
+from tvilfm.config.serve import MAX_BATCH, GallerySection, ServeSection, is_loopback
+from tvilfm.config.training import (
+    LossSection,
+    Numerics,
+    OptimSection,
+    PretrainSection,
+    ScheduleSection,
+    Selection,
+    TextStageSection,
+    TrainSection,
+)
+
+__all__ = [
+    "FIDELITY_SWITCHES",
+    "MAX_BATCH",
+    "PROTOCOLS",
+    "CaptionSection",
+    "CaptionTrainSection",
+    "CaptionerSection",
+    "ClusterSection",
+    "Config",
+    "DataSection",
+    "DriverSection",
+    "EnsembleWeights",
+    "EvaluateSection",
+    "Fidelity",
+    "GallerySection",
+    "HeadSection",
+    "LossSection",
+    "ModelSection",
+    "Numerics",
+    "OptimSection",
+    "PortsSection",
+    "PretrainSection",
+    "ProviderSection",
+    "QueryTextSource",
+    "RephraseEngine",
+    "RephraseSection",
+    "RerankSection",
+    "RunSection",
+    "ScheduleSection",
+    "Section",
+    "Selection",
+    "ServeSection",
+    "Switch",
+    "SyntheticSection",
+    "TextModelSection",
+    "TextStageSection",
+    "TrainSection",
+    "WitnessDraw",
+    "WorkersSection",
+    "default_description",
+    "explain",
+    "fidelity_table",
+    "is_loopback",
+    "known_keys",
+    "load_config",
+    "load_run",
+    "read_description",
+    "resolve",
+    "run_folder",
+    "set_value",
+    "to_yaml",
+    "value_at",
+]

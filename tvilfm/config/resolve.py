@@ -1,0 +1,269 @@
+"""The whole run description: read from a file, overridden, checked and written."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from tvilfm.config.caption import CaptionSection
+from tvilfm.config.cluster import ClusterSection
+from tvilfm.config.data import PROTOCOLS, DataSection
+from tvilfm.config.evaluate import EvaluateSection
+from tvilfm.config.fidelity import FIDELITY_SWITCHES, Fidelity
+from tvilfm.config.model import ModelSection
+from tvilfm.config.run import RunSection
+from tvilfm.config.section import Section
+from tvilfm.config.serve import GallerySection, ServeSection
+from tvilfm.config.training import LossSection, OptimSection, TrainSection
+
+
+class Config(Section):
+    fidelity: Fidelity = Field("corrected", description="published = the released code's choices, corrected = ours")
+    run: RunSection = RunSection()
+    data: DataSection = DataSection()
+    caption: CaptionSection = CaptionSection()
+    model: ModelSection = ModelSection()
+    loss: LossSection = LossSection()
+    optim: OptimSection = OptimSection()
+    train: TrainSection = TrainSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    gallery: GallerySection = GallerySection()
+    serve: ServeSection = ServeSection()
+    cluster: ClusterSection = ClusterSection()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Config:
+        if self.train.p % self.cluster.train_workers:
+            raise ValueError(
+                f"cluster.train_workers: expected a divisor of train.p = {self.train.p}, got "
+                f"{self.cluster.train_workers}. Every worker takes the same number of identities."
+            )
+        if self.data.name != "synthetic" and self.data.root is None:
+            raise ValueError(
+                f"data.root: expected the folder of {self.data.name}, got null. Set data.root=/path/to/it."
+            )
+        own = PROTOCOLS[self.data.name][0].split("/")[0]
+        foreign = [name for name in self.evaluate.protocols if name.split("/")[0] != own]
+        if foreign:
+            raise ValueError(
+                f"evaluate.protocols: expected protocols of {own} for data.name={self.data.name}, got {foreign[0]}. "
+                f"Set evaluate.protocols=null for {list(PROTOCOLS[self.data.name])}."
+            )
+        if self.train.text.cache_views and not self.freezes_features:
+            changing = "freeze_gem" if self.train.text.freeze_batch_norm else "freeze_batch_norm"
+            raise ValueError(
+                f"train.text.cache_views: expected 0 while train.text.{changing} is false, got "
+                f"{self.train.text.cache_views}. Features of a network that still changes cannot be cached."
+            )
+        if self.fidelity == "published" and self.train.base.use_val != self.train.text.use_val:
+            raise ValueError("train.text.use_val: expected the same as train.base.use_val with published fidelity.")
+        return self
+
+    @property
+    def trains_gem(self) -> bool:
+        """Whether the text stage trains p of the GeM."""
+        return not (self.train.text.freeze_gem or self.loss.filter_text)
+
+    @property
+    def freezes_features(self) -> bool:
+        """Whether the text stage leaves raw image features as they are."""
+        return self.train.text.freeze_batch_norm and not self.trains_gem
+
+    @property
+    def data_root(self) -> Path:
+        if self.data.root is not None:
+            return self.data.root
+        return self.run.dir / "data" / f"synthetic-{self.data.synthetic.size}-{self.data.synthetic.seed}"
+
+    @property
+    def gallery_uri(self) -> str:
+        return self.gallery.uri or str(self.run.path / "gallery")
+
+    @property
+    def audit_path(self) -> Path:
+        return self.serve.audit or self.run.path / "audit"
+
+    @property
+    def stages_path(self) -> Path:
+        return self.run.stages_dir or self.run.path / "stages"
+
+
+def load_config(path: Path | None = None, overrides: Iterable[str] = (), *, size: str | None = None) -> Config:
+    """Resolve a run description.
+
+    Args:
+        path: YAML file whose nesting is the sections' nesting; None = defaults alone.
+        overrides: `section.key=value` strings, the value read as YAML.
+        size: name of a recipe of the file's `sizes` mapping, applied between the file and the overrides.
+
+    Raises:
+        ValueError: unreadable YAML, an unknown key (its nearest neighbour is named), or a value out of bounds.
+    """
+    return resolve(read_description(path), overrides, size=size)
+
+
+def default_description() -> Path:
+    """Return ./ray_config.yaml or, in a folder without one, the description that the package contains."""
+    own = Path("ray_config.yaml")
+    return own if own.is_file() else Path(__file__).parents[1] / "ray_config.yaml"
+
+
+def run_folder(arguments: Sequence[str]) -> Path | None:
+    """Return the run folder that is the first of a command's arguments, before its overrides; None without one.
+
+    Raises:
+        ValueError: the first argument is neither an override nor the folder of a run.
+    """
+    if not arguments or "=" in arguments[0]:
+        return None
+    folder = Path(arguments[0])
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(
+            f"{arguments[0]}: expected section.key=value or the folder of a run, such as runs/demo, got neither "
+            "(no config.yaml there). Check the path, or make the run with `tvilfm run`."
+        )
+    return folder
+
+
+def load_run(folder: Path, overrides: Iterable[str] = ()) -> Config:
+    """Return the resolved description of a run, as its folder holds it.
+
+    Args:
+        folder: of the run, where it is now.
+        overrides: what is to differ.
+    """
+    folder = Path(os.path.normpath(folder))
+    if folder.name in ("", ".."):
+        folder = folder.resolve()
+    where = {"run.dir": str(folder.parent), "run.name": folder.name}
+    written = [f"{key}={json.dumps(value)}" for key, value in where.items()]
+    return load_config(folder / "config.yaml", [*written, *overrides])
+
+
+def read_description(path: Path | None) -> dict[str, Any]:
+    """The sections of a run description as its file has them, unchecked; arguments and errors as of `load_config`."""
+    values: dict[str, Any] = {}
+    if path is not None:
+        if not path.is_file():
+            raise ValueError(f"--config: expected a YAML file, got {path}. Check the path, or use `tvilfm init`.")
+        try:
+            values = yaml.safe_load(path.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path}: expected YAML, got {error}. Mend the file.") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: expected sections, got {type(values).__name__}. Begin as ray_config.yaml does.")
+    return values
+
+
+def resolve(description: Mapping[str, Any], overrides: Iterable[str] = (), *, size: str | None = None) -> Config:
+    """`load_config` of a description that is read already; it is left as it is."""
+    values: dict[str, Any] = copy.deepcopy(dict(description))
+    sizes = values.pop("sizes", None) or {}
+    if size is not None:
+        if size not in sizes:
+            raise ValueError(f"--size: expected one of {sorted(sizes)}, got {size}.")
+        _merge(values, sizes[size])
+    for override in overrides:
+        key, found, text = override.partition("=")
+        if not found or not all(key.split(".")):
+            raise ValueError(f"override: expected section.key=value, got {override!r}.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(f"{key}: expected a YAML value, got {text!r}. Close its quotes and brackets.") from None
+        node: dict[str, Any] = {}
+        set_value(node, key, value)
+        _merge(values, node)
+    fidelity, dataset = values.get("fidelity", "corrected"), str(value_at(values, "data.name"))
+    if fidelity in get_args(Fidelity):  # else validation refuses it by name
+        for key, switch in FIDELITY_SWITCHES.items():
+            if value_at(values, key) is None:
+                set_value(values, key, switch.value(fidelity, dataset))
+    if value_at(values, "evaluate.protocols") is None:
+        name = value_at(values, "data.name") or "synthetic"
+        if name in PROTOCOLS:
+            set_value(values, "evaluate.protocols", PROTOCOLS[name])
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(explain(error)) from None
+
+
+def explain(
+    error: ValidationError, known: Collection[str] | None = None, *, see: str = "`tvilfm config schema`"
+) -> str:
+    """One line a fault in the house form: dotted key, what was expected, what was found, what to do.
+
+    Args:
+        error: of pydantic.
+        known: dotted keys that there are; None = those of the run description.
+        see: where they are described.
+    """
+    known = known_keys() if known is None else known
+    lines = []
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            sections = {one.rpartition(".")[0] for one in known} - {""}
+            near = difflib.get_close_matches(key, [*known, *sections], n=1, cutoff=0.0)
+            lines.append(f"{key}: expected a known key, got this one. Did you mean {near[0]}?")
+        elif fault["type"] == "value_error":
+            # A section's own check names the key within the section.
+            lines.append(f"{key}.{fault['ctx']['error']}" if key else str(fault["ctx"]["error"]))
+        else:
+            lines.append(f"{key}: {fault['msg'].lower()}, got {fault['input']!r}. See {see}.")
+    return "\n".join(lines)
+
+
+def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, str]:
+    """Every dotted key and its one-line description."""
+    keys: dict[str, str] = {}
+    for name, info in section.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            keys |= known_keys(info.annotation, f"{prefix}{name}.")
+        else:
+            keys[f"{prefix}{name}"] = info.description or ""
+    return keys
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML, in the order of the sections."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def set_value(values: dict[str, Any], dotted: str, value: object) -> None:
+    """Set the value at a dotted key of nested mappings, and make the mappings that are missing."""
+    *sections, key = dotted.split(".")
+    for section in sections:
+        if values.get(section) is None:
+            values[section] = {}
+        values = values[section]
+        if not isinstance(values, dict):  # left for the validation to refuse by name
+            return
+    values[key] = value
+
+
+def value_at(values: Mapping[str, Any], dotted: str) -> Any:
+    """The value at a dotted key of nested mappings, None where there is none."""
+    node: Any = values
+    for part in dotted.split("."):
+        if not isinstance(node, Mapping):
+            return None
+        node = node.get(part)
+    return node

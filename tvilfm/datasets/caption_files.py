@@ -1,0 +1,448 @@
+"""The caption table, the published caption files it is read from, and the way back.
+
+The files of METHOD 5 name an image by its path on the machine of whoever wrote them; an entry is matched to an image of
+the manifest by the longest tail of that path. LLCM's test images lie under `test_nir/camC/ID/` while their captions are
+keyed `nir/ID/`: both names are known. Reading never drops a caption in silence: files of another form are refused, and
+keys that belong to no image are either refused (`read_caption_dict`) or handed to `tvilfm data check` (`collect`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tvilfm.data.captions import BY_IDENTITY, IDENTITY_MAP, texts_of
+from tvilfm.data.manifest import CAPTION_SCHEMA, select
+from tvilfm.data.splits import TEST_SPLITS
+
+SENSORS = {"visible": "RGB", "infrared": "IR"}
+PUBLISHED = "published"
+_FIELDS = ("description", "aug_description")
+# Top folders of SYSU-MM01, RegDB, LLCM and of one's own images: where the writer's root ends and the dataset begins.
+_TOPS = frozenset(
+    [
+        "Visible",
+        "Thermal",
+        "vis",
+        "nir",
+        "test_vis",
+        "test_nir",
+        "visible",
+        "infrared",
+        *(f"cam{i}" for i in range(1, 7)),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Caption:
+    """One entry of a published file."""
+
+    caption: str
+    rephrased: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """What a Text folder says about the images of a manifest.
+
+    Attributes:
+        found: image -> its caption.
+        unknown: file -> keys in it that belong to no image of the manifest.
+        differing: images whose caption differs between `caption_dict_*` and `caption_llm_dict_*`; the latter is taken.
+        identity_texts: pid -> unique visible captions of that identity, from `id_caption_map_*_RGB.json`.
+    """
+
+    found: dict[str, Caption]
+    unknown: dict[Path, list[str]]
+    differing: list[str]
+    identity_texts: dict[int, list[str]]
+
+
+def read_captions(manifest: pa.Table, root: Path, path: Path | None = None) -> pa.Table:
+    """The captions that a configuration names.
+
+    Args:
+        manifest: the images that captions are wanted for.
+        root: dataset folder.
+        path: `data.captions`: a Parquet caption table, a folder in the published layout, or None for `root/Text`.
+
+    Returns:
+        Caption table, one row an image, in manifest order.
+
+    Raises:
+        ValueError: as `read_published`, or a Parquet file that is no caption table.
+    """
+    if path is None or path.suffix != ".parquet":
+        return read_published(root, manifest, text_dir=path)
+    if not path.is_file():
+        raise ValueError(f"data.captions: expected a caption table, got {path}, which is not there. Check the path.")
+    table = pq.read_table(path)
+    missing = [name for name in CAPTION_SCHEMA.names if name not in table.column_names]
+    if missing:
+        raise ValueError(f"data.captions: expected columns {CAPTION_SCHEMA.names}, got no {missing[0]} in {path}.")
+    rows = {row["image"]: row for row in table.select(CAPTION_SCHEMA.names).to_pylist()}
+    _require_all(manifest, rows, {})
+    ordered = pa.Table.from_pylist([rows[image] for image in manifest["image"].to_pylist()], schema=CAPTION_SCHEMA)
+    return ordered.replace_schema_metadata(
+        {key: value for key, value in (table.schema.metadata or {}).items() if key == IDENTITY_MAP}
+    )
+
+
+def read_published(root: Path, manifest: pa.Table, *, text_dir: Path | None = None) -> pa.Table:
+    """Read a dataset's `Text` folder into the caption table.
+
+    Read are `Blip_{RGB,IR}/caption_dict_*.json` and `caption_llm_dict_*.json` (the second wins, as it was written
+    later), then SYSU-MM01's `train_text_*.npy` for training images that no JSON file names. A visible test image that
+    no file names gets one of its identity's captions, in turn, from `id_caption_map_*`: that keeps the witness pool of
+    the published protocol exactly, but ties a sentence to an image, and so to a camera, that it may not describe; such
+    rows have the captioner "published, by identity" and are never a held-out witness.
+
+    Args:
+        root: dataset folder.
+        manifest: the images that captions are wanted for.
+        text_dir: the folder that holds Blip_RGB and Blip_IR, or their files themselves; None = `root/Text`.
+
+    Returns:
+        Caption table, one row an image, in manifest order. The lists of `id_caption_map_*` travel in its metadata, see
+        `identity_map`.
+
+    Raises:
+        ValueError: no caption file, a file of another format, or images without a caption (the first is named).
+
+    Source: METHOD 5. Differs: none known.
+    """
+    folder = text_dir or root / "Text"
+    collected = collect(folder, manifest)
+    captioner = dict.fromkeys(collected.found, PUBLISHED)
+    found = dict(collected.found)
+    for image, text in identity_captions(manifest, found, collected.identity_texts).items():
+        found[image], captioner[image] = Caption(text, None), BY_IDENTITY
+    _require_all(manifest, found, collected.unknown)
+    table = _table([(image, found[image], captioner[image]) for image in manifest["image"].to_pylist()])
+    if not collected.identity_texts:
+        return table
+    return table.replace_schema_metadata({IDENTITY_MAP: json.dumps(collected.identity_texts)})
+
+
+def read_caption_dict(path: Path, images: Iterable[str] | None = None) -> pa.Table:
+    """Read one `caption_dict_*.json` or `caption_llm_dict_*.json`, in the file's order.
+
+    Args:
+        path: the file.
+        images: the images its keys must belong to; None takes the key from the dataset's top folder on.
+
+    Raises:
+        ValueError: a file of another format, or keys that belong to no image (the first is named).
+
+    Source: METHOD 5. Differs: none known.
+    """
+    entries = _read_json(path)
+    if images is None:
+        return _table([(_without_root(key), entry, PUBLISHED) for key, entry in entries.items()])
+    names = _names(images)
+    matched = {key: _match(key, names) for key in entries}
+    unknown = [key for key, image in matched.items() if image is None]
+    if unknown:
+        raise ValueError(
+            f"{path}: expected keys that end in an image of the dataset, got {unknown[0]!r} "
+            f"({len(unknown)} of {len(entries)} keys unknown). Check that the captions belong to this dataset."
+        )
+    return _table([(str(matched[key]), entry, PUBLISHED) for key, entry in entries.items()])
+
+
+def read_identity_map(path: Path) -> dict[int, list[str]]:
+    """Read `id_caption_map_*_RGB.json`: the unique visible captions of each identity, the witness pool.
+
+    Raises:
+        ValueError: a file of another format.
+    """
+    entries = _load_json(path)
+    if not isinstance(entries, dict) or not all(
+        str(pid).isdigit() and isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+        for pid, texts in entries.items()
+    ):
+        raise ValueError(f"{path}: expected {{identity number: [captions]}}, got another format. Restore the file.")
+    return {int(pid): texts for pid, texts in entries.items()}
+
+
+def read_sysu_arrays(folder: Path, manifest: pa.Table, modality: str) -> dict[str, Caption]:
+    """Read SYSU-MM01's training texts, arrays aligned with the released training arrays.
+
+    `train_text_*.npy`, with `train_llm_text_*.npy` (rephrases) and `train_text_label_*.npy` (checked) where they are.
+    Position i is image i of the training identities (train and val) sorted by identity, camera and file.
+
+    Args:
+        folder: Blip_RGB or Blip_IR.
+        manifest: of SYSU-MM01.
+        modality: visible or infrared.
+
+    Returns:
+        Image -> caption; empty when the folder has no such array.
+
+    Raises:
+        ValueError: arrays of objects or of another length, or labels that change where the identity does not.
+
+    Source: METHOD 5. Differs: none known.
+    """
+    sensor = SENSORS[modality]
+    arrays = {path.name.removesuffix(f"_{sensor}.npy"): path for path in sorted(folder.glob(f"train_*_{sensor}.npy"))}
+    paths = {
+        kind: next((path for name, path in arrays.items() if name.rpartition("_")[0] == kind), None)
+        for kind in ("train_text", "train_llm_text", "train_text_label")
+    }
+    if paths["train_text"] is None:
+        return {}
+    rows = select(manifest, split=("train", "val"), modality=modality)
+    rows = rows.sort_by([("pid", "ascending"), ("camid", "ascending"), ("image", "ascending")])
+    texts = _read_array(paths["train_text"], rows.num_rows)
+    rephrases: Sequence[str | None] = [None] * rows.num_rows
+    if paths["train_llm_text"] is not None:
+        rephrases = _read_array(paths["train_llm_text"], rows.num_rows).tolist()
+    if paths["train_text_label"] is not None:
+        pids = rows["pid"].to_pylist()
+        labels = _read_array(paths["train_text_label"], rows.num_rows)
+        pairs = set(zip(pids, labels, strict=True))
+        if len(pairs) != len(set(pids)) or len(pairs) != len(set(labels)):
+            raise ValueError(
+                f"{paths['train_text_label']}: expected one label an identity, got {len(pairs)} pairs of "
+                f"{len(set(pids))} identities and {len(set(labels))} labels. The texts are of other images or of "
+                "another order; restore the dataset and its Text folder together."
+            )
+    captions = [
+        Caption(str(text), None if aug is None else str(aug)) for text, aug in zip(texts, rephrases, strict=True)
+    ]
+    return dict(zip(rows["image"].to_pylist(), captions, strict=True))
+
+
+def collect(text_dir: Path, manifest: pa.Table) -> Collected:
+    """Read every caption file of a Text folder and say what fits and what does not.
+
+    Raises:
+        ValueError: no caption file of a modality that the manifest has, or a file of another format.
+    """
+    names = _names(manifest["image"].to_pylist())
+    found: dict[str, Caption] = {}
+    unknown: dict[Path, list[str]] = {}
+    differing: list[str] = []
+    identity_texts: dict[int, list[str]] = {}
+    for modality, sensor in SENSORS.items():
+        if not select(manifest, modality=modality).num_rows:
+            continue
+        folder = text_dir / f"Blip_{sensor}"
+        flat = "" if folder.is_dir() else f"_{sensor}"
+        folder = folder if folder.is_dir() else text_dir
+        plain = sorted(folder.glob(f"caption_dict_*{flat}.json"))[:1]
+        rephrased = sorted(folder.glob(f"caption_llm_dict_*{flat}.json"))[:1]
+        arrays = read_sysu_arrays(folder, manifest, modality)
+        if not plain and not rephrased and not arrays:
+            raise ValueError(
+                f"captions: expected {text_dir}/Blip_{sensor}/caption_llm_dict_*.json or caption_dict_*.json, got "
+                "neither. Copy the published Text folder into the dataset or set data.captions."
+            )
+        listed: dict[str, Caption] = {}
+        for path in (*plain, *rephrased):
+            for key, entry in _read_json(path).items():
+                image = _match(key, names)
+                if image is None:
+                    unknown.setdefault(path, []).append(key)
+                    continue
+                if image in listed and listed[image].caption != entry.caption:
+                    differing.append(image)
+                listed[image] = entry
+        found |= arrays | listed
+        if modality == "visible":
+            for path in sorted(folder.glob("id_caption_map_*RGB.json"))[:1]:
+                identity_texts = read_identity_map(path)
+    return Collected(found=found, unknown=unknown, differing=differing, identity_texts=identity_texts)
+
+
+def write_published(
+    text_dir: Path, captions: pa.Table, manifest: pa.Table, *, key_root: str = "", arrays: bool = False
+) -> None:
+    """Write caption files in the published layout, byte for byte as the released dictionaries are written.
+
+    `Blip_{RGB,IR}/caption_dict_Blip_*.json`, `caption_llm_dict_Blip_*.json` (images with a rephrase) and
+    `Blip_RGB/id_caption_map_Blip_RGB.json`. Entries follow the caption table.
+
+    Args:
+        text_dir: the folder to fill, made if need be.
+        captions: caption table of images of the manifest.
+        manifest: says modality and identity.
+        key_root: put before every image path, e.g. `datasets/regdb/`, as the released code looks keys up by it.
+        arrays: also SYSU-MM01's `train_text_*`, `train_llm_text_*` and `train_text_label_*.npy`.
+
+    Raises:
+        ValueError: arrays are asked for and a training image has no caption.
+
+    Source: METHOD 5. Differs: the released map lists an identity's captions in the order of a Python set, which nobody
+        can repeat; ours lists them as they come.
+    """
+    modality_of = dict(zip(manifest["image"].to_pylist(), manifest["modality"].to_pylist(), strict=True))
+    pid_of = dict(zip(manifest["image"].to_pylist(), manifest["pid"].to_pylist(), strict=True))
+    for modality, sensor in SENSORS.items():
+        rows = [row for row in captions.to_pylist() if modality_of[row["image"]] == modality]
+        folder = text_dir / f"Blip_{sensor}"
+        folder.mkdir(parents=True, exist_ok=True)
+        keys = [key_root + _published_name(row["image"]) for row in rows]
+        plain = {key: {"description": row["caption"]} for key, row in zip(keys, rows, strict=True)}
+        rephrased = {
+            key: {"description": row["caption"], "aug_description": row["rephrased"]}
+            for key, row in zip(keys, rows, strict=True)
+            if row["rephrased"] is not None
+        }
+        _write_json(folder / f"caption_dict_Blip_{sensor}.json", plain, indent=None)
+        if rephrased:
+            _write_json(folder / f"caption_llm_dict_Blip_{sensor}.json", rephrased, indent=4)
+        if modality == "visible":
+            texts: dict[int, dict[str, None]] = {}
+            for row in rows:
+                texts.setdefault(pid_of[row["image"]], {})[row["caption"]] = None
+            by_identity = {str(pid): list(texts[pid]) for pid in sorted(texts)}
+            _write_json(folder / f"id_caption_map_Blip_{sensor}.json", by_identity, indent=4)
+        if arrays:
+            _write_sysu_arrays(folder, captions, manifest, modality)
+
+
+def _write_sysu_arrays(folder: Path, captions: pa.Table, manifest: pa.Table, modality: str) -> None:
+    rows = select(manifest, split=("train", "val"), modality=modality)
+    rows = rows.sort_by([("pid", "ascending"), ("camid", "ascending"), ("image", "ascending")])
+    written = {row["image"]: row for row in captions.to_pylist()}
+    _require_all(rows, written, {})
+    plain, rephrased = texts_of(captions, rows["image"].to_pylist())
+    # Labels number all training identities, so both modalities share them.
+    pids = np.unique(select(manifest, split=("train", "val"))["pid"].to_numpy())
+    labels = np.searchsorted(pids, rows["pid"].to_numpy())
+    sensor = SENSORS[modality]
+    np.save(folder / f"train_text_Blip_{sensor}.npy", np.array(plain))
+    np.save(folder / f"train_llm_text_Blip_{sensor}.npy", np.array(rephrased))
+    np.save(folder / f"train_text_label_Blip_{sensor}.npy", labels)
+
+
+def _table(entries: Iterable[tuple[str, Caption, str]]) -> pa.Table:
+    rows = [
+        {
+            "image": image,
+            "caption": entry.caption,
+            "rephrased": entry.rephrased,
+            "captioner": captioner,
+            "revision": None,
+        }
+        for image, entry, captioner in entries
+    ]
+    return pa.Table.from_pylist(rows, schema=CAPTION_SCHEMA)
+
+
+def _require_all(manifest: pa.Table, found: Mapping[str, object], unknown: Mapping[Path, list[str]]) -> None:
+    missing = [image for image in manifest["image"].to_pylist() if image not in found]
+    if not missing:
+        return
+    stray = [
+        f" {len(keys)} keys of {path} belong to no image, the first {keys[0]!r}." for path, keys in unknown.items()
+    ]
+    raise ValueError(
+        f"captions: expected one an image, got none for {len(missing)} of {manifest.num_rows}, the first "
+        f"{missing[0]}.{''.join(stray)} Caption these images or restore the caption files."
+    )
+
+
+def identity_captions(
+    manifest: pa.Table, found: Mapping[str, Caption], identity_texts: Mapping[int, list[str]]
+) -> dict[str, str]:
+    """One of its identity's captions, in turn, for every visible test image that has none."""
+    given: dict[int, int] = {}
+    spread: dict[str, str] = {}
+    visible = select(manifest, split=TEST_SPLITS, modality="visible")
+    for image, pid in zip(visible["image"].to_pylist(), visible["pid"].to_pylist(), strict=True):
+        texts = identity_texts.get(pid)
+        if image not in found and texts:
+            spread[image] = texts[given.setdefault(pid, 0) % len(texts)]
+            given[pid] += 1
+    return spread
+
+
+def _load_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}. Restore the file.") from None
+
+
+def _read_json(path: Path) -> dict[str, Caption]:
+    entries = _load_json(path)
+    if not isinstance(entries, dict):
+        raise ValueError(f'{path}: expected {{image path: {{"description": ...}}}}, got another format.')
+    captions = {}
+    for key, entry in entries.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("description"), str):
+            raise ValueError(
+                f'{path}: expected {{image path: {{"description": ...}}}}, got another format at {key!r}. '
+                "Restore the file."
+            )
+        unknown = sorted(set(entry) - set(_FIELDS))
+        if unknown:
+            raise ValueError(f"{path}: expected {' and '.join(_FIELDS)}, got the key {unknown[0]!r} at {key!r}.")
+        captions[key] = Caption(entry["description"], entry.get("aug_description"))
+    return captions
+
+
+def _read_array(path: Path, length: int) -> npt.NDArray[Any]:
+    try:
+        array: npt.NDArray[Any] = np.load(path, allow_pickle=False)
+    except ValueError:
+        raise ValueError(
+            f"{path}: expected an array of text or labels, got pickled objects or no array. Save it with numpy as text."
+        ) from None
+    if array.shape != (length,):
+        raise ValueError(
+            f"{path}: expected {length} entries, one a training image (train and val), got shape {array.shape}. "
+            "Restore the dataset and its Text folder together."
+        )
+    return array
+
+
+def _write_json(path: Path, entries: object, *, indent: int | None) -> None:
+    path.write_text(json.dumps(entries, indent=indent), encoding="utf-8")
+
+
+def _published_name(image: str) -> str:
+    """The path that a published file knows an image by: LLCM's `test_nir/camC/ID/x.jpg` is `nir/ID/x.jpg` there."""
+    top, _, rest = image.partition("/")
+    if top in ("test_vis", "test_nir") and rest.startswith("cam"):
+        return f"{top.removeprefix('test_')}/{rest.partition('/')[2]}"
+    return image
+
+
+def _names(images: Iterable[str]) -> dict[str, str]:
+    """Every path that a caption file may know an image by -> the image."""
+    names: dict[str, str] = {}
+    for image in images:
+        names.setdefault(_published_name(image), image)
+        names[image] = image
+    return names
+
+
+def _match(key: str, names: Mapping[str, str]) -> str | None:
+    parts = key.replace("\\", "/").split("/")
+    for start in range(len(parts)):
+        image = names.get("/".join(parts[start:]))
+        if image is not None:
+            return image
+    return None
+
+
+def _without_root(key: str) -> str:
+    parts = key.replace("\\", "/").split("/")
+    tops = [i for i, part in enumerate(parts[:-1]) if part in _TOPS]
+    # LLCM's test folders and one's own tree nest a camera folder; the dataset begins at the first of adjoining tops.
+    while len(tops) > 1 and tops[-2] == tops[-1] - 1:
+        tops.pop()
+    return "/".join(parts[tops[-1] if tops else 0 :])

@@ -1,0 +1,9 @@
+"""The charts of the result page, each as one self-contained inline SVG string.
+
+Every chart is a function from arrays to SVG, drawn on its own `matplotlib.figure.Figure`: pyplot and its
+global figures are never used. Sizes are CSS pixels (one SVG unit = one pixel), so a 12-unit label is a
+12-pixel label on the page. Text stays text and takes the page's font. A query modality has the same colour
+and marker in every chart.
+
+Shape suffixes: Q query rows, G gallery rows, N rows of both, D feature.
+"""

@@ -1,0 +1,264 @@
+"""Charts of retrieval features: t-SNE, and the distances of same and different identities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.collections import LineCollection
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from tvilfm.report.charts.style import (
+    INK,
+    LEGEND,
+    MUTED,
+    QUERY_COLORS,
+    QUERY_MARKERS,
+    FloatArray,
+    IntArray,
+    inside,
+    new_figure,
+    ordered,
+    svg,
+)
+from tvilfm.report.tables import QUERY_LABELS
+
+TSNE_IDENTITIES = 20
+TSNE_IMAGES_PER_SIDE = 12
+# Beyond this many points in one chart the points become one bitmap inside the SVG.
+VECTOR_POINTS = 2000
+DISTANCE_PAIRS = 4_000_000
+
+
+class RetrievalFeatures(NamedTuple):
+    """What one query modality searched with, and what it searched in.
+
+    Args:
+        query_QD: float32, unit vectors.
+        query_pids: int, Q.
+        gallery_GD: float32, unit vectors (visible images).
+        gallery_pids: int, G.
+    """
+
+    query_QD: FloatArray
+    query_pids: IntArray
+    gallery_GD: FloatArray
+    gallery_pids: IntArray
+
+
+def tsne_chart(features: Mapping[str, RetrievalFeatures], *, seed: int = 0, panel: int = 280) -> str | None:
+    """Draw queries and visible gallery of up to 20 identities in two dimensions, one panel a query modality.
+
+    Colour is identity, shape is modality; a thin line joins a query to the middle of its identity's gallery
+    images. The same identities are drawn in every panel. t-SNE keeps neighbourhoods, not distances: compare
+    the mixing of shapes inside a colour, not the gaps between colours.
+
+    Args:
+        features: query modality -> unit vectors and identities of both sides.
+        seed: of the choice of identities and images and of t-SNE.
+        panel: width of one panel in pixels.
+
+    Returns:
+        SVG text, or None where no identity is in every panel or a panel would have fewer than 6 points.
+
+    Source: the paper, figure 4.
+    """
+    queries = ordered(features)
+    shared: set[int] | None = None
+    for query in queries:
+        _, query_pids, _, gallery_pids = features[query]
+        both = set(query_pids.tolist()) & set(gallery_pids.tolist())
+        shared = both if shared is None else shared & both
+    if not shared:
+        return None
+    generator = np.random.default_rng(seed)
+    pids = np.sort(generator.permutation(np.array(sorted(shared)))[:TSNE_IDENTITIES])
+
+    panels = []
+    for query in queries:
+        query_QD, query_pids, gallery_GD, gallery_pids = features[query]
+        query_index = _pick(query_pids, pids, generator)
+        gallery_index = _pick(gallery_pids, pids, generator)
+        points_ND = np.concatenate([query_QD[query_index], gallery_GD[gallery_index]])
+        if len(points_ND) < 6:
+            return None
+        embedded = _embed(points_ND, seed)
+        labels = np.concatenate([query_pids[query_index], gallery_pids[gallery_index]])
+        panels.append((query, embedded, labels, len(query_index)))
+
+    colors = _identity_colors(len(pids))
+    raster = sum(len(labels) for _, _, labels, _ in panels) > VECTOR_POINTS
+    with new_figure(panel * len(queries), panel + 30) as figure:
+        axes = np.atleast_1d(figure.subplots(1, len(queries)))
+        for axis, (query, embedded, labels, num_queries) in zip(axes, panels, strict=True):
+            for color, pid in zip(colors, pids, strict=True):
+                mine = labels == pid
+                query_points = embedded[:num_queries][mine[:num_queries]]
+                gallery_points = embedded[num_queries:][mine[num_queries:]]
+                middle = np.median(gallery_points, axis=0)
+                axis.add_collection(
+                    LineCollection(
+                        [[point, middle] for point in query_points],
+                        colors=[color],
+                        linewidths=0.6,
+                        alpha=0.35,
+                        rasterized=raster,
+                    )
+                )
+                axis.scatter(
+                    *gallery_points.T,
+                    s=26,
+                    marker="o",
+                    facecolor="white",
+                    edgecolor=color,
+                    linewidth=1.3,
+                    zorder=2,
+                    rasterized=raster,
+                )
+                axis.scatter(
+                    *query_points.T,
+                    s=26,
+                    marker=QUERY_MARKERS[query],
+                    color=color,
+                    linewidth=0,
+                    alpha=0.9,
+                    zorder=3,
+                    rasterized=raster,
+                )
+            axis.set_title(QUERY_LABELS[query], color=QUERY_COLORS[query])
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.margins(0.05)
+            for spine in axis.spines.values():
+                spine.set_visible(True)
+            shape: dict[str, Any] = {"color": MUTED, "linestyle": "none", "markersize": 6}
+            handles = [
+                Line2D([], [], marker=QUERY_MARKERS[query], label="query", **shape),
+                Line2D([], [], marker="o", markerfacecolor="white", label="visible gallery", **shape),
+            ]
+            axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, 0), ncols=2, **LEGEND)
+        return svg(
+            figure,
+            "tsne",
+            f"t-SNE of queries and gallery of {len(pids)} identities, one panel a query modality",
+        )
+
+
+def distance_chart(features: Mapping[str, RetrievalFeatures], *, seed: int = 0, panel: int = 280) -> str | None:
+    """Draw the cosine distances of query-gallery pairs of one person and of different people, with their gap delta.
+
+    All pairs are used, without a protocol's camera rule; a random part of the queries where there are more
+    than four million pairs.
+
+    Args:
+        features: query modality -> unit vectors and identities of both sides.
+        seed: of the choice of queries.
+        panel: width of one panel in pixels.
+
+    Returns:
+        SVG text, or None where no modality has both kinds of pairs.
+
+    Source: the paper, figure 4.
+    """
+    panels = []
+    for query in ordered(features):
+        same, different = pair_distances(features[query], seed=seed)
+        if len(same) and len(different):
+            panels.append((query, same, different))
+    if not panels:
+        return None
+    low = min(float(np.quantile(same, 0.001)) for _, same, _ in panels)
+    high = max(float(np.quantile(different, 0.9999)) for _, _, different in panels)
+    high = max(high, max(float(np.quantile(same, 0.9999)) for _, same, _ in panels))
+    edges = np.linspace(low, max(high, low + 1e-3), 61)
+    with new_figure(panel * len(panels), 270) as figure:
+        axes = np.atleast_1d(figure.subplots(1, len(panels), sharex=True))
+        for axis, (query, same, different) in zip(axes, panels, strict=True):
+            color = QUERY_COLORS[query]
+            top = 0.0
+            for values, shade, alpha in ((different, "#8b949e", 0.35), (same, color, 0.45)):
+                density, _ = np.histogram(values, bins=edges, density=True)
+                axis.stairs(density, edges, fill=True, color=shade, alpha=alpha, linewidth=0)
+                axis.stairs(density, edges, color=shade, linewidth=1.4)
+                top = max(top, float(density.max()))
+            near, far = float(same.mean()), float(different.mean())
+            for mean, shade in ((near, color), (far, MUTED)):
+                axis.plot([mean, mean], [0, 1.12 * top], color=shade, linestyle="--", linewidth=1.5)
+            axis.annotate(
+                "",
+                (far, 1.12 * top),
+                (near, 1.12 * top),
+                arrowprops={"arrowstyle": "<->", "color": INK, "linewidth": 1, "shrinkA": 0, "shrinkB": 0},
+            )
+            axis.text(
+                inside((near + far) / 2, edges),
+                1.17 * top,
+                f"δ = {far - near:.3f}",
+                ha="center",
+                va="bottom",
+                fontsize=12.5,
+                fontweight="bold",
+            )
+            axis.set_title(QUERY_LABELS[query], color=color)
+            axis.set_xlim(edges[0], edges[-1])
+            axis.set_ylim(0, 1.36 * top)
+            axis.set_yticks([])
+            axis.spines["left"].set_visible(False)
+            axis.set_xlabel("cosine distance")
+            handles = [
+                Patch(facecolor=color, alpha=0.6, label=f"same person, mean {near:.3f}"),
+                Patch(facecolor="#8b949e", alpha=0.5, label=f"different people, mean {far:.3f}"),
+            ]
+            axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, -0.24), ncols=1, **LEGEND)
+        return svg(
+            figure,
+            "distances",
+            "Distances of same-person and different-person pairs, one panel a query modality",
+        )
+
+
+def pair_distances(features: RetrievalFeatures, *, seed: int = 0) -> tuple[FloatArray, FloatArray]:
+    """Return the cosine distances (1 - similarity) of same-person pairs and of different-person pairs.
+
+    Args:
+        features: unit vectors and identities of both sides.
+        seed: of the choice of queries where all pairs would be more than four million.
+    """
+    query_QD, query_pids, gallery_GD, gallery_pids = features
+    most = max(1, DISTANCE_PAIRS // max(1, len(gallery_pids)))
+    if len(query_pids) > most:
+        chosen = np.random.default_rng(seed).permutation(len(query_pids))[:most]
+        query_QD, query_pids = query_QD[chosen], query_pids[chosen]
+    distance_QG = 1 - query_QD @ gallery_GD.T
+    same_QG = query_pids[:, None] == gallery_pids[None, :]
+    return distance_QG[same_QG], distance_QG[~same_QG]
+
+
+def _pick(all_pids: IntArray, pids: IntArray, generator: np.random.Generator) -> IntArray:
+    """Choose up to `TSNE_IMAGES_PER_SIDE` rows of each identity."""
+    rows = [generator.permutation(np.flatnonzero(all_pids == pid))[:TSNE_IMAGES_PER_SIDE] for pid in pids]
+    return np.concatenate(rows)
+
+
+def _embed(points_ND: FloatArray, seed: int) -> FloatArray:
+    # Imported here: it takes a second, and only this chart needs it.
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # it ships no types
+
+    # scikit-learn wants perplexity < number of points; a third leaves each point a neighbourhood of its own.
+    perplexity = min(30.0, max(2.0, (len(points_ND) - 1) / 3))
+    model = TSNE(n_components=2, perplexity=perplexity, init="pca", random_state=seed, learning_rate="auto")
+    # A few hundred points: waiting threads cost more than they do, many times more on a busy machine.
+    with threadpool_limits(1):
+        embedded: FloatArray = model.fit_transform(np.ascontiguousarray(points_ND, dtype=np.float32))
+    return embedded
+
+
+def _identity_colors(count: int) -> list[tuple[float, float, float]]:
+    """Spread hues evenly and alternate three lightnesses, so that neighbours differ in both."""
+    import colorsys
+
+    lightness = (0.36, 0.62, 0.48)
+    return [colorsys.hls_to_rgb(index / max(1, count), lightness[index % 3], 0.72) for index in range(count)]
