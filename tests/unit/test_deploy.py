@@ -366,7 +366,9 @@ def test_every_target_renders() -> None:
 
 
 def test_the_dockerfile_copies_what_there_is_and_runs_as_nobody_special() -> None:
-    lines = (REPOSITORY / "cluster" / "deploy" / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    lines = (
+        (REPOSITORY / "cluster" / "machines" / "templates" / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    )
     copies = [line.split()[1:] for line in lines if line.startswith("COPY")]
     sources = [word for words in copies for word in words[:-1] if not word.startswith("--")]
     assert {"pyproject.toml", "constraints.txt", "tvilfm", "cluster", "tune_spaces", "ray_config.yaml"} <= set(sources)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tvilfm.datasets import synthetic
+from tvilfm.datasets.synthetic import people as people_module
 from tvilfm.datasets.synthetic.layouts import SIZES, Size, write_sysu_layout
 from tvilfm.datasets.synthetic.people import ATTRIBUTES, COLOUR_ATTRIBUTES, RGB, SHAPE_ATTRIBUTES, draw_people
-from tvilfm.datasets.synthetic.rendering import INFRARED_CAMERAS, render
+from tvilfm.datasets.synthetic.rendering import INFRARED_CAMERAS, Rendering, render
 from tvilfm.datasets.synthetic.sentences import CONFUSED_COLOURS, SYNONYMS, observe, write_sentence
 
 TREE = Size(train=3, val=1, test=2, images_per_camera=1)
@@ -101,7 +101,7 @@ def test_no_infrared_observation_of_many_people_holds_a_colour() -> None:
     rng = np.random.default_rng(0)
     seen_colours = 0
     for person in draw_people(200, seed=3):
-        rendering = synthetic.Rendering(pixels=np.zeros((96, 48, 3), np.uint8), seen=frozenset(ATTRIBUTES))
+        rendering = Rendering(pixels=np.zeros((96, 48, 3), np.uint8), seen=frozenset(ATTRIBUTES))
         believed = observe(person, rendering, rng, infrared=True)
         assert not set(believed) & set(COLOUR_ATTRIBUTES)
         assert not COLOUR_WORDS & set(re.findall(r"[a-z-]+", write_sentence(believed, rng)))
@@ -112,9 +112,7 @@ def test_no_infrared_observation_of_many_people_holds_a_colour() -> None:
 
 def test_a_captioner_names_only_what_the_picture_shows() -> None:
     person = draw_people(1, seed=0)[0]
-    rendering = synthetic.Rendering(
-        pixels=np.zeros((96, 48, 3), np.uint8), seen=frozenset(ATTRIBUTES) - {"shoe_colour", "hat"}
-    )
+    rendering = Rendering(pixels=np.zeros((96, 48, 3), np.uint8), seen=frozenset(ATTRIBUTES) - {"shoe_colour", "hat"})
     rng = np.random.default_rng(0)
     for _ in range(100):
         assert not {"shoe_colour", "hat"} & set(observe(person, rendering, rng, infrared=False))
@@ -125,7 +123,7 @@ def test_captions_miss_and_mistake_attributes_as_often_as_said() -> None:
     missed, wrong, total = 0, 0, 0
     people = draw_people(300, seed=5)
     for person in people:
-        rendering = synthetic.Rendering(pixels=np.zeros((96, 48, 3), np.uint8), seen=frozenset(ATTRIBUTES))
+        rendering = Rendering(pixels=np.zeros((96, 48, 3), np.uint8), seen=frozenset(ATTRIBUTES))
         believed = observe(person, rendering, rng, infrared=False)
         assert "sex" in believed
         for name, value in person.attributes.items():
@@ -170,7 +168,7 @@ def test_more_people_than_combinations_are_refused(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError, match=f"identities: expected at most {capacity}, got {capacity + 1}"):
         draw_people(capacity + 1, seed=0)
     monkeypatch.setattr(
-        synthetic, "COLOUR_ATTRIBUTES", {name: values[:1] for name, values in COLOUR_ATTRIBUTES.items()}
+        people_module, "COLOUR_ATTRIBUTES", {name: values[:1] for name, values in COLOUR_ATTRIBUTES.items()}
     )
     assert len({tuple(p.attributes.items()) for p in draw_people(24, seed=0)}) == 24
 
