@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -93,7 +94,7 @@ def _job(folder: Path, names: Sequence[str], core: int) -> float:
     captioner = CaptionerSection(model=str(folder / "captioner"), max_new_tokens=TOKENS)
     section = CaptionSection(visible=captioner, batch=BATCH)
     rows = pa.table({"image": names, "modality": ["visible"] * len(names)})
-    options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+    options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     ray.init(address="local", runtime_env={"worker_process_setup_hook": pin}, **options)
     try:

@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def _summary(results: list[Results]) -> dict[str, dict[str, dict[str, float | li
     return summary
 
 
-def _markdown(summary: dict[str, dict[str, dict[str, dict[str, Any]]]], chance: dict[str, float]) -> str:
+def _markdown(summary: dict[str, dict[str, dict[str, dict[str, Any]]]], chance: Mapping[str, float]) -> str:
     chances = ", ".join(f"{protocol} {100 * value:.2f}" for protocol, value in chance.items())
     lines = [
         "`python -m benchmarks.demo_seeds`: mean ± standard deviation over training seeds, percent.",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -86,7 +87,7 @@ def evaluate_ensemble(evaluator: Evaluator) -> list[RankingMetrics]:
 
 def sysu_sized_evaluator(rng: np.random.Generator) -> Callable[[EnsembleWeights], Evaluator]:
     """Evaluators, one for each weighting, of a test split with SYSU-MM01's numbers of queries and gallery images."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for place in np.sort(rng.permutation(IDENTITIES * 4)[:SHOWN]):
         pid, camid = int(place) // 4, (1, 2, 4, 5)[place % 4]
         rows += [_row(pid, camid, n, "visible", "gallery") for n in range(IMAGES_PER_CAMERA)]
@@ -98,12 +99,13 @@ def sysu_sized_evaluator(rng: np.random.Generator) -> Callable[[EnsembleWeights]
     ]
     captions_table = pa.Table.from_pylist(captions, schema=CAPTION_SCHEMA)
     spec = ModelSpec(backbone="resnet50", num_classes=8, text_width=64, text_layers=1, text_heads=1)
+    pids = [int(row["pid"]) for row in rows]
     person_ID = rng.standard_normal((IDENTITIES, spec.dim), dtype=np.float32)
 
     def features(keys: list[str], kinds: list[str]) -> FeatureTable:
         noise, signal = (np.array([of[kind] for kind in kinds], dtype=np.float32)[:, None] for of in (NOISE, SIGNAL))
         vectors_ND: npt.NDArray[np.float32] = rng.standard_normal((len(keys), spec.dim), dtype=np.float32) * noise
-        return FeatureTable(keys=tuple(keys), vectors_ND=vectors_ND + signal * person_ID[[row["pid"] for row in rows]])
+        return FeatureTable(keys=tuple(keys), vectors_ND=vectors_ND + signal * person_ID[pids])
 
     modalities = [row["modality"] for row in rows]
     images = features([row["image"] for row in rows], modalities)
@@ -120,7 +122,7 @@ def sysu_sized_evaluator(rng: np.random.Generator) -> Callable[[EnsembleWeights]
     return make
 
 
-def _row(pid: int, camid: int, number: int, modality: str, split: str) -> dict[str, object]:
+def _row(pid: int, camid: int, number: int, modality: str, split: str) -> dict[str, Any]:
     image = f"cam{camid}/{pid:04d}/{number:04d}.jpg"
     return {"image": image, "pid": pid, "camid": camid, "modality": modality, "split": split}
 

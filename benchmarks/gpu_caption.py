@@ -86,7 +86,8 @@ def build_blip(size: str, *, device: str = "cpu", dtype: torch.dtype = torch.flo
     model.text_decoder.generation_config.min_new_tokens = shape["tokens"]
     processor = BlipImageProcessor(size={"height": shape["image_size"], "width": shape["image_size"]})
     section = CaptionerSection(model=f"random BLIP, {size}", max_new_tokens=shape["tokens"])
-    return Captioner(section, model.to(device, dtype).eval(), None, processor, tokenizer, "random")
+    network: Any = model  # its types take a model for `to`
+    return Captioner(section, network.to(device, dtype).eval(), None, processor, tokenizer, "random")
 
 
 def crops(count: int) -> list[bytes]:
@@ -112,7 +113,7 @@ def measure(size: str, device: str, batches: list[int], *, seconds: float) -> li
     """
     half = torch.float16 if device == "cuda" else torch.float32
     files = crops(max(batches))
-    records = []
+    records: list[dict[str, Any]] = []
     for dtype, of_dtype in ({torch.float32: [1]} | {half: batches}).items():
         captioner = build_blip(size, device=device, dtype=dtype)
         for batch in of_dtype:
@@ -131,7 +132,7 @@ def measure(size: str, device: str, batches: list[int], *, seconds: float) -> li
                     "decode_share": (decode_s + inputs_s) / (decode_s + caption_s),
                 }
             )
-    one = next(record["images_per_s"] for record in records if record["batch"] == 1)
+    one: float = next(record["images_per_s"] for record in records if record["batch"] == 1)
     return [{**record, "times_one_at_a_time_float32": record["images_per_s"] / one} for record in records]
 
 

@@ -102,7 +102,7 @@ def _drive(folder: Path, workers: int, simulated: bool) -> dict[str, float]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     logs = Path(tempfile.mkdtemp(dir=folder))
-    options = {
+    options: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": "ERROR",
         "runtime_env": {"worker_process_setup_hook": _hook(str(logs), simulated)},

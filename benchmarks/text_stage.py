@@ -82,7 +82,7 @@ def _padded(batch: Batch) -> Batch:
 
 def _run(step: StageStep, optimizer: StageOptimizer, batch: Batch) -> None:
     optimizer.zero_grad()
-    torch.stack(list(step(batch).values())).sum().backward()
+    torch.stack(list(step(batch).values())).sum().backward()  # type: ignore[no-untyped-call]
     optimizer.step(torch.amp.GradScaler("cpu", enabled=False))
 
 

@@ -33,7 +33,7 @@ from cluster.stages.learning import Record
 from cluster.stages.results import RESULTS_FILES
 from cluster.trackers import check_trackers
 from tvilfm.config import ClusterSection, Config, known_keys, load_config, to_yaml, value_at
-from tvilfm.evaluation.evaluator import Split
+from tvilfm.evaluation.protocols import Split
 from tvilfm.evaluation.results import Results
 from tvilfm.evaluation.weight_sweep import MODALITIES, SweptMetric, sweep_ensemble, weight_grid
 from tvilfm.place import write_whole
@@ -265,7 +265,7 @@ def _tuner(sweep: Sweep, base: Config, *, resume: bool) -> Tuner:
         trainable,
         param_space=param_space,
         tune_config=TuneConfig(
-            num_samples=space.budget.num_samples if space.searcher == "optuna" else 1,
+            num_samples=(space.budget.num_samples or 1) if space.searcher == "optuna" else 1,
             max_concurrent_trials=space.budget.max_concurrent or _room(base.cluster),
             # A new process imports torch again; but one whose trial was stopped early still works on it, and Tune would
             # lose the next trial there.
@@ -373,13 +373,13 @@ def _with_best_weights(config: Config, sweep: Sweep, trial: Trial) -> Config:
 
 def _metrics(folder: Path, query: str) -> dict[str, float]:
     """Of a run's default table, the row of a query: `val_*` on validation identities, the others on test identities."""
-    found = {}
+    metrics: dict[str, float] = {}
     for split, names in METRICS.items():
         path = folder / RESULTS_FILES[split]
         if path.exists():
             (row,) = (row for row in Results.read(path).default_rows if row.query == query)
-            found |= {name: row.metric(name.removeprefix("val_")) for name in names}
-    return found
+            metrics |= {name: row.metric(name.removeprefix("val_")) for name in names}
+    return metrics
 
 
 def _records(sweep: Sweep, *, name: str, params: dict[str, Any], status: Status, reason: str) -> list[TrialRecord]:

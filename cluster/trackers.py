@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
@@ -47,7 +47,8 @@ def trackers(config: Config, *, group: str | None = None) -> Iterator[Sequence[T
         group: name of the sweep that the run is a trial of.
     """
     opened: list[Tracker] = [TensorBoardTracker(config)]
-    opened += [{"mlflow": MLflowTracker, "wandb": WandbTracker}[name](config, group) for name in config.run.trackers]
+    kinds: dict[str, Callable[[Config, str | None], Tracker]] = {"mlflow": MLflowTracker, "wandb": WandbTracker}
+    opened += [kinds[name](config, group) for name in config.run.trackers]
     with ExitStack() as stack:
         for tracker in opened:
             stack.push(lambda kind, *_, tracker=tracker: tracker.close(failed=kind is not None))

@@ -50,7 +50,7 @@ def serve_command(
     overrides: Overrides = None,
 ) -> None:
     """Serve a finished run over HTTP; where no gallery is named or made, its test images are indexed first."""
-    from cluster.serve import serve_forever
+    from cluster.serve.launch import serve_forever
 
     serve_forever(described(config, size, overrides), show=show)
 

@@ -192,7 +192,7 @@ def judge(config: Config, facts: Mapping[str, Facts], resources: Mapping[str, Ma
         facts: of every node that answered.
         resources: what Ray believes each node has.
     """
-    findings = []
+    findings: list[Finding] = []
     names = _names(facts)
     for node, found in facts.items():
         findings += _machine(config, names[node], found, resources[node])

@@ -321,7 +321,8 @@ def _pod(config: Config, role: str, cpus: int, memory_gb: int, gpus: int, *, wit
         "resources": {"requests": resources, "limits": resources},
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
     }
-    volumes, mounts = [], []
+    volumes: list[dict[str, Any]] = []
+    mounts: list[dict[str, Any]] = []
     if (storage := storage_folder(config)) is not None:
         volumes.append({"name": "storage", "persistentVolumeClaim": {"claimName": f"{section.name}-storage"}})
         mounts.append({"name": "storage", "mountPath": str(storage)})

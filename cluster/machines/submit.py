@@ -123,7 +123,7 @@ def parse(app: typer.Typer, arguments: Sequence[str], default_config: Path) -> C
                 f"submit: expected a command such as `-- run --size tiny`, got {shlex.join(arguments) or 'none'}. "
                 "`tvilfm --help` lists them."
             )
-        names.append(name)
+        names.append(str(name))
         command = command.commands[name]
     parameters = command.make_context(" ".join(("tvilfm", *names)), rest).params
     path = Path(parameters.get("config") or default_config)

@@ -91,11 +91,11 @@ def storage_folder(config: Config) -> Path | None:
 
 def paths_of(config: Config) -> dict[str, str]:
     """The paths in a description, dotted key -> path or URI; those of its cluster section are about this machine."""
-    found = {}
+    paths: dict[str, str] = {}
     for name, section in config:
         if isinstance(section, BaseModel) and name != "cluster":
-            found |= {f"{name}.{key}": str(value) for key, value in section if isinstance(value, Path)}
-    return found | ({"gallery.uri": config.gallery.uri} if config.gallery.uri else {})
+            paths |= {f"{name}.{key}": str(value) for key, value in section if isinstance(value, Path)}
+    return paths | ({"gallery.uri": config.gallery.uri} if config.gallery.uri else {})
 
 
 def is_relative(path: str) -> bool:
@@ -127,7 +127,7 @@ def excluded(config: Config, folder: Path) -> list[str]:
     """What of a folder stays on this machine, as gitignore patterns: `EXCLUDED`, data, runs, galleries, keys."""
     secrets = [path for path in (config.cluster.token_path, config.cluster.provider.ssh_key) if path is not None]
     named = [path for path in paths_of(config).values() if not Place(path).is_uri]
-    paths = [folder / Path(path).expanduser() for path in (*secrets, *named)]
+    paths: list[Path] = [folder / Path(path).expanduser() for path in [*map(str, secrets), *named]]
     inside = set()
     for meant in (os.path.abspath, os.path.realpath):  # Ray follows links, so that both ends of one stay
         here = meant(folder)

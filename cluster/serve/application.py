@@ -83,8 +83,7 @@ def application(args: dict[str, Any]) -> serve.Application:
     )
 
     def part(of: type, cpus: float, *, gpus: float = 0, **scale: Any) -> serve.Deployment:
-        return serve.deployment(
-            of,
+        deployment: serve.Deployment = serve.deployment(
             name=of.__name__,
             ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
             max_queued_requests=section.max_queued,
@@ -92,7 +91,8 @@ def application(args: dict[str, Any]) -> serve.Application:
             health_check_period_s=HEALTH_S,
             graceful_shutdown_timeout_s=5,
             **scale,
-        )
+        )(of)
+        return deployment
 
     load = {
         "min_replicas": section.encoders,
@@ -105,10 +105,9 @@ def application(args: dict[str, Any]) -> serve.Application:
     searcher = searchers.bind(config, space)
     writer = part(Writer, WRITER_CPUS, num_replicas=1).bind(config, space)
     ingress = serve.deployment(
-        serve.ingress()(Ingress),
         name="Ingress",
         ray_actor_options={"num_cpus": INGRESS_CPUS},
         max_ongoing_requests=UNDER_WAY,
         health_check_period_s=HEALTH_S,
-    )
+    )(serve.ingress()(Ingress))
     return ingress.bind(config, facts, encoder, searcher, writer)

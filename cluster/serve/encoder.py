@@ -41,8 +41,8 @@ class Encoder:
             captioner=None if self._captioner is None else self._caption,
         )
         self._batch = config.serve.batch
-        self.encode.set_max_batch_size(config.serve.batch)
-        self.encode.set_batch_wait_timeout_s(config.serve.batch_wait_ms / 1000)
+        self.encode.set_max_batch_size(config.serve.batch)  # type: ignore[attr-defined]
+        self.encode.set_batch_wait_timeout_s(config.serve.batch_wait_ms / 1000)  # type: ignore[attr-defined]
 
     @serve.batch
     async def encode(self, groups: list[Sequence[Question]]) -> list[list[Query]]:

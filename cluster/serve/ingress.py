@@ -33,9 +33,9 @@ class Ingress:
         self,
         config: Config,
         facts: ModelFacts,
-        encoder: DeploymentHandle,
-        searcher: DeploymentHandle,
-        writer: DeploymentHandle,
+        encoder: DeploymentHandle[Any],
+        searcher: DeploymentHandle[Any],
+        writer: DeploymentHandle[Any],
     ) -> None:
         self._config = config
         self._encoder, self._searcher, self._writer = encoder, searcher, writer
@@ -87,7 +87,7 @@ class Ingress:
     async def status(self) -> Status:
         return Status(**dict(self.facts), **await self._call(self._searcher.facts))
 
-    async def _call(self, method: DeploymentHandle, *arguments: Any, patience_s: float | None = PATIENCE_S) -> Any:
+    async def _call(self, method: DeploymentHandle[Any], *arguments: Any, patience_s: float | None = PATIENCE_S) -> Any:
         """What a part answers; once more if it dies meanwhile, or takes longer than that (None = for ever)."""
         for last in (False, True):
             try:

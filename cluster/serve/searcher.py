@@ -28,8 +28,8 @@ class SearcherReplica:
         self._searcher = Searcher(gallery, config.gallery, device=device)
         self._batch = config.serve.batch
         self._lock = threading.Lock()  # one refresh at a time; searches go on meanwhile
-        self.search.set_max_batch_size(config.serve.batch)
-        self.search.set_batch_wait_timeout_s(config.serve.batch_wait_ms / 1000)
+        self.search.set_max_batch_size(config.serve.batch)  # type: ignore[attr-defined]
+        self.search.set_batch_wait_timeout_s(config.serve.batch_wait_ms / 1000)  # type: ignore[attr-defined]
         threading.Thread(target=self._follow, args=(config.serve.follow_s,), daemon=True).start()
 
     @serve.batch

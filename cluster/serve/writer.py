@@ -48,7 +48,7 @@ class Writer:
         self._writer = GalleryWriter(self._gallery, audit)
         self._begun.set()
         if self._days is not None:
-            threading.Thread(target=self._retain, daemon=True).start()
+            threading.Thread(target=self._retain, args=(self._days,), daemon=True).start()
 
     def _begin_later(self) -> None:
         while not self._begun.is_set():
@@ -108,9 +108,9 @@ class Writer:
             self._on_disk = False
         return count
 
-    def _retain(self) -> None:
+    def _retain(self, days: int) -> None:
         while True:
-            oldest = datetime.now(UTC) - timedelta(days=self._days)
+            oldest = datetime.now(UTC) - timedelta(days=days)
             with keep_going("people who have to leave could not be removed from every file"):
                 self._writer.change("retention", partial(self._forget_before, oldest), by=None)
             time.sleep(RETENTION_S)

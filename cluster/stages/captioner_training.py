@@ -15,7 +15,7 @@ import torch
 
 from cluster.places.depot import Depot, fetched
 from cluster.stages.learning import METRICS_FILE, Record, write_records
-from cluster.stages.trainer import Reporter, last_checkpoint, trainer_of
+from cluster.stages.trainer import Reporter, last_checkpoint, returned, trainer_of
 from tvilfm.captioning.captioner import Captioner
 from tvilfm.captioning.conv_captioner import NAME, build_conv_captioner
 from tvilfm.captioning.finetune import Pairs, caption_pairs, finetune, mean_loss
@@ -70,7 +70,7 @@ def fit_captioner(
     }
     workers = config.cluster.train_workers
     result = trainer_of(_worker, job, folder, config.cluster, workers=workers, depot=depot).fit()
-    records, marks = result.return_value
+    records, marks = returned(result)
     write_records(folder / METRICS_FILE, records)
     marks.write(folder / "marks.json")
     assert result.checkpoint is not None

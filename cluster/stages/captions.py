@@ -8,7 +8,7 @@ from cluster.progress import ProgressFile
 from cluster.stages.stage import DATASET, Stage, StageJob
 from cluster.tables.captioning import caption_images
 from cluster.tables.rephrasing import rephrase_table
-from tvilfm.config import Config
+from tvilfm.config import CaptionerSection, Config
 from tvilfm.data.manifest import MODALITIES
 from tvilfm.datasets.caption_files import read_captions
 from tvilfm.place import Place
@@ -34,7 +34,7 @@ class Captions(Stage):
     def make(self, folder: Path, job: StageJob) -> None:
         section, progress = job.config.caption, ProgressFile(folder / "progress.json")
         if section.source == "finetuned":
-            captioners = {
+            captioners: dict[str, CaptionerSection] = {
                 modality: getattr(section, modality).model_copy(
                     update={"model": str(job.input(f"captioner_{modality}") / "captioner"), "revision": None}
                 )

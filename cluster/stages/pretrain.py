@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,9 @@ from safetensors.torch import save
 
 from cluster.places.depot import Depot
 from cluster.progress import ProgressFile
-from cluster.stages.learning import Record
 from cluster.stages.pixels import decode_dataset
 from cluster.stages.stage import Stage, StageJob
-from cluster.stages.trainer import read_job, read_pixels, trainer_of
+from cluster.stages.trainer import read_job, read_pixels, returned, trainer_of
 from tvilfm.config import Config
 from tvilfm.data.manifest import select
 from tvilfm.datasets import read_dataset
@@ -64,7 +64,7 @@ def fit_pretrain(folder: Path, config: Config, inputs: dict[str, str], depot: De
     """
     job = {"folder": str(folder), "config": config, "inputs": inputs, "depot": depot}
     result = trainer_of(_worker, job, folder, config.cluster, workers=1, depot=depot).fit()
-    (folder / FILE).write_bytes(result.return_value)
+    (folder / FILE).write_bytes(returned(result))
 
 
 def _worker(job: dict[str, Any]) -> bytes:
@@ -76,7 +76,7 @@ def _worker(job: dict[str, Any]) -> bytes:
     backbone = DualStemResNet(config.model.backbone)
     progress = ProgressFile(folder / "progress.json")
 
-    def on_step(record: Record) -> None:
+    def on_step(record: Mapping[str, float | int]) -> None:
         progress.update(int(record["step"]), int(record["num_steps"]), f"loss {record['loss']:.3f}")
 
     pretrain(

@@ -161,7 +161,8 @@ class StageJob:
 
     def input(self, name: str) -> Path:
         """Return the folder of a finished stage."""
-        return self._declared(self.folders, name)
+        folder: Path = self._declared(self.folders, name)
+        return folder
 
     def has(self, name: str) -> bool:
         """Return whether a stage is an input in this config."""

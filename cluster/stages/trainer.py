@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,13 +51,18 @@ def fit_network(
     """
     job = {"folder": str(folder), "config": config, "inputs": inputs, "depot": depot}
     result = trainer_of(worker, job, folder, config.cluster, workers=config.cluster.train_workers, depot=depot).fit()
-    write_records(folder / METRICS_FILE, result.return_value)
+    write_records(folder / METRICS_FILE, returned(result))
     assert result.checkpoint is not None
     with result.checkpoint.as_directory() as checkpoint:
         model = TVILFM.from_pretrained(Path(checkpoint) / "best")
         progress = json.loads((Path(checkpoint) / "progress.json").read_text())
     model.save_pretrained(folder / "model")
     (folder / "selection.json").write_text(json.dumps(progress))
+
+
+def returned(result: ray.train.Result) -> Any:
+    """Return what the worker of rank 0 returned."""
+    return result.return_value  # type: ignore[attr-defined]  # of Train V2, which Ray's types do not know
 
 
 def read_job(job: dict[str, Any]) -> tuple[Config, Path, dict[str, Path]]:
@@ -109,7 +114,7 @@ def trainer_of(
             name="train",
             storage_path=path,
             storage_filesystem=filesystem,
-            callbacks=[_Epochs(folder / METRICS_FILE)],
+            callbacks=[_Epochs(folder / METRICS_FILE)],  # type: ignore[list-item]  # of Train V2
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             failure_config=FailureConfig(max_failures=section.max_failures),
         ),
@@ -156,7 +161,7 @@ class Reporter:
         if resume is not None:
             self.records = read_records(resume / METRICS_FILE)
 
-    def on_step(self, record: Record) -> None:
+    def on_step(self, record: Mapping[str, float | int | str]) -> None:
         if self._rank == 0:
             steps = int(record["num_steps"])
             done = int(record["epoch"]) * steps + int(record["step"])
@@ -164,8 +169,8 @@ class Reporter:
             note = "  ".join(f"{key} {value:.3f}" for key, value in terms.items())
             self._progress.update(done, self._epochs * steps, note)
 
-    def on_epoch(self, record: Record, checkpoint: Path | None) -> None:
-        self.records.append(record)
+    def on_epoch(self, record: Mapping[str, float | int | str], checkpoint: Path | None) -> None:
+        self.records.append(dict(record))
         if checkpoint is None:
             ray.train.report({"records": self.records})
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -48,14 +49,14 @@ class Views(Stage):
 
 def evaluated_images(manifest: pa.Table) -> Images:
     """Return the images that any protocol may evaluate, by modality, with their pixel rows."""
-    images = {}
+    images: dict[str, tuple[list[str], list[int]]] = {}
     for modality in MODALITIES:
         subset = select(manifest, split=("val", *TEST_SPLITS), modality=modality)
         images[modality] = (subset["image"].to_pylist(), rows_of(manifest, subset).tolist())
     return images
 
 
-def pool_of(job: StageJob, model: str) -> dict[str, object]:
+def pool_of(job: StageJob, model: str) -> dict[str, Any]:
     """Return the arguments of an extraction with the model of a stage, see `encode_chunks`."""
     return {
         "model": job.input(model) / "model",

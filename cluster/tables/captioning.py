@@ -51,7 +51,7 @@ MIN_SIDE = 8  # pixels; what is smaller shows nobody
 MAX_BYTES = 256 << 20  # of a file; a mistaken video would fill a worker's memory before it is found to be no picture
 READERS = 8  # files that a decoding task reads at once: an object store takes 30 ms to answer
 # Not in the placement group of a Tune trial that the job may be a part of: that holds the trial's driver alone.
-ANYWHERE = PlacementGroupSchedulingStrategy(placement_group=None)
+ANYWHERE = PlacementGroupSchedulingStrategy(placement_group=None)  # type: ignore[arg-type]  # as its documentation says
 STORE_BYTES = 1 << 30  # of decoded pictures ahead of each actor, at most: seconds of work for the fastest GPU
 # A CPU that holds an actor has room for a decoder: actors that move to the last nodes of a cluster that lost others
 # would else leave none to decode on, and the job would hang.
@@ -290,7 +290,7 @@ def _caption(
 
 
 def _introduce(
-    jobs: Sequence[CaptionJob], out: str, resources: Mapping[str, float | None]
+    jobs: Sequence[CaptionJob], out: str, resources: Mapping[str, Any]
 ) -> list[tuple[int, int] | None]:
     """Note in the output folder who captions it, or refuse another captioner; the size each wants pictures in.
 
@@ -326,7 +326,7 @@ def _reports(
     chunks: pa.Table,
     size: tuple[int, int] | None,
     section: CaptionSection,
-    resources: Mapping[str, float | None],
+    resources: Mapping[str, Any],
 ) -> Iterator[dict[str, Any]]:
     """Caption chunks; what the actors report of each."""
     workers = min(section.workers, chunks.num_rows)

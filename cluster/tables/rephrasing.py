@@ -16,7 +16,7 @@ import tempfile
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -378,12 +378,15 @@ def _through_vllm(job: _Job, rows: pa.Table) -> Iterator[int]:
 
 def _one_pass(
     job: _Job, rows: pa.Table, processor: Callable[[ray.data.Dataset], ray.data.Dataset], *, last: bool
-) -> Iterator[int]:
+) -> Generator[int, None, pa.Table]:
     """Write what a pass over the rows got right, on the last pass also what stays; the rest is returned."""
     batch = job.section.batch
     blocks = [rows.slice(start, batch) for start in range(0, rows.num_rows, batch)]
     again = []
-    for answered in processor(ray.data.from_arrow(blocks)).iter_batches(batch_size=batch, batch_format="pyarrow"):
+    answers: Iterator[pa.Table] = processor(ray.data.from_arrow(blocks)).iter_batches(  # type: ignore[assignment]
+        batch_size=batch, batch_format="pyarrow"
+    )
+    for answered in answers:
         kept = pa.array([False] * answered.num_rows) if last else pc.is_valid(answered["refused"])
         settled = answered.filter(pc.invert(kept)).to_pylist()
         again += answered["image"].filter(kept).to_pylist()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
@@ -36,10 +36,10 @@ LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's conversion to gra
 class Listener(Protocol):
     """Told of what happens; every worker calls it alike."""
 
-    def on_step(self, record: dict[str, float | int]) -> None:
+    def on_step(self, record: Mapping[str, float | int]) -> None:
         """After each step: epoch, step, num_steps, loss."""
 
-    def on_epoch(self, record: dict[str, float | int], checkpoint: Path | None) -> None:
+    def on_epoch(self, record: Mapping[str, float | int], checkpoint: Path | None) -> None:
         """After each epoch: mean loss, seconds; worker 0 brings a checkpoint folder to keep."""
 
 

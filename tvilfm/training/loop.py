@@ -10,7 +10,7 @@ import math
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -37,10 +37,10 @@ AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 class Listener(Protocol):
     """Told by a stage of what happens; every worker calls it alike."""
 
-    def on_step(self, record: dict[str, float | int]) -> None:
+    def on_step(self, record: Mapping[str, float | int]) -> None:
         """After each step: epoch, step, num_steps, steps_per_s and the loss terms."""
 
-    def on_epoch(self, record: dict[str, float | int], checkpoint: Path | None) -> None:
+    def on_epoch(self, record: Mapping[str, float | int], checkpoint: Path | None) -> None:
         """After each epoch: mean loss terms, validation; rank 0 brings a checkpoint folder to keep."""
 
 

@@ -7,7 +7,7 @@ other stage ever sees. It is no part of the method; with real ImageNet weights i
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +41,7 @@ def pretrain(
     pad: int,
     seed: int,
     device: torch.device,
-    on_step: Callable[[dict[str, float | int]], None],
+    on_step: Callable[[Mapping[str, float | int]], None],
 ) -> None:
     """Train the backbone in place to classify attributes, half of each batch visible, half infrared.
 
