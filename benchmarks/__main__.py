@@ -10,12 +10,12 @@ import pkgutil
 import platform
 import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import benchmarks
 from benchmarks.claim import Claim
+from tvilfm.versions import version_of
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -74,13 +74,7 @@ def _cpu_model() -> str:
 
 
 def _versions() -> dict[str, Any]:
-    found = {"python": platform.python_version()}
-    for package in ("torch", "numpy", "ray"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {"python": platform.python_version()} | {name: version_of(name) for name in ("torch", "numpy", "ray")}
 
 
 if __name__ == "__main__":

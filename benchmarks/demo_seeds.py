@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -24,6 +23,7 @@ from typing import Any
 from cluster.run import run
 from tvilfm.config import load_config
 from tvilfm.evaluation.results import Results
+from tvilfm.versions import version_of
 
 RESULTS = Path(__file__).parent / "results"
 METRICS = ("rank1", "mAP", "mINP")
@@ -43,7 +43,7 @@ def main() -> None:
     record = {
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {name: importlib.metadata.version(name) for name in ("ray", "torch", "tvilfm")},
+        "versions": {name: version_of(name) for name in ("ray", "torch", "tvilfm")},
         "seeds": {"cached views": arguments.seeds, "pixels in every step": arguments.uncached},
         "chance": chance,
         "text_stage": summary,

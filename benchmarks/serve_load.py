@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -36,6 +35,7 @@ from cluster.run import evaluator_of
 from tvilfm.config import Config, load_config
 from tvilfm.evaluation.protocols import get_protocol
 from tvilfm.service.client import Client, ServiceError, as_json
+from tvilfm.versions import version_of
 
 RESULTS = Path(__file__).parent / "results"
 CLIENTS = (1, 8, 32)
@@ -63,7 +63,7 @@ def main() -> None:
     record = {
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, clients on the same machine",
-        "versions": {name: importlib.metadata.version(name) for name in ("ray", "torch", "tvilfm")},
+        "versions": {name: version_of(name) for name in ("ray", "torch", "tvilfm")},
         "gallery": images,
         "seconds": arguments.seconds,
         "rows": rows,

@@ -8,7 +8,6 @@ early, and remembers that over a kill of the driver.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
 import os
@@ -40,6 +39,7 @@ from tvilfm.place import write_whole
 from tvilfm.report.sweep import write_sweep_report
 from tvilfm.sweeps.results import SweepData, TrialRecord, read_trials
 from tvilfm.sweeps.space import Parameter, Space, Trial, check_space, written
+from tvilfm.versions import version_of
 
 TRIAL_MEMORY = 200 * 2**20  # bytes for the process that drives a trial; its CPUs are those of the stages it runs
 WATCHED = "watched_epoch"  # epochs of the stage that asha counts
@@ -170,7 +170,7 @@ def report_sweep(folder: Path) -> SweepData:
         facts={
             "protocol": base.evaluate.protocols[0],
             "text source": base.evaluate.default_text_source,
-            **{f"{name} version": importlib.metadata.version(name) for name in ("tvilfm", "ray", "torch")},
+            **{f"{name} version": version_of(name) for name in ("tvilfm", "ray", "torch")},
         },
         config_yaml=to_yaml(base),
     )

@@ -6,7 +6,6 @@ fact is judged alike everywhere and differences between machines are seen.
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import shutil
 import socket
@@ -24,6 +23,7 @@ from rich.text import Text
 from cluster.places.check import absolute_paths, check_storage, storage_folder
 from cluster.session import session
 from tvilfm.config import Config, resolve
+from tvilfm.versions import UNKNOWN, version_of
 
 PACKAGES = ("tvilfm", "ray", "torch", "torchvision", "transformers", "pyarrow", "pylance")
 ANSWER_S = 120.0  # a node's first task waits for its process, which imports torch
@@ -164,10 +164,8 @@ def look(config: Config, temporary: Path) -> Facts:
 
 
 def _installed(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    version = version_of(name)
+    return None if version == UNKNOWN else version
 
 
 def _trouble(uri: str) -> str | None:

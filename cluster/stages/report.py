@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 from pathlib import Path
@@ -18,6 +17,7 @@ from tvilfm.evaluation.provenance import Provenance
 from tvilfm.evaluation.results import Results
 from tvilfm.report.build import RunFacts, build_report
 from tvilfm.report.page import write_report
+from tvilfm.versions import version_of
 
 PACKAGES = ("ray", "torch", "torchvision", "open_clip_torch", "transformers", "pyarrow", "numpy", "scikit-learn")
 
@@ -74,5 +74,5 @@ def _seconds(job: StageJob) -> dict[str, float]:
 def versions() -> dict[str, str]:
     """Return the versions of Python, this package and those that decide numbers."""
     return {"python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in ("tvilfm", *PACKAGES)
+        name: version_of(name) for name in ("tvilfm", *PACKAGES)
     }

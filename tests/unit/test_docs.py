@@ -20,8 +20,8 @@ from tvilfm.config import fidelity_table
 from tvilfm.sweeps.space import Space, load_space
 
 REPOSITORY = Path(__file__).parents[2]
-DOCS = ("service", "cluster", "reproduce", "cameras", "extend", "method")
-PAGES = ("README.md", *(f"docs/{name}.md" for name in DOCS))
+DOCS = ("service", "cluster", "runs", "reproduce", "cameras", "extend", "method", "architecture", "writing")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{name}.md" for name in DOCS))
 RUN_COMMANDS = ("run", "train", "evaluate", "index", "serve")  # take the folder of a run, which no fresh clone has
 # Programs of others that the pages name; everything else has to be ours.
 OTHERS = ("ray", "docker", "make", "curl", "printf", "-d")
@@ -87,6 +87,23 @@ def test_links_of_the_documentation_lead_somewhere(page: str) -> None:
         assert list((REPOSITORY / "tests").rglob(name)), name
     for path in re.findall(r"`((?:cluster|tvilfm|benchmarks|tune_spaces)/[\w./]+)`", text):
         assert (REPOSITORY / path).exists(), path
+
+
+def test_the_tree_of_the_architecture_is_the_tree() -> None:
+    (tree,) = re.findall(r"```\n(cluster/.*?)```", (REPOSITORY / "docs/architecture.md").read_text(), re.DOTALL)
+    named: dict[str, set[str]] = {}
+    folder = ""
+    for line in tree.splitlines():
+        names = line.split("  ")[0].split() if not line.startswith(" ") else line[2:].split("   ")[0].split()
+        if not line.startswith(" "):
+            folder = names[0].rstrip("/")
+            named[folder] = set()
+        else:
+            named[folder] |= {name.rstrip("/") for name in names}
+    for package in ("cluster", "tvilfm"):
+        held = {path.name for path in (REPOSITORY / package).iterdir() if not path.name.startswith("__")}
+        assert held - {"ray_config.yaml", "versions.py", "files.py"} == named[package]
+    assert all((REPOSITORY / name).is_dir() for name in named)
 
 
 def test_the_space_of_the_documentation_is_one(tmp_path: Path) -> None:

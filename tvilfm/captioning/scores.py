@@ -12,9 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pycocoevalcap.bleu.bleu import Bleu
-from pycocoevalcap.cider.cider import Cider
-
 from tvilfm.captioning.colors import find_colors
 from tvilfm.datasets.synthetic.people import ATTRIBUTES, COLOUR_ATTRIBUTES, RGB, SHAPE_ATTRIBUTES
 from tvilfm.datasets.synthetic.sentences import SYNONYMS
@@ -194,6 +191,10 @@ def language_scores(sentences: Sequence[str], references: Sequence[str]) -> dict
     # The library's own tokenizer needs Java; captions are plain enough for words alone.
     given = {i: [_words(sentence)] for i, sentence in enumerate(sentences)}
     wanted = {i: [_words(reference)] for i, reference in enumerate(references)}
+    # Imported here: only fine-tuning a captioner needs these scorers.
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+
     bleu, _ = Bleu(4).compute_score(wanted, given, verbose=0)
     cider, _ = Cider().compute_score(wanted, given)
     return {"bleu4": float(bleu[3]), "cider": float(cider)}
