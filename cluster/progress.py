@@ -22,10 +22,14 @@ class ProgressFile:
     """Written by one worker: how many of how many units are done, and a few words.
 
     A worker on a machine that does not have the file's folder writes nothing.
+
+    Args:
+        path: of the file.
+        unit: what is counted, where it is not the unit that the watching process names.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._written = path, 0.0
+    def __init__(self, path: Path, unit: str | None = None) -> None:
+        self._path, self._unit, self._written = path, unit, 0.0
         self._seen = path.parent.is_dir()
 
     def update(self, done: int, total: int, note: str = "") -> None:
@@ -34,7 +38,7 @@ class ProgressFile:
         if not self._seen or (now - self._written < INTERVAL_S and done < total):
             return
         self._written = now
-        write_whole(self._path, json.dumps({"done": done, "total": total, "note": note}))
+        write_whole(self._path, json.dumps({"done": done, "total": total, "note": note, "unit": self._unit}))
 
 
 @contextmanager
@@ -44,7 +48,7 @@ def watch(path: Path, label: str, unit: str) -> Iterator[None]:
     Args:
         path: the file that a `ProgressFile` writes.
         label: name of the stage.
-        unit: what is counted.
+        unit: what is counted, unless the file names another unit.
     """
     path.unlink(missing_ok=True)
     console = Console(stderr=True)
@@ -71,12 +75,12 @@ def watch(path: Path, label: str, unit: str) -> Iterator[None]:
         except (OSError, ValueError):
             return None
         now = time.monotonic()
-        if not first or state["done"] < first[0][1]:
+        if not first or state["done"] < first[0][1]:  # it counts something else now
             first[:] = [(now, state["done"])]
         seconds, done = now - first[0][0], state["done"] - first[0][1]
         rate = left = ""
         if seconds > 0 and done:
-            rate = f"{done / seconds:.1f} {unit}/s"
+            rate = f"{done / seconds:.1f} {state['unit'] or unit}/s"
             left = f"{(state['total'] - state['done']) * seconds / done:.0f} s left"
         bar.update(task, completed=state["done"], total=state["total"], rate=rate, note=state["note"])
         return {**state, "rate": rate, "left": left}
@@ -88,7 +92,7 @@ def watch(path: Path, label: str, unit: str) -> Iterator[None]:
             if state and not console.is_terminal and time.monotonic() - printed > PLAIN_INTERVAL_S:
                 printed = time.monotonic()
                 parts = (
-                    f"{label}: {state['done']}/{state['total']} {unit}",
+                    f"{label}: {state['done']}/{state['total']} {state['unit'] or unit}",
                     state["rate"],
                     state["left"],
                     state["note"],

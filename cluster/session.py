@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -50,9 +52,27 @@ def session(section: ClusterSection) -> Iterator[None]:
         ) from None
     _quiet()
     try:
-        yield
+        with _stopped_by_signals():
+            yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Treat SIGTERM and SIGHUP as Ctrl-C. Ray's own handlers print a C++ stack trace."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    previous = {
+        number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -67,4 +67,12 @@ def kill(process: subprocess.Popen[str], *, deadline: float) -> None:
     process.wait()
     while any(alive(pid) for pid in children):
         assert time.monotonic() < deadline, "processes of the killed run live on"
+        time.sleep(0.05)
+
+
+def until(true: Callable[[], object], deadline_s: float = 120) -> None:
+    """Wait until something is true."""
+    end = time.monotonic() + deadline_s
+    while not true():
+        assert time.monotonic() < end, "what was waited for never came"
         time.sleep(0.05)

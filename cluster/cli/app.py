@@ -1,27 +1,47 @@
-"""The `tvilfm` command: all groups of commands in one, and how errors end it."""
+"""The `tvilfm` command: it joins all groups of commands and turns errors into an exit status."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import typer
+import typer.core
 
 from cluster.cli import captions, data, description, jobs, runs, service
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="TVI-LFM on Ray.")
+
+class Commands(typer.core.TyperGroup):
+    """Group of all commands. An interrupted command prints one sentence and exits with status 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("stopped: finished work is kept; run the same command again to continue", err=True)
+            raise typer.Exit(128 + signal.SIGINT) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="TVI-LFM on Ray: visible-infrared person re-identification with text.",
+)
 for group in (runs, captions, service, jobs, description):
     app.add_typer(group.app)
 app.add_typer(data.app, name="data")
 
 
 def _guard() -> None:
-    """Give a Ray that this command starts a token: its ports run whatever they are sent, for any machine.
+    """Set an authentication token for a Ray that this command starts, because its ports execute any code they receive.
 
-    Ray reads it when it is imported. Whoever has set one has settled this; the token that Ray itself keeps in the
-    home folder counts without more words, and a cluster that asks for none ignores it.
+    Ray reads the token when it is imported. Variables that the user has set are kept, and so is the token that Ray
+    stores in the home folder. A cluster without authentication ignores the token.
     """
     settled = any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
     if settled or "ray" in sys.modules:
@@ -33,7 +53,7 @@ def _guard() -> None:
 
 
 def main() -> None:
-    """Run the command; a fault of the input ends in one message and status 2, not in a traceback."""
+    """Run the command. Invalid input ends with one message and exit status 2, without a traceback."""
     _guard()
     try:
         app()

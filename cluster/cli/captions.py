@@ -15,13 +15,13 @@ app = typer.Typer()
 @app.command("caption-train")
 def caption_train_command(
     modality: Annotated[
-        Literal["visible", "infrared", "both"], typer.Option(help="Whose captioner to fine-tune.")
+        Literal["visible", "infrared", "both"], typer.Option(help="Modality of the captioner to fine-tune.")
     ] = "both",
     config: ConfigOption = None,
     size: SizeOption = None,
     overrides: Overrides = None,
 ) -> None:
-    """Fine-tune captioners (caption.train) on the training images and their captions, and print their marks."""
+    """Fine-tune captioners (caption.train) on the training images and their captions, and print their scores."""
     from cluster.run import run
     from tvilfm.captioning.scores import Marks
 
@@ -39,20 +39,24 @@ def caption_train_command(
 
 @app.command("caption")
 def caption_command(
-    out: Annotated[str, typer.Option(help="Folder or URI for captions.parquet, and what the job goes on from.")],
+    out: Annotated[
+        str, typer.Option(help="Folder or URI of captions.parquet and of the parts that a later run resumes from.")
+    ],
     images: Annotated[
         str | None,
-        typer.Option(help="Folder or URI of picture files; default the run description's dataset.", show_default=False),
+        typer.Option(
+            help="Folder or URI of image files; default: the dataset of the run description.", show_default=False
+        ),
     ] = None,
     modality: Annotated[
-        Literal["visible", "infrared"] | None, typer.Option(help="Of --images.", show_default=False)
+        Literal["visible", "infrared"] | None, typer.Option(help="Modality of --images.", show_default=False)
     ] = None,
-    retry_bad: Annotated[bool, typer.Option("--retry-bad", help="Also try images in quarantine again.")] = False,
+    retry_bad: Annotated[bool, typer.Option("--retry-bad", help="Also retry images in quarantine.")] = False,
     config: ConfigOption = None,
     size: SizeOption = None,
     overrides: Overrides = None,
 ) -> None:
-    """Caption images into a table. What is there is not captioned again."""
+    """Caption images and write a caption table. Images that already have a caption are skipped."""
     from cluster.places.check import check_storage
     from cluster.run import make_synthetic
     from cluster.tables.captioning import caption
@@ -69,16 +73,18 @@ def caption_command(
 
 @app.command("rephrase")
 def rephrase_command(
-    out: Annotated[str, typer.Option(help="Folder or URI for captions.parquet and what the job keeps to go on from.")],
+    out: Annotated[
+        str, typer.Option(help="Folder or URI of captions.parquet and of the parts that a later run resumes from.")
+    ],
     captions: Annotated[
         str | None,
-        typer.Option(help="Parquet caption table, path or URI; default the dataset's captions.", show_default=False),
+        typer.Option(help="Parquet caption table, path or URI; default: the dataset's captions.", show_default=False),
     ] = None,
     config: ConfigOption = None,
     size: SizeOption = None,
     overrides: Overrides = None,
 ) -> None:
-    """Say every caption in other words (caption.rephrase). What is there is not asked for again."""
+    """Rephrase every caption of a table (caption.rephrase). Captions that already have a rephrase are skipped."""
     from cluster.places.check import check_storage
     from cluster.tables.rephrasing import rephrase
 

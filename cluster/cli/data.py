@@ -1,4 +1,4 @@
-"""`tvilfm data`: make a synthetic dataset in any layout, and check a dataset on this disk."""
+"""`tvilfm data`: create a synthetic dataset in any layout, and check a dataset on a local disk."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from tvilfm.datasets.synthetic.layouts import SIZES, Layout, Size, write_layout
 REGDB_IMAGES = 10
 SHOWN = 3
 
-app = typer.Typer(no_args_is_help=True, help="Datasets.")
+app = typer.Typer(no_args_is_help=True, help="Create and check datasets.")
 
 
 @app.command("synth")
 def synth(
-    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    out: Annotated[Path, typer.Argument(help="Folder to create.")],
     identities: Annotated[
-        str, typer.Option(help="tiny, small, large, or TRAIN,VAL,TEST counts.", show_default=True)
+        str, typer.Option(help="tiny, small, large, or numbers of identities as TRAIN,VAL,TEST.", show_default=True)
     ] = "small",
     images_per_camera: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Images a camera takes of a person; the infrared cameras of sysu_mm01 and folder take twice as many. "
-            "Default: 10 for regdb, else the size's own (1 for TRAIN,VAL,TEST).",
+            help="Images per person and camera; infrared cameras of the layouts sysu_mm01 and folder take twice as "
+            "many. Default: 10 for regdb, otherwise the value of the size (1 for TRAIN,VAL,TEST).",
             show_default=False,
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     layout: Annotated[Layout, typer.Option(help="On-disk layout.")] = "sysu_mm01",
 ) -> None:
-    """Render the synthetic tri-modal benchmark; same seed, same bytes."""
+    """Render the synthetic tri-modal benchmark. The same seed gives the same bytes."""
     size = _size(identities)
     if layout == "regdb":
         size = replace(size, images_per_camera=REGDB_IMAGES)
@@ -66,22 +66,24 @@ def _size(identities: str) -> Size:
 @app.command("check")
 def check(
     config: Annotated[
-        Path | None, typer.Option("--config", help="Run description; default ./ray_config.yaml.", show_default=False)
+        Path | None, typer.Option("--config", help="Run description; default: ./ray_config.yaml.", show_default=False)
     ] = None,
     size: Annotated[
-        str | None, typer.Option("--size", "--recipe", help="Recipe of the file's `sizes`.", show_default=False)
+        str | None, typer.Option("--size", "--recipe", help="Recipe of the description's `sizes`.", show_default=False)
     ] = None,
     run: Annotated[
         Path | None,
-        typer.Option(help="Run folder whose model is to be tested on this dataset.", show_default=False),
+        typer.Option(help="Folder of the run whose model you want to evaluate on this dataset.", show_default=False),
     ] = None,
-    images: Annotated[bool, typer.Option(help="Open every picture, the slow part.")] = True,
-    every: Annotated[bool, typer.Option("--every", help=f"List every file at fault, not the first {SHOWN}.")] = False,
+    images: Annotated[bool, typer.Option(help="Open every image, which is the slow part.")] = True,
+    every: Annotated[
+        bool, typer.Option("--every", help=f"List all files with a problem, not only the first {SHOWN}.")
+    ] = False,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="data.name=regdb data.root=/path ...")
     ] = None,
 ) -> None:
-    """Count a dataset against the published numbers, look for what is wrong, and say how to mend it."""
+    """Compare a dataset with the published counts, look for problems, and print how to fix each."""
     resolved = load_config(config or default_description(), overrides or [], size=size)
     trained: DataSection | None = None
     if run is not None:
@@ -94,7 +96,7 @@ def check(
     if findings.faults:
         console.print(_faults_table(findings, every=every))
     else:
-        console.print("nothing is wrong")
+        console.print("no problems found")
     if not images:
         console.print("images were not opened (--no-images)")
     if not findings.sound:
@@ -112,12 +114,12 @@ def _counts_table(findings: Findings) -> Table:
 
 def _faults_table(findings: Findings, *, every: bool) -> Table:
     table = Table(show_lines=True)
-    for heading in ("", "what is wrong", "where", "how to mend it"):
+    for heading in ("", "problem", "where", "how to fix it"):
         table.add_column(heading, overflow="fold")  # a path that is cut off cannot be opened
     for fault in findings.faults:
         shown = fault.where if every else fault.where[:SHOWN]
         more = len(fault.where) - len(shown)
         where = "\n".join((*shown, *([f"and {more} more"] if more else [])))
         severity = Text("fault", style="red") if fault.serious else Text("note", style="yellow")
-        table.add_row(severity, Text(fault.what), Text(where), Text(fault.mend))
+        table.add_row(severity, Text(fault.what), Text(where), Text(fault.fix))
     return table

@@ -1,4 +1,4 @@
-"""Commands that write, resolve and explain the run description."""
+"""Commands that write and resolve the run description and explain its keys."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ app.add_typer(config_app, name="config")
 
 @app.command("init")
 def init_command() -> None:
-    """Write an annotated ray_config.yaml into this folder, to be edited. An existing file is not changed."""
+    """Write an annotated ray_config.yaml into the current folder for you to edit. An existing file is not changed."""
     target = Path("ray_config.yaml")
     if target.exists():
-        raise ValueError(f"{target}: expected a folder without one, got an existing file. Edit or remove it.")
+        raise ValueError(f"{target}: expected a folder without one, got an existing file. Edit it or remove it.")
     target.write_text(default_description().read_text())
-    typer.echo(f"{target}: every key, its default and what it means")
+    typer.echo(f"{target}: every key with its default and its meaning")
 
 
 @config_app.command("show")
 def config_show(config: ConfigOption = None, size: SizeOption = None, overrides: Overrides = None) -> None:
-    """Print the resolved run description."""
+    """Print the resolved run description as YAML."""
     typer.echo(to_yaml(described(config, size, overrides)), nl=False)
 
 
 @config_app.command("schema")
 def config_schema(
-    as_json: Annotated[bool, typer.Option("--json", help="JSON schema in place of one line a key.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON schema instead of one line per key.")] = False,
 ) -> None:
-    """Print every key with its default and what it means."""
+    """Print every key with its default and its meaning."""
     if as_json:
         typer.echo(json.dumps(Config.model_json_schema(), indent=2))
         return

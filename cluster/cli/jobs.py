@@ -13,9 +13,9 @@ from cluster.cli.options import ConfigOption, Overrides, SizeOption, described
 from tvilfm.config import default_description
 
 app = typer.Typer()
-jobs_app = typer.Typer(no_args_is_help=True, help="Submitted jobs.")
+jobs_app = typer.Typer(no_args_is_help=True, help="List, follow and stop submitted jobs.")
 app.add_typer(jobs_app, name="jobs")
-cluster_app = typer.Typer(no_args_is_help=True, help="Files that create a cluster.")
+cluster_app = typer.Typer(no_args_is_help=True, help="Write the files that create a cluster.")
 app.add_typer(cluster_app, name="cluster")
 
 
@@ -23,10 +23,10 @@ app.add_typer(cluster_app, name="cluster")
 def submit_command(
     command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="Any tvilfm command, after --.")],
     follow: Annotated[
-        bool, typer.Option("--follow", help="Print the job's log and end with its exit status; Ctrl-C detaches.")
+        bool, typer.Option("--follow", help="Print the job's log and return its exit status; Ctrl-C detaches.")
     ] = False,
 ) -> None:
-    """Run a command as a job on a Ray cluster (cluster.job_address), with this folder's program."""
+    """Run a command as a job on a Ray cluster (cluster.job_address). The current folder is sent with the job."""
     from cluster.cli.app import app as commands
     from cluster.machines import submit
 
@@ -40,7 +40,7 @@ def submit_command(
     typer.echo(f"sending {folder}: {package}", err=True)
     for name in parsed.config.cluster.env:
         if name not in os.environ:
-            typer.echo(f"cluster.env: {name} is not set here and stays behind", err=True)
+            typer.echo(f"cluster.env: {name} is not set here and is not sent", err=True)
     for override in overrides:
         typer.echo(f"on the cluster: {override}", err=True)
     job = submit.submit(client, parsed, package, overrides)
@@ -52,20 +52,20 @@ def submit_command(
 
 @jobs_app.command("list")
 def jobs_list(config: ConfigOption = None, overrides: Overrides = None) -> None:
-    """List the jobs of the cluster, the last first."""
+    """List the jobs of the cluster, the newest first."""
     from cluster.machines.submit import connect, jobs_table
 
     Console().print(jobs_table(connect(described(config, None, overrides).cluster)))
 
 
-JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job, as `tvilfm jobs list` has it.")]
+JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job, as printed by `tvilfm jobs list`.")]
 
 
 @jobs_app.command("logs")
 def jobs_logs(
     job: JobArgument,
     follow: Annotated[
-        bool, typer.Option("--follow", help="Go on until the job ends, and end with its exit status.")
+        bool, typer.Option("--follow", help="Print the log until the job ends, and return its exit status.")
     ] = False,
     config: ConfigOption = None,
     overrides: Overrides = None,
@@ -83,7 +83,7 @@ def jobs_logs(
 
 @jobs_app.command("status")
 def jobs_status(job: JobArgument, config: ConfigOption = None, overrides: Overrides = None) -> None:
-    """Say how a job stands; one that has ended gives its exit status, a failed one also the end of its log."""
+    """Print the status of a job. Return the exit status of an ended job; print the end of a failed job's log."""
     from cluster.machines import submit
 
     client = submit.connect(described(config, None, overrides).cluster)
@@ -95,13 +95,13 @@ def jobs_status(job: JobArgument, config: ConfigOption = None, overrides: Overri
 
 @jobs_app.command("stop")
 def jobs_stop(job: JobArgument, config: ConfigOption = None, overrides: Overrides = None) -> None:
-    """Stop a job; what its stages have finished stays."""
+    """Stop a job. Finished stages are kept."""
     from cluster.machines import submit
 
     client = submit.connect(described(config, None, overrides).cluster)
     submit.job(client, job)
     with submit.answered(job):
-        typer.echo(f"{job}: {'stopping' if client.stop_job(job) else 'has ended before'}")
+        typer.echo(f"{job}: {'stopping' if client.stop_job(job) else 'has already ended'}")
 
 
 @cluster_app.command("render")
@@ -109,19 +109,21 @@ def cluster_render(
     target: Annotated[
         str,
         typer.Option(
-            help="ray-up-aws, ray-up-gcp, ray-up-onprem, kuberay-cluster, kuberay-job, kuberay-service, serve-config "
-            "or slurm."
+            help="Kind of file: ray-up-aws, ray-up-gcp, ray-up-onprem, kuberay-cluster, kuberay-job, kuberay-service, "
+            "serve-config or slurm."
         ),
     ],
     out: Annotated[
-        Path | None, typer.Option(help="File to write; default standard output.", show_default=False)
+        Path | None, typer.Option(help="File to write; default: standard output.", show_default=False)
     ] = None,
-    command: Annotated[str, typer.Option(help="What kuberay-job and slurm run, such as 'tune ablations'.")] = "run",
+    command: Annotated[
+        str, typer.Option(help="Command that kuberay-job and slurm run, such as 'tune ablations'.")
+    ] = "run",
     config: ConfigOption = None,
     size: SizeOption = None,
     overrides: Overrides = None,
 ) -> None:
-    """Write the file that makes the cluster of the description's cluster section, or runs something on one."""
+    """Write a file that creates the cluster of the description's cluster section, or runs a command on one."""
     from cluster.machines.render import render
 
     text = render(target, described(config, size, overrides), command=command)
@@ -133,7 +135,7 @@ def cluster_render(
 
 @app.command("doctor")
 def doctor_command(config: ConfigOption = None, size: SizeOption = None, overrides: Overrides = None) -> None:
-    """Look at every machine of the cluster as a job would meet it, and say how to mend what is wrong."""
+    """Check every machine of the cluster as a job would use it, and print how to fix each problem."""
     from cluster.machines.doctor import examine, table_of
 
     findings = examine(described(config, size, overrides))

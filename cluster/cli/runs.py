@@ -1,4 +1,4 @@
-"""Commands that run, evaluate, sweep and report, and those that use a trained model."""
+"""Commands that run, evaluate, sweep and report, and commands that use a trained model."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ app = typer.Typer()
 
 @app.command("run")
 def run_command(config: ConfigOption = None, size: SizeOption = None, overrides: Overrides = None) -> None:
-    """Run the whole chain: decode, train both stages, extract, evaluate, report. Finished stages are skipped."""
+    """Run all stages: decode, train both stages, extract, evaluate, report. Finished stages are skipped."""
     resolved = described(config, size, overrides)
     _run(resolved, until="report")
-    typer.echo(f"to search it: {sys.argv[0]} serve --open {shlex.quote(str(resolved.run.path))}")
+    typer.echo(f"to search its images: {sys.argv[0]} serve --open {shlex.quote(str(resolved.run.path))}")
 
 
 @app.command("train")
@@ -32,7 +32,7 @@ def train_command(
     size: SizeOption = None,
     overrides: Overrides = None,
 ) -> None:
-    """Train up to a stage."""
+    """Train up to and including a stage. Finished stages are skipped."""
     _run(described(config, size, overrides), until=stage)
 
 
@@ -45,12 +45,12 @@ def evaluate_command(
         typer.Argument(
             metavar="[MODEL] [SECTION.KEY=VALUE]...",
             help="Run folder, model folder or released checkpoint; then overrides, such as data.name and data.root of "
-            "other data.",
+            "another dataset.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Evaluate a run, training what is missing; or, with data options, a trained model on other data."""
+    """Evaluate a run and train its missing stages; with data options, evaluate a trained model on another dataset."""
     arguments = overrides or []
     if not arguments or "=" in arguments[0]:
         _run(described(config, size, arguments), until="results")
@@ -62,17 +62,17 @@ def evaluate_command(
         _run(described(config, size, arguments), until="results")
     else:
         raise ValueError(
-            f"{model}: expected the data to evaluate this model on, got none. Give data.name=... data.root=..."
+            f"{model}: expected the dataset to evaluate this model on, got none. Give data.name=... data.root=..."
         )
 
 
 def _on_other_data(model: Path, config: Path | None, size: str | None, settings: list[str]) -> Config:
-    """The description of a run that trains nothing: a model meets data that the settings name."""
+    """Return the description of a run that only evaluates a trained model on the dataset of the settings."""
     from tvilfm.models.opening import is_hub_name
 
     of_run = (model / "config.yaml").is_file()
     if of_run and (config or size):
-        raise ValueError(f"{model}: expected neither --config nor --size with a run's model, got one. Leave it out.")
+        raise ValueError(f"{model}: expected neither --config nor --size with a run's model, got one. Remove it.")
     source = model / "config.yaml" if of_run else config or default_description()
     own = {
         "model.trained": str(model if is_hub_name(model) else model.absolute()),
@@ -107,26 +107,31 @@ def _run(config: Config, *, until: str) -> None:
 @app.command("find")
 def find_command(
     model: Annotated[Path, typer.Argument(help="Run folder, model folder, hub name, or released checkpoint file.")],
-    folder: Annotated[Path, typer.Option("--in", help="Folder of images to search, with all folders in it.")],
+    folder: Annotated[Path, typer.Option("--in", help="Folder of images to search, including subfolders.")],
     image: Annotated[
-        list[Path] | None, typer.Option(help="Infrared image of the person; give several times.", show_default=False)
+        list[Path] | None, typer.Option(help="Infrared image of the person; may be repeated.", show_default=False)
     ] = None,
     text: Annotated[str | None, typer.Option(help="A sentence about the person.", show_default=False)] = None,
     infrared_caption: Annotated[
         str | None,
-        typer.Option(help="What the infrared image shows; subtracted from the sentence (SFF).", show_default=False),
+        typer.Option(
+            help="Caption of the infrared image; its features are subtracted from those of the sentence (SFF).",
+            show_default=False,
+        ),
     ] = None,
-    count: Annotated[int, typer.Option("-k", min=1, help="Images to print.")] = 20,
-    html: Annotated[Path | None, typer.Option(help="Contact sheet to write.", show_default=False)] = None,
-    csv: Annotated[Path | None, typer.Option("--csv", help="Table to write.", show_default=False)] = None,
-    as_json: Annotated[Path | None, typer.Option("--json", help="Table to write.", show_default=False)] = None,
+    count: Annotated[int, typer.Option("-k", min=1, help="Number of images to print.")] = 20,
+    html: Annotated[Path | None, typer.Option(help="HTML contact sheet to write.", show_default=False)] = None,
+    csv: Annotated[Path | None, typer.Option("--csv", help="CSV table to write.", show_default=False)] = None,
+    as_json: Annotated[Path | None, typer.Option("--json", help="JSON table to write.", show_default=False)] = None,
 ) -> None:
-    """Find a person in a folder of loose images. Needs no labels, gallery or service; images are encoded once."""
+    """Find a person in a folder of images. Needs no labels, gallery or service; encoded images are cached."""
     if not image and not text:
         raise ValueError("query: expected an infrared image, a sentence, or both, got neither. Give --image or --text.")
     for path in (html, csv, as_json):
         if path is not None and not path.absolute().parent.is_dir():
-            raise ValueError(f"{path}: expected a file in an existing folder. Make {path.parent} first.")
+            raise ValueError(
+                f"{path}: expected a file in an existing folder, got a missing one. Create {path.parent} first."
+            )
     from tvilfm.models.opening import open_model
     from tvilfm.retrieval.contact_sheet import write_contact_sheet
     from tvilfm.retrieval.find import find, table_lines, write_csv, write_json
@@ -160,12 +165,12 @@ def find_command(
 @app.command("export")
 def export_command(
     model: Annotated[Path, typer.Argument(help="Run folder, model folder, hub name, or released checkpoint file.")],
-    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    out: Annotated[Path, typer.Option(help="Folder to create.")],
     kind: Annotated[
         Literal["onnx", "torchscript", "safetensors", "hub-folder"], typer.Option("--to", help="Format.")
     ] = "onnx",
 ) -> None:
-    """Export the image encoders and the text tower, with a model card, and compare them with the model."""
+    """Export the image encoders and the text tower with a model card, and compare their outputs with the model's."""
     from tvilfm.models.export import export_model
     from tvilfm.models.opening import open_model
 
@@ -180,9 +185,13 @@ def export_command(
 @app.command("tune")
 def tune_command(
     space: Annotated[str, typer.Argument(help="Name of a space in tune_spaces/, or the path of a YAML file.")],
-    name: Annotated[str | None, typer.Option(help="Folder in run.dir; default the space's name.")] = None,
-    seeds: Annotated[str | None, typer.Option(help="Seeds in place of the space's, such as 0,1,2.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep of that name.")] = False,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the sweep and of its folder in run.dir; default: the name of the space.")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Seeds to use instead of those of the space, such as 0,1,2.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the sweep of this name.")] = False,
     origin: Annotated[
         Path | None,
         typer.Option(
@@ -193,11 +202,11 @@ def tune_command(
     size: SizeOption = None,
     overrides: Overrides = None,
 ) -> None:
-    """Run a sweep: the trials of a space, its table and its report."""
+    """Run a sweep: run the trials of a search space, then write its table and its report."""
     settings = overrides or []
     if origin is not None:
         if config or size:
-            raise ValueError("--from: expected neither --config nor --size beside it, got one. Leave it out.")
+            raise ValueError("--from: expected neither --config nor --size beside it, got one. Remove it.")
         run = load_run(origin)
         places = {"run.dir": run.run.dir, "run.stages_dir": run.stages_path}
         settings = [*(f"{key}={json.dumps(str(path))}" for key, path in places.items()), *settings]
@@ -223,9 +232,9 @@ def tune_command(
 
 @app.command("report")
 def report_command(
-    folder: Annotated[Path, typer.Argument(help="Of a run or a sweep, such as runs/demo or runs/ablations.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a run or a sweep, such as runs/demo or runs/ablations.")],
 ) -> None:
-    """Write the report again: of a run, or of a sweep (page, Markdown, CSV, LaTeX) from its trials."""
+    """Write the report of a run again, or the report of a sweep (HTML, Markdown, CSV, LaTeX) from its trials."""
     if (folder / "run.json").is_file():
         _run(load_run(folder), until="report")
     else:

@@ -12,44 +12,49 @@ from cluster.cli.options import ConfigOption, Overrides, SizeOption, described
 from tvilfm.service.keys import KeyFile, add_key, remove_key
 
 app = typer.Typer()
-keys_app = typer.Typer(no_args_is_help=True, help="API keys of the retrieval service.")
+keys_app = typer.Typer(no_args_is_help=True, help="Manage the API keys of the retrieval service.")
 app.add_typer(keys_app, name="keys")
 
-KeysOption = Annotated[Path, typer.Option("--file", help="File of the keys' hashes; serve.keys names it.")]
+KeysOption = Annotated[
+    Path, typer.Option("--file", help="File with the hashes of the keys; its path is the value of serve.keys.")
+]
 
 
 @app.command("index")
 def index_command(
     gallery: Annotated[
-        str | None, typer.Option(help="Folder or object store prefix; default gallery.uri.", show_default=False)
+        str | None,
+        typer.Option(help="Folder or object store URI of the gallery; default: gallery.uri.", show_default=False),
     ] = None,
     images: Annotated[
         str | None,
-        typer.Option(help="Folder or URI of your own pictures; default the run's test images.", show_default=False),
+        typer.Option(help="Folder or URI of your own images; default: the run's test images.", show_default=False),
     ] = None,
     camid: Annotated[
-        int | None, typer.Option(help="Camera of --images.", show_default=False, min=0, max=2**31 - 1)
+        int | None,
+        typer.Option(help="Number of the camera that took --images.", show_default=False, min=0, max=2**31 - 1),
     ] = None,
     config: ConfigOption = None,
     size: SizeOption = None,
     overrides: Overrides = None,
 ) -> None:
-    """Write people into a gallery with a finished run's model, and put it in use."""
+    """Encode images of people with a finished run's model, write them into a gallery, and put it in use."""
     from cluster.tables.indexing import index
 
     where = [] if gallery is None else [f"gallery.uri={json.dumps(gallery)}"]
-    made = index(described(config, size, [*(overrides or []), *where]), images=images, camid=camid)
-    typer.echo(f"gallery: {made.uri} holds {len(made)} images in space {made.space_id}, version {made.version}")
+    written = index(described(config, size, [*(overrides or []), *where]), images=images, camid=camid)
+    facts = f"{len(written)} images in space {written.space_id}, version {written.version}"
+    typer.echo(f"gallery: {written.uri} holds {facts}")
 
 
 @app.command("serve")
 def serve_command(
-    show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    show: Annotated[bool, typer.Option("--open", help="Open the search page in a browser.")] = False,
     config: ConfigOption = None,
     size: SizeOption = None,
     overrides: Overrides = None,
 ) -> None:
-    """Serve a finished run over HTTP; where no gallery is named or made, its test images are indexed first."""
+    """Serve a finished run over HTTP. If gallery.uri is not set and no gallery exists, index its test images first."""
     from cluster.serve.launch import serve_forever
 
     serve_forever(described(config, size, overrides), show=show)
@@ -57,22 +62,22 @@ def serve_command(
 
 @keys_app.command("add")
 def keys_add(
-    name: Annotated[str, typer.Argument(help="Whose key it is; it stands in the audit trail.")],
+    name: Annotated[str, typer.Argument(help="Name of the key's owner, as written to the audit trail.")],
     file: KeysOption,
-    scope: Annotated[list[str], typer.Option(help="read, write, admin; give several times.")],
+    scope: Annotated[list[str], typer.Option(help="read, write or admin; may be repeated.")],
 ) -> None:
-    """Make a key and print it, once; the file keeps its hash alone."""
+    """Create a key and print it. It cannot be printed again, because the file stores only its hash."""
     typer.echo(add_key(file, name, scope))
 
 
 @keys_app.command("list")
 def keys_list(file: KeysOption) -> None:
-    """Print names, scopes and ages of the keys."""
+    """Print the name, scopes and creation date of every key."""
     for key in KeyFile(file).read():
-        typer.echo(f"{key.name}  {','.join(key.scopes)}  made {key.created:%Y-%m-%d}")
+        typer.echo(f"{key.name}  {','.join(key.scopes)}  created {key.created:%Y-%m-%d}")
 
 
 @keys_app.command("remove")
-def keys_remove(name: Annotated[str, typer.Argument(help="Of the key.")], file: KeysOption) -> None:
-    """Remove a key, of a running service too."""
+def keys_remove(name: Annotated[str, typer.Argument(help="Name of the key.")], file: KeysOption) -> None:
+    """Remove a key. A running service rejects it too."""
     remove_key(file, name)

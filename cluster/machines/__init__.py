@@ -1,1 +1,1 @@
-"""Clusters: files that create one, jobs that run on one, and a check of its nodes."""
+"""Clusters: write the files that create one, submit jobs to one, and check its nodes."""

@@ -1,7 +1,7 @@
-"""Look at every machine of a cluster as a job will meet it, and say what is wrong and how to mend it.
+"""Check every machine of a cluster as a job would use it, and say what is wrong and how to fix it.
 
-A task pinned to each node collects facts; what follows from them is decided here, in one place, so that the same
-fact is judged alike everywhere and differences between machines are seen.
+A task pinned to each node collects facts about its machine. The driver judges all facts together, so that every
+machine is judged by the same rules and differences between machines are found.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from tvilfm.config import Config, resolve
 from tvilfm.versions import UNKNOWN, version_of
 
 PACKAGES = ("tvilfm", "ray", "torch", "torchvision", "transformers", "pyarrow", "pylance")
-ANSWER_S = 120.0  # a node's first task waits for its process, which imports torch
-# Ray spills objects, and a run its checkpoints, to disk; its object store lies in shared memory.
+ANSWER_S = 120.0  # the first task of a node waits until its process has imported torch
+# Ray spills objects to disk and a run writes checkpoints there; the object store is in shared memory.
 FREE_DISK_GB = 10.0
 FREE_SHARED_GB = 1.0
 
@@ -36,18 +36,18 @@ State = Literal["good", "note", "fault"]
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a task found on its machine.
+    """Facts about one machine, collected by a task on it.
 
     Attributes:
         host: name of the machine.
-        python: its version.
+        python: version of Python.
         packages: installed versions; None = not installed.
         gpus: names of the GPUs that torch sees.
-        torch: what torch says when it cannot be used, or None.
-        data: whether the dataset's folder is there; None = it is rendered where it is absent.
-        runs: why the runs' folder cannot be written, or None.
-        disk_gb: free for the runs, or where they will be.
-        spill_gb: free where Ray spills.
+        torch: error of torch if it cannot be used, or None.
+        data: whether the dataset's folder exists; None = the dataset is rendered if it is missing.
+        runs: why `run.dir` cannot be written, or None.
+        disk_gb: free disk space for `run.dir`.
+        spill_gb: free disk space where Ray spills objects.
         shared_gb: free shared memory; None = the system has none.
         storage: why `cluster.storage` cannot be used, or None.
     """
@@ -67,22 +67,22 @@ class Facts:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing looked at, on one machine or on all."""
+    """Result of one check, of one machine or of the whole cluster."""
 
     where: str
     what: str
     found: str
     state: State = "good"
-    mend: str = ""
+    fix: str = ""
 
 
 def examine(config: Config) -> list[Finding]:
-    """Look at the cluster that a command with this description would use.
+    """Check the cluster that a command with this description would use.
 
     Raises:
         ConnectionError: no cluster answers at `cluster.address`.
     """
-    # Workers run in other folders.
+    # Workers do not run in the current folder, so relative paths are made absolute.
     paths = absolute_paths(config, storage_folder(config) or Path.cwd())
     values = resolve(config.model_dump(mode="json"), paths).model_dump(mode="json")
     with session(config.cluster):
@@ -109,23 +109,23 @@ def examine(config: Config) -> list[Finding]:
 
 
 def node_temp_dir(entry: Mapping[str, Any]) -> str:
-    """The folder of a node's Ray session, from its socket's path."""
+    """Return the folder of a node's Ray session, derived from the path of its socket."""
     return str(Path(entry["RayletSocketName"]).parents[2])
 
 
 def _joined(config: Config, address: str, alive: int, gone: int) -> Finding:
-    found = f"{address}, {alive} machine{'s' * (alive > 1)}" + (f", {gone} lost since its start" if gone else "")
+    text = f"{address}, {alive} machine{'s' * (alive > 1)}" + (f", {gone} lost since its start" if gone else "")
     if config.cluster.address is None:
-        found += " (cluster.address is null: RAY_ADDRESS, or this machine)"
-    return Finding(where="cluster", what="Ray", found=found)
+        text += " (cluster.address is null: RAY_ADDRESS or this machine)"
+    return Finding(where="cluster", what="Ray", found=text)
 
 
 def _silent(host: str, error: Exception) -> Finding:
-    mend = "See its log in the dashboard; restart Ray there with the same Python and ray as on the head."
+    fix = "See its log in the dashboard; restart Ray on it with the same versions of Python and ray as on the head."
     if isinstance(error, TimeoutError):
-        mend = "It may be busy: look again when its jobs have ended, or see its log in the dashboard."
+        fix = "It may be busy: check again when its jobs have ended, or see its log in the dashboard."
     reason = str(error).strip().splitlines() or ["no answer"]
-    return Finding(where=host, what="answer", found=f"{type(error).__name__}: {reason[0]}", state="fault", mend=mend)
+    return Finding(where=host, what="answer", found=f"{type(error).__name__}: {reason[0]}", state="fault", fix=fix)
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -135,7 +135,7 @@ def _look(values: dict[str, Any], temporary: str) -> dict[str, Any]:
 
 
 def look(config: Config, temporary: Path) -> Facts:
-    """The facts of this machine."""
+    """Return the facts of this machine."""
     gpus: list[str] = []
     problem = None
     try:
@@ -183,132 +183,134 @@ def _free_gb(path: Path) -> float:
 
 
 def judge(config: Config, facts: Mapping[str, Facts], resources: Mapping[str, Mapping[str, float]]) -> list[Finding]:
-    """What follows from the facts of all machines.
+    """Return the findings that follow from the facts of all machines.
 
     Args:
-        config: what the jobs will want.
-        facts: of every node that answered.
-        resources: what Ray believes each node has.
+        config: run description of the jobs.
+        facts: node -> facts, of every node that answered.
+        resources: node -> resources that Ray has registered for it.
     """
     findings: list[Finding] = []
     names = _names(facts)
-    for node, found in facts.items():
-        findings += _machine(config, names[node], found, resources[node])
+    for node, node_facts in facts.items():
+        findings += _machine(config, names[node], node_facts, resources[node])
     return [*findings, *_differences(facts), *_together(config, len(facts), resources)]
 
 
 def _names(facts: Mapping[str, Facts]) -> dict[str, str]:
-    """Host names; those of several nodes on one machine with the beginning of their ids."""
-    times = Counter(found.host for found in facts.values())
-    return {node: found.host if times[found.host] == 1 else f"{found.host} {node[:6]}" for node, found in facts.items()}
+    """Return node -> host name, followed by the beginning of the node id where several nodes share a host."""
+    hosts = {node: node_facts.host for node, node_facts in facts.items()}
+    times = Counter(hosts.values())
+    return {node: host if times[host] == 1 else f"{host} {node[:6]}" for node, host in hosts.items()}
 
 
-def _machine(config: Config, where: str, found: Facts, resources: Mapping[str, float]) -> Iterator[Finding]:
-    yield Finding(where=where, what="Python", found=found.python)
-    missing = [name for name, installed in found.packages.items() if installed is None]
+def _machine(config: Config, where: str, facts: Facts, resources: Mapping[str, float]) -> Iterator[Finding]:
+    yield Finding(where=where, what="Python", found=facts.python)
+    missing = [name for name, installed in facts.packages.items() if installed is None]
     yield Finding(
         where=where,
         what="packages",
-        found=f"without {', '.join(missing)}" if missing else f"ray {found.packages['ray']}",
+        found=f"without {', '.join(missing)}" if missing else f"ray {facts.packages['ray']}",
         state="fault" if missing else "good",
-        mend="Install tvilfm there with its constraints, or start the cluster from its image." if missing else "",
+        fix="Install tvilfm on it with constraints.txt, or start the cluster from the tvilfm image." if missing else "",
     )
-    yield _torch(where, found, resources)
-    yield _place(where, "run.dir", found.runs)
+    yield _torch(where, facts, resources)
+    yield _place(where, "run.dir", facts.runs)
     if config.cluster.storage is not None:
-        yield _place(where, "storage", found.storage)
-    if found.data is not None:
+        yield _place(where, "storage", facts.storage)
+    if facts.data is not None:
         yield Finding(
             where=where,
             what="dataset",
-            found=f"{config.data_root} {'is there' if found.data else 'is not there'}",
-            state="good" if found.data else "fault",
-            mend="" if found.data else "Put it there on every machine, or set data.root to storage they share.",
+            found=f"{config.data_root} {'exists' if facts.data else 'is missing'}",
+            state="good" if facts.data else "fault",
+            fix="" if facts.data else "Copy it to this path on every machine, or set data.root to shared storage.",
         )
-    mend = "Delete old runs, or set run.dir to a larger disk."
-    yield _enough(where, "disk for run.dir", found.disk_gb, FREE_DISK_GB, mend)
-    mend = "Delete old files there, or start Ray with --temp-dir on a larger disk."
-    yield _enough(where, "disk for Ray", found.spill_gb, FREE_DISK_GB, mend)
-    if found.shared_gb is not None:
-        mend = "Give a container more: docker run --shm-size=8g, or Kubernetes an emptyDir of medium Memory there."
-        yield _enough(where, "shared memory", found.shared_gb, FREE_SHARED_GB, mend)
+    fix = "Delete old runs, or set run.dir to a larger disk."
+    yield _enough(where, "disk for run.dir", facts.disk_gb, FREE_DISK_GB, fix)
+    fix = "Delete old files on it, or start Ray with --temp-dir on a larger disk."
+    yield _enough(where, "disk for Ray", facts.spill_gb, FREE_DISK_GB, fix)
+    if facts.shared_gb is not None:
+        fix = "Give the container more: docker run --shm-size=8g; on Kubernetes, mount an emptyDir of medium Memory."
+        yield _enough(where, "shared memory", facts.shared_gb, FREE_SHARED_GB, fix)
 
 
-def _torch(where: str, found: Facts, resources: Mapping[str, float]) -> Finding:
-    version, promised = found.packages["torch"], int(resources.get("GPU", 0))
-    if found.torch is not None:
-        mend = "Reinstall torch for this machine's CUDA driver, or mend the driver (nvidia-smi)."
-        return Finding(where=where, what="torch", found=found.torch, state="fault", mend=mend)
-    if promised > len(found.gpus):
-        # A task that asks for no GPU sees them all.
-        mend = "Mend the driver (nvidia-smi), or install torch with CUDA."
-        text = f"{version}, sees {len(found.gpus)} of Ray's {promised} GPUs"
-        return Finding(where=where, what="torch", found=text, state="fault", mend=mend)
-    gpus = ", ".join(f"{count} x {name}" for name, count in Counter(found.gpus).items())
+def _torch(where: str, facts: Facts, resources: Mapping[str, float]) -> Finding:
+    version, promised = facts.packages["torch"], int(resources.get("GPU", 0))
+    if facts.torch is not None:
+        fix = "Reinstall torch for this machine's CUDA driver, or fix the driver (nvidia-smi)."
+        return Finding(where=where, what="torch", found=facts.torch, state="fault", fix=fix)
+    if promised > len(facts.gpus):
+        # A task that requests no GPU sees all of them.
+        fix = "Fix the driver (nvidia-smi), or install torch with CUDA."
+        text = f"{version}, sees {len(facts.gpus)} of Ray's {promised} GPUs"
+        return Finding(where=where, what="torch", found=text, state="fault", fix=fix)
+    gpus = ", ".join(f"{count} x {name}" for name, count in Counter(facts.gpus).items())
     return Finding(where=where, what="torch", found=f"{version}, {gpus or 'CPU'}")
 
 
 def _place(where: str, what: str, trouble: str | None) -> Finding:
     if trouble is None:
         return Finding(where=where, what=what, found="written, read, deleted")
-    # The error of the test ends with its advice.
-    said, _, mend = trouble.rpartition(". ")
-    return Finding(where=where, what=what, found=said, state="fault", mend=mend)
+    # The last sentence of the error says how to fix it.
+    problem, _, fix = trouble.rpartition(". ")
+    return Finding(where=where, what=what, found=problem, state="fault", fix=fix)
 
 
-def _enough(where: str, what: str, free: float, least: float, mend: str) -> Finding:
+def _enough(where: str, what: str, free: float, least: float, fix: str) -> Finding:
     good = free >= least
-    found = f"{free:.1f} GB free" + ("" if good else f", less than {least:g}")
-    return Finding(where=where, what=what, found=found, state="good" if good else "fault", mend="" if good else mend)
+    text = f"{free:.1f} GB free" + ("" if good else f", less than {least:g}")
+    return Finding(where=where, what=what, found=text, state="good" if good else "fault", fix="" if good else fix)
 
 
 def _differences(facts: Mapping[str, Facts]) -> Iterator[Finding]:
-    seen: dict[str, Counter[str]] = {"Python": Counter(found.python for found in facts.values())}
+    seen: dict[str, Counter[str]] = {"Python": Counter(node_facts.python for node_facts in facts.values())}
     for name in PACKAGES:
-        seen[name] = Counter(str(found.packages[name]) for found in facts.values())
+        seen[name] = Counter(str(node_facts.packages[name]) for node_facts in facts.values())
     for name, versions in seen.items():
         if len(versions) > 1:
             counted = ", ".join(f"{version} on {times}" for version, times in versions.most_common())
-            mend = "Install the same on all: the same image, or the same constraints.txt."
-            yield Finding(where="cluster", what=f"{name} differs", found=counted, state="fault", mend=mend)
+            fix = "Install the same version on all machines: use the same image or the same constraints.txt."
+            yield Finding(where="cluster", what=f"{name} differs", found=counted, state="fault", fix=fix)
 
 
 def _together(config: Config, nodes: int, resources: Mapping[str, Mapping[str, float]]) -> Iterator[Finding]:
     section = config.cluster
     totals = {name: sum(of.get(name, 0) for of in resources.values()) for name in ("CPU", "GPU")}
     yield Finding(where="cluster", what="resources", found=f"{totals['CPU']:g} CPUs, {totals['GPU']:g} GPUs")
-    wanted = {
+    needed = {
         "CPU": section.train_workers * section.cpus_per_train_worker,
         "GPU": section.train_workers * section.gpus_per_worker,
     }
-    for name, amount in wanted.items():
+    for name, amount in needed.items():
         if amount > totals[name]:
-            # With an autoscaler the missing machines may come when they are asked for.
+            # An autoscaler may add the missing machines on demand.
             yield Finding(
                 where="cluster",
                 what="training",
-                found=f"wants {amount:g} {name}s, the cluster has {totals[name]:g}",
+                found=f"needs {amount:g} {name}s, the cluster has {totals[name]:g}",
                 state="note" if section.workers.max else "fault",
-                mend="Lower cluster.train_workers, cpus_per_train_worker or gpus_per_worker, unless machines are added "
+                fix="Lower cluster.train_workers, cpus_per_train_worker or gpus_per_worker, unless machines are added "
                 "on demand.",
             )
     if nodes > 1 and config.cluster.storage is None and not config.run.dir.is_absolute():
         yield Finding(
             where="cluster",
             what="run.dir",
-            found=f"{config.run.dir} of {nodes} machines",
+            found=f"{config.run.dir} is relative, on {nodes} machines",
             state="note",
-            mend="Runs need one folder that all machines see: set cluster.storage, or run.dir to a path on it.",
+            fix="Runs need one folder that all machines share: set cluster.storage, or set run.dir to a path on shared "
+            "storage.",
         )
 
 
 def table_of(findings: Sequence[Finding]) -> Table:
-    """The findings for a terminal."""
+    """Return the findings as a table for a terminal."""
     table = Table()
-    for heading in ("machine", "what", "found", "", "how to mend it"):
+    for heading in ("machine", "check", "result", "", "how to fix it"):
         table.add_column(heading, overflow="fold")
     colours = {"good": "green", "note": "yellow", "fault": "red"}
     for finding in findings:
         state = Text(finding.state, style=colours[finding.state])
-        table.add_row(*map(Text, (finding.where, finding.what, finding.found)), state, Text(finding.mend))
+        table.add_row(*map(Text, (finding.where, finding.what, finding.found)), state, Text(finding.fix))
     return table

@@ -1,10 +1,10 @@
-"""Submit any `tvilfm` command to a Ray cluster: what travels, where its paths lie, and how it ended.
+"""Submit any `tvilfm` command to a Ray cluster, follow the job, and report its exit status.
 
-The folder that the command is given in travels as the job's working directory, without data, weights, runs and
-caches. What a job writes must not lie there, because Ray throws that folder away: relative paths of the run
-description are made absolute before the job is sent, below `cluster.storage` or, on a cluster of this machine, in the
-folder itself. The command is parsed here first, with the cluster section of the very description that it will read, so
-that a misspelt option or key costs no upload.
+The current folder is sent as the working directory of the job, without data, weights, runs and caches. Ray deletes the
+working directory when the job ends, so a job must not write its results there. Relative paths of the run description
+are therefore made absolute before the job is sent: below `cluster.storage` or, if the cluster runs on this machine,
+below the current folder. The command line and the run description are parsed before the upload, so a misspelt option
+or key is reported at once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from cluster.places.check import absolute_paths, excluded, is_relative, storage_
 from tvilfm.config import ClusterSection, Config, load_config
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-# Parameters of commands that name data or results, and those that name files of the program, which travel with it.
+# Parameters of commands that name data or results, and those that name files sent with the job.
 DATA_PARAMETERS = (
     *("out", "images", "captions", "gallery", "folder", "run", "file"),
     *("model", "image", "html", "csv", "as_json", "origin"),
@@ -49,12 +49,12 @@ COMMAND_NOT_FOUND, ENDED_BY_INTERRUPT, SIGNALS = 127, 130, 128
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """A `tvilfm` command line, understood.
+    """A parsed `tvilfm` command line.
 
     Attributes:
-        arguments: as given, without `tvilfm`.
-        parameters: what its options and arguments came to.
-        config: the run description that it will read.
+        arguments: the command line without `tvilfm`.
+        parameters: parameter name -> parsed value.
+        config: the run description that the command will read.
     """
 
     arguments: tuple[str, ...]
@@ -64,12 +64,12 @@ class Command:
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """The files that travel with a job.
+    """The files that are sent with a job.
 
     Attributes:
-        folder: where they lie.
-        excludes: what stays, as gitignore patterns; `.gitignore` counts too.
-        sizes: path below the folder -> bytes.
+        folder: folder of the files.
+        excludes: gitignore patterns of files that are not sent, in addition to those of `.gitignore`.
+        sizes: path relative to the folder -> bytes.
     """
 
     folder: Path
@@ -77,17 +77,18 @@ class Package:
     sizes: Mapping[str, int]
 
     def check(self, command: Command) -> None:
-        """Refuse what could not run there.
+        """Check that the command can run with these files.
 
         Raises:
-            ValueError: it is larger than Ray takes, or lacks the description or search space that the command names.
+            ValueError: the package is larger than Ray accepts, or lacks the description or search space that the
+                command names.
         """
         for name in PROGRAM_PARAMETERS:
             path = str(command.parameters.get(name) or "")
             if path.endswith((".yaml", ".yml")) and is_relative(path) and os.path.normpath(path) not in self.sizes:
                 raise ValueError(
-                    f"{name}: expected a file that travels with {self.folder}, got {path}. Copy it there, outside data "
-                    "and runs and not ignored by git, or give a path that every machine sees."
+                    f"{name}: expected a file that is sent with {self.folder}, got {path}. Copy it into this folder, "
+                    "outside data and runs and not ignored by git, or give a path that every machine can read."
                 )
         if (total := sum(self.sizes.values())) < GCS_STORAGE_MAX_SIZE:
             return
@@ -95,7 +96,7 @@ class Package:
         named = ", ".join(f"{path} ({megabytes(self.sizes[path])})" for path in largest)
         raise ValueError(
             f"{self.folder}: expected less than Ray's {megabytes(GCS_STORAGE_MAX_SIZE)} to send, got "
-            f"{megabytes(total)}. Move what is no program, or name it in .gitignore; the largest files: {named}."
+            f"{megabytes(total)}. Move files that the job does not need, or list them in .gitignore. The largest: {named}."
         )
 
     def __str__(self) -> str:
@@ -103,7 +104,7 @@ class Package:
 
 
 def parse(app: typer.Typer, arguments: Sequence[str], default_config: Path) -> Command:
-    """Understand a command line as the job will.
+    """Parse a command line as the job will parse it.
 
     Args:
         app: the program.
@@ -111,8 +112,8 @@ def parse(app: typer.Typer, arguments: Sequence[str], default_config: Path) -> C
         default_config: the description that commands read without --config.
 
     Raises:
-        ValueError: no such command, or a description that does not resolve.
-        click's UsageError: options that the command does not have.
+        ValueError: the command does not exist, or its description is invalid.
+        click's UsageError: an option does not exist.
     """
     command: Any = typer.main.get_command(app)
     names, rest = [], list(arguments)
@@ -130,25 +131,25 @@ def parse(app: typer.Typer, arguments: Sequence[str], default_config: Path) -> C
     overrides = parameters.get("overrides") or []
     if overrides and "=" not in overrides[0]:
         raise ValueError(
-            f"submit: expected section.key=value, got {overrides[0]}. The folder of a run is not sent with a job: give "
-            "the options that made the run."
+            f"submit: expected section.key=value, got {overrides[0]}. The folder of a run is not sent with a job. Give "
+            "the options of the run instead."
         )
-    # Commands that read no description may be given in a folder without one.
-    there = path if "config" in parameters or path.exists() else None
-    config = load_config(there, overrides, size=parameters.get("size"))
+    # A command that reads no description may be submitted from a folder without one.
+    source = path if "config" in parameters or path.exists() else None
+    config = load_config(source, overrides, size=parameters.get("size"))
     return Command(arguments=tuple(arguments), parameters=parameters, config=config)
 
 
 def job_paths(command: Command, folder: Path, *, same_machine: bool) -> tuple[str, ...]:
-    """Overrides that give the job the paths that its description means.
+    """Return overrides that make the relative paths of the run description absolute for the job.
 
     Args:
-        command: what will run.
-        folder: where it was given.
-        same_machine: whether the cluster runs on this machine, and so sees that folder.
+        command: the command of the job.
+        folder: the folder that it is submitted from.
+        same_machine: whether the cluster runs on this machine and can use this folder.
 
     Raises:
-        ValueError: a relative path that means nothing on the cluster.
+        ValueError: a relative path that cannot be resolved on the cluster.
     """
     base = storage_folder(command.config)
     if command.config.cluster.storage is None and same_machine:
@@ -158,21 +159,21 @@ def job_paths(command: Command, folder: Path, *, same_machine: bool) -> tuple[st
         for value in values if isinstance(values, list) else [values]:
             if value is None or not is_relative(str(value)):
                 continue
-            example = f"{base / str(value)}, or a URI" if base else "a path that every machine sees, or a URI"
+            example = f"{base / str(value)}, or a URI" if base else "a path that every machine can read, or a URI"
             raise ValueError(
-                f"{name}: expected an absolute path or a URI, got {value}. A job runs in a folder of its own that "
-                f"goes when it ends; say {example}."
+                f"{name}: expected an absolute path or a URI, got {value}. A job runs in a folder of its own, "
+                f"which is deleted when the job ends. Give {example}."
             )
     if "overrides" not in command.parameters:
         return ()
     overrides = absolute_paths(command.config, base)
     if command.config.cluster.address is not None:
-        overrides.append("cluster.address=null")  # a job belongs to the cluster that it was given to
+        overrides.append("cluster.address=null")  # a job uses the cluster that it runs on
     return tuple(overrides)
 
 
 def package_of(folder: Path, config: Config) -> Package:
-    """The files of a folder that travel: not what `excluded` names, nor what git ignores."""
+    """Return the files of a folder that are sent with a job: all but those of `excluded` and those that git ignores."""
     excludes = excluded(config, folder)
     sizes: dict[str, int] = {}
 
@@ -180,24 +181,24 @@ def package_of(folder: Path, config: Config) -> Package:
         if path.is_file():
             sizes[str(path.relative_to(folder))] = path.stat().st_size
 
-    # Ray's own walk, so that what is shown is what is sent.
+    # Ray's own function, so that exactly the files that Ray sends are counted.
     _quiet()
     _dir_travel(folder, [_get_excludes(folder, excludes)], note, include_gitignore=True)
     return Package(folder=folder, excludes=excludes, sizes=sizes)
 
 
 def runtime_env(section: ClusterSection, package: Package) -> dict[str, Any]:
-    """What Ray sets up for the job on every machine.
+    """Return the runtime environment that Ray sets up for the job on every machine.
 
     Raises:
-        ValueError: requirements to install, and no pyproject.toml and constraints.txt that say which.
+        ValueError: `cluster.install` is set, but pyproject.toml or constraints.txt is missing.
     """
-    found: dict[str, Any] = {"working_dir": str(package.folder), "excludes": package.excludes}
+    environment: dict[str, Any] = {"working_dir": str(package.folder), "excludes": package.excludes}
     if variables := {name: os.environ[name] for name in section.env if name in os.environ}:
-        found["env_vars"] = variables
+        environment["env_vars"] = variables
     if section.install:
-        found["pip"] = {"packages": _requirements(package.folder), "pip_check": False}
-    return found
+        environment["pip"] = {"packages": _requirements(package.folder), "pip_check": False}
+    return environment
 
 
 def _requirements(folder: Path) -> list[str]:
@@ -208,21 +209,21 @@ def _requirements(folder: Path) -> list[str]:
             "cluster.install=false and use an image that has tvilfm."
         )
     project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
-    # A cluster's Ray cannot be exchanged under it.
-    wanted = [line for line in project["dependencies"] if not line.startswith(("ray[", "ray>", "ray="))]
-    return ["--constraint ${RAY_RUNTIME_ENV_CREATE_WORKING_DIR}/constraints.txt", *wanted]
+    # A running cluster keeps its version of Ray.
+    requirements = [line for line in project["dependencies"] if not line.startswith(("ray[", "ray>", "ray="))]
+    return ["--constraint ${RAY_RUNTIME_ENV_CREATE_WORKING_DIR}/constraints.txt", *requirements]
 
 
 def connect(section: ClusterSection) -> JobSubmissionClient:
-    """The job server of a cluster.
+    """Return a client of the job server of a cluster.
 
     Raises:
-        ConnectionError: nobody answers there.
-        ValueError: it asks for a token, and has been given none or another one.
+        ConnectionError: no server answers at the address.
+        ValueError: the cluster requires a token, and the token is missing or wrong.
     """
     _quiet()
     if section.job_address:
-        os.environ["RAY_API_SERVER_ADDRESS"] = section.job_address  # which Ray would let win over an argument
+        os.environ["RAY_API_SERVER_ADDRESS"] = section.job_address  # takes precedence over the argument
     headers = {}
     if section.token_path is not None:
         headers["Authorization"] = f"Bearer {_token(section.token_path)}"
@@ -232,8 +233,8 @@ def connect(section: ClusterSection) -> JobSubmissionClient:
     except AuthenticationError as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"cluster.token_path: expected the token of the cluster at {address}, got refused ({reason}). Save the "
-            "token in a file and name it, or set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN."
+            f"cluster.token_path: expected the token of the cluster at {address}, got a refusal ({reason}). Save the "
+            "token in a file and set cluster.token_path, or set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN."
         ) from None
     except (ConnectionError, RuntimeError) as error:
         raise ConnectionError(
@@ -244,7 +245,7 @@ def connect(section: ClusterSection) -> JobSubmissionClient:
 
 
 def _quiet() -> None:
-    """Ray's notes on what it packs and uploads; what goes wrong is raised."""
+    """Silence Ray's messages about packing and uploading. Errors are raised anyway."""
     for handler in logging.getLogger("ray").handlers:
         handler.setLevel(logging.ERROR)
 
@@ -253,11 +254,13 @@ def _token(path: Path) -> str:
     try:
         return path.expanduser().read_text().strip()
     except OSError as error:
-        raise ValueError(f"cluster.token_path: expected a file with a token, got {error}. Make or name one.") from None
+        raise ValueError(
+            f"cluster.token_path: expected a file with a token, got {error}. Create it or change the path."
+        ) from None
 
 
 def on_this_machine(address: str) -> bool:
-    """Whether a job server's address is one of this machine's own; a forwarded port looks like one."""
+    """Return whether a job server's address belongs to this machine. A forwarded port looks the same."""
     try:
         with socket.socket() as probe:
             probe.bind((socket.gethostbyname(urlparse(address).hostname or ""), 0))
@@ -267,10 +270,10 @@ def on_this_machine(address: str) -> bool:
 
 
 def submit(client: JobSubmissionClient, command: Command, package: Package, overrides: Sequence[str]) -> str:
-    """Send a command; returns the job's id.
+    """Submit a command and return the id of the job.
 
     Raises:
-        ConnectionError: the job server did not take it.
+        ConnectionError: the job server did not accept the job.
     """
     section = command.config.cluster
     line = shlex.join((section.python, "-m", "cluster", *command.arguments, *overrides))
@@ -286,16 +289,16 @@ def submit(client: JobSubmissionClient, command: Command, package: Package, over
         )
     except (ConnectionError, RuntimeError) as error:
         raise ConnectionError(
-            f"submit: expected the job server at {client.get_address()} to take the job, got {error}. Look at "
-            "`ray status` and the head's free disk there, then submit again."
+            f"submit: expected the job server at {client.get_address()} to accept the job, got {error}. Check "
+            "`ray status` and the free disk space of the head node, then submit again."
         ) from None
 
 
 def job(client: JobSubmissionClient, job_id: str) -> JobDetails:
-    """What is known of a job.
+    """Return the details of a job.
 
     Raises:
-        ValueError: there is none of that id.
+        ValueError: no job has this id.
     """
     try:
         return client.get_job_info(job_id)
@@ -308,24 +311,24 @@ def job(client: JobSubmissionClient, job_id: str) -> JobDetails:
 
 @contextmanager
 def answered(job_id: str) -> Iterator[None]:
-    """What Ray refuses to say or do of a job, as one message.
+    """Turn an error of Ray's job client into one message.
 
     Raises:
-        ConnectionError: in place of what its client raises.
+        ConnectionError: the client raised an error.
     """
     try:
         yield
     except RuntimeError as error:
         raise ConnectionError(
-            f"job {job_id}: expected an answer of its cluster, got {error}. `tvilfm jobs list` shows what it knows."
+            f"job {job_id}: expected an answer of its cluster, got {error}. `tvilfm jobs list` shows its jobs."
         ) from None
 
 
 def follow(client: JobSubmissionClient, job_id: str) -> int:
-    """Print a job's log as it grows, from its beginning, until it ends.
+    """Print a job's log from its beginning until the job ends.
 
     Returns:
-        Its exit status, or 130 after Ctrl-C, which leaves the job running.
+        Exit status of the job, or 130 after Ctrl-C, which leaves the job running.
     """
     job(client, job_id)
     try:
@@ -333,10 +336,12 @@ def follow(client: JobSubmissionClient, job_id: str) -> int:
         while not client.get_job_status(job_id).is_terminal():
             time.sleep(POLL_S)
     except KeyboardInterrupt:
-        typer.echo(f"\n{job_id} goes on. {how_to(job_id)}", err=True)
+        typer.echo(f"\n{job_id} keeps running. {how_to(job_id)}", err=True)
         return ENDED_BY_INTERRUPT
     except (RuntimeError, aiohttp.ClientError, ConnectionError) as error:
-        raise ConnectionError(f"job {job_id}: expected its log, got {error}. It goes on; {how_to(job_id)}") from None
+        raise ConnectionError(
+            f"job {job_id}: expected its log, got {error}. It keeps running. {how_to(job_id)}"
+        ) from None
     return report_end(client, job_id, shown=True)
 
 
@@ -346,42 +351,42 @@ async def _print_log(client: JobSubmissionClient, job_id: str) -> None:
 
 
 def how_to(job_id: str) -> str:
-    """How to see a job again and how to stop it."""
+    """Return a hint how to follow a job and how to stop it."""
     return f"Follow: tvilfm jobs logs --follow {job_id}   Stop: tvilfm jobs stop {job_id}"
 
 
 def report_end(client: JobSubmissionClient, job_id: str, *, shown: bool) -> int:
-    """Say on standard error how an ended job ended.
+    """Print the final status of an ended job to standard error.
 
     Args:
-        client: of its cluster.
-        job_id: of the job.
-        shown: whether its log has been printed; else a failed job's last lines are.
+        client: job client of the cluster.
+        job_id: id of the job.
+        shown: whether the log has been printed already; otherwise print the last lines of a failed job.
 
     Returns:
-        Its exit status; 1 for a job that was stopped or never started.
+        Exit status of the job; 1 if it was stopped or never started.
     """
     details = job(client, job_id)
     status = exit_status(details)
     if details.status == JobStatus.FAILED and not shown:
         try:
             typer.echo("\n".join(client.get_job_logs(job_id).splitlines()[-TAIL_LINES:]), err=True)
-        except RuntimeError as error:  # its machine may be gone
-            typer.echo(f"{job_id}: its log cannot be had: {error}", err=True)
+        except RuntimeError as error:  # the machine may no longer exist
+            typer.echo(f"{job_id}: its log is not available: {error}", err=True)
     if details.status == JobStatus.FAILED and details.driver_exit_code is None:
-        typer.echo(details.message, err=True)  # it has no log: Ray could not start it
+        typer.echo(details.message, err=True)  # no log: Ray could not start the job
     typer.echo(f"{job_id}: {details.status.value.lower()}, exit status {status}", err=True)
     if status == COMMAND_NOT_FOUND:
         typer.echo(
-            "cluster.python: expected a Python on the machines of the cluster, got none by that name. Set "
-            "cluster.python=/path/to/python, or start the cluster with it on the PATH.",
+            "cluster.python: expected a Python on the machines of the cluster, got none of that name. Set "
+            "cluster.python=/path/to/python, or start the cluster with Python on the PATH.",
             err=True,
         )
     return status
 
 
 def exit_status(details: JobDetails) -> int:
-    """A job's exit status as a shell would have it."""
+    """Return a job's exit status as a shell reports it."""
     if details.driver_exit_code is None:
         return int(details.status != JobStatus.SUCCEEDED)
     return details.driver_exit_code if details.driver_exit_code >= 0 else SIGNALS - details.driver_exit_code
@@ -392,7 +397,7 @@ def megabytes(size: float) -> str:
 
 
 def jobs_table(client: JobSubmissionClient) -> Table:
-    """The submitted jobs of a cluster, the last first."""
+    """Return a table of the submitted jobs of a cluster, the newest first."""
     table = Table("job", "status", "exit", "started", "minutes", "command")
     jobs = [details for details in client.list_jobs() if details.submission_id]
     for details in sorted(jobs, key=lambda details: -(details.start_time or 0)):

@@ -81,10 +81,10 @@ def _check_room(config: Config, resources: Mapping[str, float]) -> None:
         if round(amount, 4) <= has:
             continue
         lack = f"expected {amount:g} {name}s for its parts, got {has:g}"
-        mend = "Lower serve.encoders, serve.searchers, serve.searcher_gpus or cluster.gpus_per_worker"
+        fix = "Lower serve.encoders, serve.searchers, serve.searcher_gpus or cluster.gpus_per_worker"
         if address_of(config.cluster) == "local":
-            raise ValueError(f"serve: {lack}. {mend}.")
-        Console(stderr=True).print(f"service: {lack}. {mend}, unless machines are added on demand.", highlight=False)
+            raise ValueError(f"serve: {lack}. {fix}.")
+        Console(stderr=True).print(f"service: {lack}. {fix}, unless machines are added on demand.", highlight=False)
 
 
 def _check_listens_so(running: HTTPOptions, wanted: HTTPOptions) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from cluster.places.depot import Depot, fetched
 from cluster.stages.learning import METRICS_FILE, Record, write_records
-from cluster.stages.trainer import Reporter, last_checkpoint, returned, trainer_of
+from cluster.stages.trainer import Reporter, fit, last_checkpoint, trainer_of
 from tvilfm.captioning.captioner import Captioner
 from tvilfm.captioning.conv_captioner import NAME, build_conv_captioner
 from tvilfm.captioning.finetune import Pairs, caption_pairs, finetune, mean_loss
@@ -69,12 +69,11 @@ def fit_captioner(
         "depot": depot,
     }
     workers = config.cluster.train_workers
-    result = trainer_of(_worker, job, folder, config.cluster, workers=workers, depot=depot).fit()
-    records, marks = returned(result)
+    (records, marks), last = fit(trainer_of(_worker, job, folder, config.cluster, workers=workers, depot=depot))
     write_records(folder / METRICS_FILE, records)
     marks.write(folder / "marks.json")
-    assert result.checkpoint is not None
-    with result.checkpoint.as_directory() as checkpoint:
+    assert last is not None
+    with last.as_directory() as checkpoint:
         shutil.copytree(Path(checkpoint) / "model", folder / "captioner", dirs_exist_ok=True)
 
 

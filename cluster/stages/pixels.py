@@ -53,7 +53,7 @@ def decode_dataset(folder: Path, root: Path, manifest: pa.Table, section: DataSe
         num_cpus=1,
     )
     pixels = create(folder / "pixels.npy", manifest.num_rows, height=section.height, width=section.width)
-    progress, done = ProgressFile(folder / "progress.json"), 0
+    progress, done = ProgressFile(folder / "progress.json", unit="images"), 0
     with plain_errors():
         for batch in decoded.iter_batches(batch_size=None):
             pixels[batch["row"]] = batch["pixels"]

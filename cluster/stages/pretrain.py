@@ -14,7 +14,7 @@ from cluster.places.depot import Depot
 from cluster.progress import ProgressFile
 from cluster.stages.pixels import decode_dataset
 from cluster.stages.stage import Stage, StageJob
-from cluster.stages.trainer import read_job, read_pixels, returned, trainer_of
+from cluster.stages.trainer import fit, read_job, read_pixels, trainer_of
 from tvilfm.config import Config
 from tvilfm.data.manifest import select
 from tvilfm.datasets import read_dataset
@@ -63,8 +63,8 @@ def fit_pretrain(folder: Path, config: Config, inputs: dict[str, str], depot: De
         depot: where workers find the inputs that are not on their machine; None = in folders.
     """
     job = {"folder": str(folder), "config": config, "inputs": inputs, "depot": depot}
-    result = trainer_of(_worker, job, folder, config.cluster, workers=1, depot=depot).fit()
-    (folder / FILE).write_bytes(returned(result))
+    backbone, _ = fit(trainer_of(_worker, job, folder, config.cluster, workers=1, depot=depot))
+    (folder / FILE).write_bytes(backbone)
 
 
 def _worker(job: dict[str, Any]) -> bytes:

@@ -73,6 +73,4 @@ def _seconds(job: StageJob) -> dict[str, float]:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python, this package and those that decide numbers."""
-    return {"python": platform.python_version()} | {
-        name: version_of(name) for name in ("tvilfm", *PACKAGES)
-    }
+    return {"python": platform.python_version()} | {name: version_of(name) for name in ("tvilfm", *PACKAGES)}

@@ -50,19 +50,28 @@ def fit_network(
         ray.train.TrainingFailedError: a worker failed more often than `cluster.max_failures`.
     """
     job = {"folder": str(folder), "config": config, "inputs": inputs, "depot": depot}
-    result = trainer_of(worker, job, folder, config.cluster, workers=config.cluster.train_workers, depot=depot).fit()
-    write_records(folder / METRICS_FILE, returned(result))
-    assert result.checkpoint is not None
-    with result.checkpoint.as_directory() as checkpoint:
+    trainer = trainer_of(worker, job, folder, config.cluster, workers=config.cluster.train_workers, depot=depot)
+    records, last = fit(trainer)
+    write_records(folder / METRICS_FILE, records)
+    assert last is not None
+    with last.as_directory() as checkpoint:
         model = TVILFM.from_pretrained(Path(checkpoint) / "best")
         progress = json.loads((Path(checkpoint) / "progress.json").read_text())
     model.save_pretrained(folder / "model")
     (folder / "selection.json").write_text(json.dumps(progress))
 
 
-def returned(result: ray.train.Result) -> Any:
-    """Return what the worker of rank 0 returned."""
-    return result.return_value  # type: ignore[attr-defined]  # of Train V2, which Ray's types do not know
+def fit(trainer: TorchTrainer) -> tuple[Any, Checkpoint | None]:
+    """Run a trainer; return what the worker of rank 0 returned, and the last checkpoint.
+
+    Raises:
+        KeyboardInterrupt: on Ctrl-C, in place of Train's exit.
+    """
+    try:
+        result = trainer.fit()
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    return result.return_value, result.checkpoint  # type: ignore[attr-defined]  # of Train V2
 
 
 def read_job(job: dict[str, Any]) -> tuple[Config, Path, dict[str, Path]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 
 from cluster.cli.app import main
 from cluster.progress import ProgressFile, watch
+from tests.processes import until
 from tvilfm.config import known_keys, load_config
 
 
@@ -122,5 +124,36 @@ def test_progress_without_a_terminal_is_lines(tmp_path: Path, capsys: pytest.Cap
     path = tmp_path / "progress.json"
     with watch(path, "base", "steps"):
         ProgressFile(path).update(3, 3, "loss 0.1")
-    assert json.loads(path.read_text()) == {"done": 3, "total": 3, "note": "loss 0.1"}
+    assert json.loads(path.read_text()) == {"done": 3, "total": 3, "note": "loss 0.1", "unit": None}
     assert capsys.readouterr().err.startswith("base: done in ")
+
+
+def test_a_progress_line_names_what_the_worker_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.progress.INTERVAL_S", 0.05)
+    monkeypatch.setattr("cluster.progress.PLAIN_INTERVAL_S", 0)
+    path = tmp_path / "progress.json"
+    with watch(path, "pretrain", "steps"):
+        ProgressFile(path, unit="images").update(1, 4)
+        until(lambda: "1/4 images" in capsys.readouterr().err)
+        ProgressFile(path).update(2, 3)
+        until(lambda: "2/3 steps" in capsys.readouterr().err)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_command_that_is_stopped_says_so_in_one_sentence(
+    number: signal.Signals, tiny_benchmark: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "cluster", "train", "--size", "tiny", "--stage", "base", "caption.source=files"]
+    settings = [f"run.dir={tmp_path}", f"data.root={tiny_benchmark}", "model.weights=random", "train.base.epochs=500"]
+    log = tmp_path / "stderr"
+    with log.open("w") as file:
+        process = subprocess.Popen([*command, *settings], stderr=file, stdout=file)
+        until(lambda: any(tmp_path.glob("*/stages/base-*.partial/metrics.jsonl")), 120)
+        process.send_signal(number)
+        assert process.wait(60) == 130
+    lines = log.read_text().splitlines()
+    assert lines[-1] == "stopped: finished work is kept; run the same command again to continue", lines[-30:]
+    assert [line for line in lines if " @ " in line or "Traceback" in line or "SIGTERM" in line] == []

@@ -1,4 +1,4 @@
-"""The doctor: a look at every node, what it makes of the facts, and the command's exit status."""
+"""The doctor: its check of every node, its findings, and the command's exit status."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def judged(*facts: Facts, resources: dict[str, float] = RESOURCES, overrides: tu
     return [found for found in judge(config, nodes, dict.fromkeys(nodes, resources)) if found.state != "good"]
 
 
-def test_sound_machines_have_nothing_to_mend() -> None:
+def test_sound_machines_have_nothing_to_fix() -> None:
     assert judged(SOUND, replace(SOUND, host="two")) == []
 
 
 @pytest.mark.parametrize(
-    ("change", "what", "found", "mend"),
+    ("change", "what", "found", "fix"),
     [
         (
             {"packages": {**SOUND.packages, "lance": "1", "pylance": None}},
@@ -52,7 +52,7 @@ def test_sound_machines_have_nothing_to_mend() -> None:
             "Install tvilfm",
         ),
         ({"torch": "libcuda.so.1: cannot open"}, "torch", "libcuda", "driver"),
-        ({"data": False}, "dataset", "is not there", "on every machine"),
+        ({"data": False}, "dataset", "is missing", "on every machine"),
         (
             {"runs": "/r: expected a place to write, got no. Mount it writable."},
             "run.dir",
@@ -64,18 +64,18 @@ def test_sound_machines_have_nothing_to_mend() -> None:
         ({"shared_gb": 0.06}, "shared memory", "0.1 GB free, less than 1", "--shm-size"),
     ],
 )
-def test_what_is_wrong_on_a_machine_is_named_with_its_mend(
-    change: dict[str, object], what: str, found: str, mend: str
+def test_what_is_wrong_on_a_machine_is_named_with_its_fix(
+    change: dict[str, object], what: str, found: str, fix: str
 ) -> None:
     (finding,) = judged(replace(SOUND, host="bad", **change))
     assert (finding.where, finding.what, finding.state) == ("bad", what, "fault")
-    assert found in finding.found and mend in finding.mend
+    assert found in finding.found and fix in finding.fix
 
 
 def test_storage_is_looked_at_only_where_there_is_some() -> None:
     broken = replace(SOUND, storage="s3://b: expected a place to write, got no. Make the bucket.")
     (finding,) = judged(broken, overrides=("cluster.storage=s3://b",))
-    assert (finding.what, finding.mend) == ("storage", "Make the bucket.")
+    assert (finding.what, finding.fix) == ("storage", "Make the bucket.")
     assert judged(broken) == []
 
 
@@ -95,14 +95,14 @@ def test_machines_that_differ_are_told_which_and_how_many() -> None:
 
 def test_training_that_does_not_fit_is_a_note_where_machines_may_be_added() -> None:
     (note,) = judged(SOUND, overrides=("cluster.train_workers=2", "cluster.gpus_per_worker=1"))
-    assert (note.state, note.found) == ("note", "wants 2 GPUs, the cluster has 0")
+    assert (note.state, note.found) == ("note", "needs 2 GPUs, the cluster has 0")
     (fault,) = judged(SOUND, overrides=("cluster.cpus_per_train_worker=9", "cluster.workers.max=0"))
-    assert (fault.state, fault.found) == ("fault", "wants 9 CPUs, the cluster has 8")
+    assert (fault.state, fault.found) == ("fault", "needs 9 CPUs, the cluster has 8")
 
 
 def test_several_machines_without_a_place_of_their_own_are_noted() -> None:
     (note,) = judged(SOUND, replace(SOUND, host="two"), overrides=("run.dir=runs",))
-    assert (note.what, note.state) == ("run.dir", "note") and "cluster.storage" in note.mend
+    assert (note.what, note.state) == ("run.dir", "note") and "cluster.storage" in note.fix
 
 
 @pytest.mark.slow
@@ -117,7 +117,7 @@ def test_the_command_ends_1_when_something_is_wrong_and_0_else(
             main()
         printed = capsys.readouterr().out
         assert int(end.value.code or 0) == status, printed
-        assert "Put it there on every machine" in printed if status else "fault" not in printed
+        assert "on every machine" in printed if status else "fault" not in printed
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 

@@ -98,7 +98,7 @@ def test_what_is_missing_is_said(
 ) -> None:
     (tmp_path / "checkpoint.pth").touch()
     for arguments, message in (
-        ((str(tmp_path / "checkpoint.pth"),), "expected the data to evaluate this model on"),
+        ((str(tmp_path / "checkpoint.pth"),), "expected the dataset to evaluate this model on"),
         ((str(tmp_path / "absent"),), "expected section.key=value or the folder of a run"),
         ((str(tmp_path / "absent"), "data.name=regdb", "data.root=/nowhere"), "regdb"),
     ):

@@ -37,7 +37,7 @@ from cluster.serve.launch import _check_room, serving
 from cluster.serve.searcher import SearcherReplica
 from cluster.serve.writer import Writer
 from cluster.tables.indexing import finished_run, index
-from tests.processes import command_line, descendants
+from tests.processes import command_line, descendants, until
 from tests.unit.test_service import hostile
 from tests.untrained_run import Ranking, UntrainedRun, evaluated_rankings
 from tvilfm.captioning.captioner import Captioner
@@ -316,13 +316,6 @@ def replicas(part: str) -> list[int]:
     """Processes of a part of the service."""
     title = f"ServeReplica:tvilfm:{part}".encode()
     return [pid for pid in descendants(os.getpid()) if title in command_line(pid)]
-
-
-def until(true: object, deadline_s: float = 120) -> None:
-    end = time.monotonic() + deadline_s
-    while not true():  # type: ignore[operator]
-        assert time.monotonic() < end, "what was waited for never came"
-        time.sleep(0.05)
 
 
 def test_people_leave_the_gallery_and_its_files_after_their_time(untrained_run: UntrainedRun, tmp_path: Path) -> None:

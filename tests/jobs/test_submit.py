@@ -109,9 +109,9 @@ def test_relative_paths_become_absolute_below_the_storage_or_here() -> None:
     [
         (("run",), False, r"run\.dir: expected an absolute path for other machines, got runs"),
         (("run", "cluster.storage=s3://bucket/x"), True, r"run\.dir: expected an absolute path for other machines"),
-        (("caption", "--out", "captions"), True, r"out: .* got captions\. .* say /home/me/captions, or a URI"),
+        (("caption", "--out", "captions"), True, r"out: .* got captions\. .* Give /home/me/captions, or a URI"),
         (("find", "/runs/a", "--in", "/crops", "--image", "/a", "--image", "b.jpg"), True, r"image: .* got b\.jpg"),
-        (("report", "runs/ablations"), False, r"folder: .* got runs/ablations\. .* say a path that every machine sees"),
+        (("report", "runs/ablations"), False, r"folder: .* got runs/ablations\. .* Give a path that every machine can read"),
     ],
 )
 def test_a_relative_path_that_means_nothing_there_is_refused(
@@ -166,7 +166,7 @@ def test_a_description_that_stays_behind_is_refused_and_one_that_travels_is_not(
     for name in ("runs/old/config.yaml", "mine/ray.yaml"):
         write(tmp_path / name, 3)
     package, command = package_of(tmp_path, load_config()), parse(app, ("run",), DEFAULT)
-    with pytest.raises(ValueError, match=f"config: expected a file that travels with {tmp_path}, got {there}"):
+    with pytest.raises(ValueError, match=f"config: expected a file that is sent with {tmp_path}, got {there}"):
         package.check(replace(command, parameters={"config": Path(there)}))
     for name in ("./mine/ray.yaml", "/mnt/shared/ray.yaml"):
         package.check(replace(command, parameters={"config": Path(name)}))
@@ -214,11 +214,11 @@ class Refusing:
     [
         (("jobs", "logs", "01000000"), 2, "job 01000000: expected an answer of its cluster, got only of submitted"),
         (("jobs", "stop", "01000000"), 2, "job 01000000: expected an answer of its cluster, got only of submitted"),
-        (("jobs", "status", "01000000"), 3, "its log cannot be had: only of submitted ones"),
+        (("jobs", "status", "01000000"), 3, "its log is not available: only of submitted ones"),
         (
             ("submit", "--", "doctor"),
             2,
-            "submit: expected the job server at http://head:8265 to take the job, got only",
+            "submit: expected the job server at http://head:8265 to accept the job, got only",
         ),
     ],
 )
@@ -402,7 +402,7 @@ def test_ctrl_c_detaches_and_says_how_to_stop_the_job(head: Head, tmp_path: Path
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert f"{job} goes on." in err and f"tvilfm jobs stop {job}" in err
+    assert f"{job} keeps running." in err and f"tvilfm jobs stop {job}" in err
 
     client = connect(load_config(overrides=head.overrides).cluster)
     assert client.get_job_status(job) == JobStatus.RUNNING
@@ -413,7 +413,7 @@ def test_ctrl_c_detaches_and_says_how_to_stop_the_job(head: Head, tmp_path: Path
     wait_for(lambda: client.get_job_status(job).is_terminal(), "the job does not stop")
     assert client.get_job_status(job) == JobStatus.STOPPED
     assert exit_status(client.get_job_info(job)) == 1
-    assert head.run("jobs", "stop", job, *head.overrides)[1] == f"{job}: has ended before\n"
+    assert head.run("jobs", "stop", job, *head.overrides)[1] == f"{job}: has already ended\n"
 
 
 @pytest.mark.slow

@@ -79,13 +79,13 @@ class Fault:
     Attributes:
         what: the fault.
         where: every file, identity or key at fault.
-        mend: what to do.
+        fix: what to do.
         serious: False for what a run survives.
     """
 
     what: str
     where: tuple[str, ...]
-    mend: str
+    fix: str
     serious: bool = True
 
 
@@ -121,8 +121,8 @@ def check_dataset(
     try:
         manifest = read_dataset(section.name, root, **options)
     except ValueError as error:
-        mend = "Nothing else can be checked before this is mended."
-        return Findings(counts=(), faults=(Fault(what=str(error), where=(str(root),), mend=mend),))
+        fix = "Nothing else can be checked before this is mended."
+        return Findings(counts=(), faults=(Fault(what=str(error), where=(str(root),), fix=fix),))
     counts = list(_counts(section.name, root, manifest))
     faults = [*_count_faults(section.name, counts), *_split_faults(section.name, root, manifest)]
     faults += _image_faults(root, manifest, images=images)
@@ -159,7 +159,7 @@ def _count_faults(name: str, counts: Sequence[Count]) -> Iterator[Fault]:
             yield Fault(
                 what="counts that are not the published ones",
                 where=where,
-                mend="Compare the split files with the published ones and unpack the images again.",
+                fix="Compare the split files with the published ones and unpack the images again.",
                 serious=serious,
             )
 
@@ -170,20 +170,20 @@ def _split_faults(name: str, root: Path, manifest: pa.Table) -> Iterator[Fault]:
         yield Fault(
             what="identities in two splits",
             where=tuple(f"pid {pid}: {one} and {other}" for pid, one, other in twice),
-            mend="Restore the split files: who is tested must not be trained on.",
+            fix="Restore the split files: who is tested must not be trained on.",
         )
     if not select(manifest, split="val").num_rows:
         yield Fault(
             what="no validation identities",
             where=("val",),
-            mend="Give some identities the split val, or set train.*.select=last.",
+            fix="Give some identities the split val, or set train.*.select=last.",
             serious=False,
         )
     if name == "folder" and not any((root / file).is_file() for file in (SPLIT_FILE, *TABLES)):
         yield Fault(
             what="identities were split by rule: half train, a tenth val, the rest test",
             where=tuple(f"{pid},{split}" for pid, split in sorted(set(_pid_splits(manifest)))),
-            mend=f"Write {SPLIT_FILE} with the columns pid,split to choose yourself.",
+            fix=f"Write {SPLIT_FILE} with the columns pid,split to choose yourself.",
             serious=False,
         )
     for part, splits in PARTS.items():
@@ -194,7 +194,7 @@ def _split_faults(name: str, root: Path, manifest: pa.Table) -> Iterator[Fault]:
             yield Fault(
                 what=f"{part} identities with images of one modality only",
                 where=tuple(f"pid {pid}" for pid in alone),
-                mend={
+                fix={
                     "train": "They are never drawn for a batch; complete or remove them.",
                     "test": "Queries without a match count in no mean; complete or remove them.",
                 }[part],
@@ -209,7 +209,7 @@ def _pid_splits(manifest: pa.Table) -> Iterator[tuple[int, str]]:
 def _image_faults(root: Path, manifest: pa.Table, *, images: bool) -> Iterator[Fault]:
     missing = missing_images(root, manifest)
     if missing:
-        yield Fault(what="listed images that are not there", where=tuple(missing), mend="Unpack the images again.")
+        yield Fault(what="listed images that are not there", where=tuple(missing), fix="Unpack the images again.")
     if images:
         absent = set(missing)
         present = [image for image in manifest["image"].to_pylist() if image not in absent]
@@ -219,7 +219,7 @@ def _image_faults(root: Path, manifest: pa.Table, *, images: bool) -> Iterator[F
             yield Fault(
                 what="images that cannot be read",
                 where=tuple(errors),
-                mend="Copy these files again, or remove them and their lines in the split files.",
+                fix="Copy these files again, or remove them and their lines in the split files.",
             )
 
 
@@ -240,7 +240,7 @@ def _captions(section: DataSection, root: Path, manifest: pa.Table) -> tuple[lis
             return [Count(what="captions", found=len(captioned), expected=manifest.num_rows)], []
         collected = collect(text_dir, manifest)
     except ValueError as error:
-        return [], [Fault(what=str(error), where=(str(text_dir),), mend="Restore the caption files.")]
+        return [], [Fault(what=str(error), where=(str(text_dir),), fix="Restore the caption files.")]
     counts = []
     for modality in SENSORS:
         pictures = select(manifest, modality=modality)["image"].to_pylist()
@@ -258,27 +258,27 @@ def _caption_faults(collected: Collected, manifest: pa.Table) -> Iterator[Fault]
         yield Fault(
             what="visible test images whose identity has captions, but not they",
             where=tuple(by_identity),
-            mend="They get their identity's captions in turn, as the published protocol draws them; "
+            fix="They get their identity's captions in turn, as the published protocol draws them; "
             "caption them for held-out witnesses.",
             serious=False,
         )
     missing = tuple(image for image in manifest["image"].to_pylist() if image not in found and image not in by_identity)
     if missing:
-        yield Fault(what="images without a caption", where=missing, mend="Caption them or restore the caption files.")
+        yield Fault(what="images without a caption", where=missing, fix="Caption them or restore the caption files.")
     for path, keys in collected.unknown.items():
         yield Fault(
             what=f"captions without an image, in {path.name}",
             where=tuple(keys),
-            mend="Restore the images, or drop these entries; a wrong dataset or root shows as all of them.",
+            fix="Restore the images, or drop these entries; a wrong dataset or root shows as all of them.",
         )
     empty = tuple(image for image, entry in found.items() if not entry.caption.strip())
     if empty:
-        yield Fault(what="empty captions", where=empty, mend="Caption these images again.")
+        yield Fault(what="empty captions", where=empty, fix="Caption these images again.")
     if collected.differing:
         yield Fault(
             what="images whose caption differs between caption_dict and caption_llm_dict",
             where=tuple(collected.differing),
-            mend="The caption of caption_llm_dict is taken; rephrase again if the other is meant.",
+            fix="The caption of caption_llm_dict is taken; rephrase again if the other is meant.",
             serious=False,
         )
     if collected.identity_texts:
@@ -292,7 +292,7 @@ def _caption_faults(collected: Collected, manifest: pa.Table) -> Iterator[Fault]
             yield Fault(
                 what="identities whose visible captions are not those of id_caption_map",
                 where=tuple(f"pid {pid}" for pid in sorted(other)),
-                mend=f"Queries draw from the {PUBLISHED} captions of the images; write the map again from them.",
+                fix=f"Queries draw from the {PUBLISHED} captions of the images; write the map again from them.",
                 serious=False,
             )
 
@@ -307,5 +307,5 @@ def _trained_faults(section: DataSection, trained: DataSection, root: Path, mani
         what=f"a RegDB model of split {trained.split} tested on split {section.split}: it was trained on "
         f"{len(known & tested)} of the {len(tested)} test identities",
         where=tuple(f"pid {pid}" for pid in sorted(known & tested)),
-        mend=f"Set data.split={trained.split}, or train a model on split {section.split}.",
+        fix=f"Set data.split={trained.split}, or train a model on split {section.split}.",
     )
