@@ -27,6 +27,8 @@ def session(section: ClusterSection) -> Iterator[None]:
     Raises:
         ConnectionError: when no cluster answers at `cluster.address`.
     """
+    # Train collects one report per worker and interval, 2 s by default, which is longer than a short epoch.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     if ray.is_initialized():
         _quiet()
         yield
@@ -65,9 +67,7 @@ def _stopped_by_signals() -> Iterator[None]:
         yield
         return
 
-    previous = {
-        number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGHUP)
-    }
+    previous = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:

@@ -1,8 +1,8 @@
-"""Render a cluster's files from the run description, whose `cluster` section is the only place that describes it.
+"""Render the files that create a cluster from the `cluster` section of the run description.
 
-Ray's cluster launcher (`ray up`) and KubeRay start machines, Serve's config starts the retrieval service on them, and
-Slurm lends machines for one command. Documents are dictionaries until they are written, and carry the description
-that a job or service reads, so that what runs is what was rendered and not what some image holds.
+Ray's cluster launcher (`ray up`) and KubeRay start machines. Serve's config file starts the retrieval service on them.
+Slurm allocates machines for one command. Documents are dictionaries until they are written. Files that run a job or
+the service contain the run description, so that it does not depend on the container image.
 """
 
 from __future__ import annotations
@@ -26,26 +26,27 @@ API = "ray.io/v1"
 CONFIG_FOLDER = "/etc/tvilfm"
 CONFIG_PATH = f"{CONFIG_FOLDER}/ray_config.yaml"
 PROGRAM_FOLDER = "~/tvilfm"
-USER_ID = 1000  # of the Dockerfile's user
-# Ray reads a token there when RAY_AUTH_MODE=token says that there is one.
+USER_ID = 1000  # user of the Dockerfile
+# Ray reads the token from this file if RAY_AUTH_MODE=token.
 TOKEN_FILE = "~/.ray/auth_token"
-# That a request to the service may take: the compaction of a large gallery. All others end earlier, by themselves.
+# Timeout of a request to the service: long enough to compact a large gallery. Other requests have shorter timeouts.
 REQUEST_S = 3600.0
-# A job's cluster is gone so long after its end: time for a last look at its dashboard.
+# Time between the end of a job and the deletion of its cluster, in which the dashboard can still be read.
 KEPT_AFTER_END_S = 300
-# So long workers go on without a head whose state a Redis keeps, as KubeRay has it; Ray's own minute starts no machine.
+# How long workers wait for a head whose state is in Redis (KubeRay's value). Ray's default of one minute is too short
+# to start a machine.
 HEAD_AWAY_S = 600
-# A replica that answers a proxy through Ray stands still, for everybody, from that proxy's loss till a head knows of it
-# (Ray 2.60: its event loop waits in `WaitAllObjectsReported`). Through gRPC it does not; gRPC's own limit is 4 MB.
+# If a proxy dies, a replica that was answering it through Ray blocks all its requests until the head notices (Ray 2.60:
+# its event loop waits in `WaitAllObjectsReported`). With gRPC it does not block. gRPC's default message limit is 4 MB.
 SERVE_ENV = {"RAY_SERVE_PROXY_USE_GRPC": "1", "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1)}
-# What a machine with GPUs has to start from; Ray's own choices have no driver (GCP) or one that is years old (AWS).
+# Required for machines with GPUs: Ray's default images have no driver (GCP) or one that is years old (AWS).
 GPU_IMAGE = "a machine image with NVIDIA's driver and Docker"
-# Has Docker, and no GPU driver; Ray's own default.
+# Has Docker but no GPU driver; Ray's default.
 GCP_IMAGE = "projects/deeplearning-platform-release/global/images/family/common-cpu"
 
 
 def render(target: str, config: Config, *, command: str = "run") -> str:
-    """One file that makes a cluster, or runs something on one.
+    """Return the text of a file that creates a cluster or runs a command on one.
 
     Args:
         target: a key of `TARGETS`.
@@ -53,10 +54,10 @@ def render(target: str, config: Config, *, command: str = "run") -> str:
         command: for kuberay-job and slurm, a tvilfm command that takes --config, without its overrides.
 
     Raises:
-        ValueError: the description lacks something that this target needs, or contradicts it.
+        ValueError: the description lacks a value that this target needs, or has one that it does not support.
     """
     if target not in TARGETS:
-        raise ValueError(f"--target: expected one of {', '.join(TARGETS)}, got {target}. Pick one.")
+        raise ValueError(f"--target: expected one of {', '.join(TARGETS)}, got {target}. Choose one of them.")
     return TARGETS[target](config, command)
 
 
@@ -64,7 +65,7 @@ def render(target: str, config: Config, *, command: str = "run") -> str:
 
 
 def ray_up_aws(config: Config) -> Document:
-    """A cluster of AWS machines for `ray up`."""
+    """Return the `ray up` file of a cluster of AWS machines."""
     section = config.cluster
     region = _given(section.provider.region, "cluster.provider.region", "a region such as us-west-2")
     provider: Document = {"type": "aws", "region": region, "cache_stopped_nodes": False}
@@ -83,7 +84,7 @@ def ray_up_aws(config: Config) -> Document:
 
 
 def ray_up_gcp(config: Config) -> Document:
-    """A cluster of GCP machines for `ray up`."""
+    """Return the `ray up` file of a cluster of GCP machines."""
     section = config.cluster
     provider = {
         "type": "gcp",
@@ -106,7 +107,7 @@ def ray_up_gcp(config: Config) -> Document:
     if section.workers.gpus:
         type_ = _given(section.workers.accelerator, "cluster.workers.accelerator", "a type such as nvidia-tesla-t4")
         worker["guestAccelerators"] = [{"acceleratorType": type_, "acceleratorCount": section.workers.gpus}]
-    # A machine with GPUs, like a spot machine, is ended and not moved when its host needs care.
+    # GCP cannot migrate machines with GPUs or spot machines: it ends them when their host needs maintenance.
     scheduling = [{"onHostMaintenance": "TERMINATE"}] * bool(section.workers.gpus or section.workers.spot)
     if scheduling:
         worker["scheduling"] = scheduling + [{"preemptible": True}] * section.workers.spot
@@ -114,7 +115,7 @@ def ray_up_gcp(config: Config) -> Document:
 
 
 def ray_up_onprem(config: Config) -> Document:
-    """A cluster of your own machines, reached by SSH, for `ray up`."""
+    """Return the `ray up` file of a cluster of your own machines, which Ray reaches by SSH."""
     section = config.cluster
     if not section.provider.hosts:
         raise ValueError(
@@ -123,7 +124,7 @@ def ray_up_onprem(config: Config) -> Document:
         )
     head, *workers = section.provider.hosts
     document = _launcher(config, {"type": "local", "head_ip": head, "worker_ips": workers}, (), None, None)
-    # Machines that stand there anyway are all used.
+    # Your own machines run anyway, so use all of them.
     return document | {"max_workers": len(workers), "min_workers": len(workers)}
 
 
@@ -192,7 +193,7 @@ def _launcher(
         "worker_setup_commands": [],
         "head_start_ray_commands": [
             "ray stop",
-            # The dashboard runs whatever it is sent: it is reached through SSH (`ray dashboard`), not from the network.
+            # The dashboard executes any job it receives, so it is reachable only through SSH (`ray dashboard`).
             f"{start}{redis}ray start --head --port={ports.gcs} --dashboard-host=127.0.0.1 "
             f"--dashboard-port={ports.dashboard} --metrics-export-port={ports.metrics} "
             "--autoscaling-config=~/ray_bootstrap_config.yaml",
@@ -218,12 +219,12 @@ def _given(value: str | None, key: str, what: str) -> str:
 
 
 def kuberay_cluster(config: Config) -> Document:
-    """A RayCluster that stays until it is deleted."""
+    """Return a RayCluster, which runs until it is deleted."""
     return _resource(config, "RayCluster", _ray_cluster(config))
 
 
 def kuberay_job(config: Config, command: str) -> list[Document]:
-    """A RayJob: a cluster for one command, gone after it; with the description that it reads."""
+    """Return a ConfigMap with the run description, and a RayJob: a cluster that is deleted after one command."""
     driver = config.cluster.driver
     spec = {
         "entrypoint": _entrypoint(config, command, CONFIG_PATH),
@@ -243,17 +244,17 @@ def kuberay_job(config: Config, command: str) -> list[Document]:
 
 
 def kuberay_service(config: Config) -> Document:
-    """A RayService: a cluster that serves, and is replaced before it goes when its file changes."""
+    """Return a RayService: a cluster that serves. When its file changes, a new cluster replaces it without downtime."""
     if config.serve.host != "0.0.0.0":
         raise ValueError(
             f"serve.host: expected 0.0.0.0 for a service on Kubernetes, got {config.serve.host}. Set "
-            "serve.host=0.0.0.0 and serve.keys, which it then needs."
+            "serve.host=0.0.0.0, and serve.keys, which it requires."
         )
     if config.serve.tls_cert is not None:
-        # KubeRay asks a pod's proxy for its health by plain HTTP.
+        # KubeRay checks the health of a pod's proxy over plain HTTP.
         raise ValueError(
-            f"serve.tls_cert: expected null for a service on Kubernetes, got {config.serve.tls_cert}. Let the "
-            "cluster's ingress end TLS."
+            f"serve.tls_cert: expected null for a service on Kubernetes, got {config.serve.tls_cert}. Terminate "
+            "TLS at the ingress of the cluster."
         )
     spec = {
         "serveConfigV2": _yaml(serve_config(config)),
@@ -302,7 +303,7 @@ def _ray_cluster(config: Config, *, with_config: bool = False) -> Document:
         ],
     }
     if section.token_path is not None:
-        spec["authOptions"] = {"mode": "token"}  # the operator makes the token and keeps it in a secret
+        spec["authOptions"] = {"mode": "token"}  # the operator creates the token and stores it in a secret
     if section.redis is not None:
         spec["gcsFaultToleranceOptions"] = {"redisAddress": section.redis}
     return spec
@@ -354,7 +355,7 @@ def _pod(config: Config, role: str, cpus: int, memory_gb: int, gpus: int, *, wit
 
 
 def http_options(section: ServeSection) -> Document:
-    """How Serve listens, as its `HTTPOptions` and its config files have it."""
+    """Return the host, port, timeout and TLS files of Serve, in the form of `HTTPOptions` and of its config files."""
     options = {"host": section.host, "port": section.port, "request_timeout_s": REQUEST_S}
     if section.tls_cert is not None:
         options |= {"ssl_certfile": str(section.tls_cert), "ssl_keyfile": str(section.tls_key)}
@@ -362,7 +363,7 @@ def http_options(section: ServeSection) -> Document:
 
 
 def serve_config(config: Config) -> Document:
-    """The retrieval service for `serve deploy` and for a RayService."""
+    """Return the Serve config of the retrieval service, for `serve deploy` and for a RayService."""
     config = _on_the_cluster(config)
     return {
         "proxy_location": "EveryNode",
@@ -381,7 +382,7 @@ def serve_config(config: Config) -> Document:
 
 
 def slurm(config: Config, command: str) -> str:
-    """A batch script: Ray on the machines that Slurm lends, the head on the first, and one command on them."""
+    """Return a batch script that starts Ray on the machines of a Slurm job, with the head on the first, and runs a command."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("cluster", "machines/templates"),
         undefined=jinja2.StrictUndefined,
@@ -403,20 +404,20 @@ def slurm(config: Config, command: str) -> str:
 
 
 def _begun(config: Config, words: list[str]) -> str | None:
-    """The file that a sweep has once Tune knows its trials; None for another command."""
+    """Return the path of the file that a started sweep has, quoted for a shell; None for another command."""
     if words[0] != "tune":
         return None
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     parser.add_argument("space", type=Path)
     parser.add_argument("--name")
-    given, _ = parser.parse_known_args(words[1:])
-    return shlex.quote(str(config.run.dir / (given.name or given.space.stem) / "tune" / "tuner.pkl"))
+    options, _ = parser.parse_known_args(words[1:])
+    return shlex.quote(str(config.run.dir / (options.name or options.space.stem) / "tune" / "tuner.pkl"))
 
 
 def _on_the_cluster(config: Config) -> Config:
-    """The description as a job on the cluster has to read it."""
+    """Return the description for a job on the cluster: absolute paths, and no cluster address."""
     overrides = absolute_paths(config, storage_folder(config))
-    # Its own cluster is the one it runs in.
+    # A job connects to the cluster that it runs on.
     return resolve(config.model_dump(mode="json"), [*overrides, "cluster.address=null"])
 
 
@@ -424,15 +425,15 @@ def _entrypoint(config: Config, command: str, path: str, *, quoted: bool = False
     words = shlex.split(command)
     if not words or any("=" in word or word.startswith(("--config", "--size")) for word in words):
         raise ValueError(
-            f"--command: expected a tvilfm command such as run or 'tune ablations', got {command!r}. Its description "
-            "is rendered with it: give --size and overrides to `tvilfm cluster render`."
+            f"--command: expected a tvilfm command such as run or 'tune ablations', got {command!r}. The file contains "
+            "the run description: give --size and overrides to `tvilfm cluster render`."
         )
     given = path if quoted else shlex.quote(path)
     return f"{shlex.join((config.cluster.python, '-m', 'cluster', *words))} --config {given}"
 
 
 class _Dumper(yaml.SafeDumper):
-    """Texts of several lines as such, and everything spelled out where it is used."""
+    """YAML dumper that writes multi-line strings as blocks and uses no aliases."""
 
     def ignore_aliases(self, data: object) -> bool:
         return True

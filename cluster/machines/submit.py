@@ -96,7 +96,7 @@ class Package:
         named = ", ".join(f"{path} ({megabytes(self.sizes[path])})" for path in largest)
         raise ValueError(
             f"{self.folder}: expected less than Ray's {megabytes(GCS_STORAGE_MAX_SIZE)} to send, got "
-            f"{megabytes(total)}. Move files that the job does not need, or list them in .gitignore. The largest: {named}."
+            f"{megabytes(total)}. Move files that the job does not need, or list them in .gitignore. Largest: {named}."
         )
 
     def __str__(self) -> str:

@@ -111,7 +111,7 @@ def test_relative_paths_become_absolute_below_the_storage_or_here() -> None:
         (("run", "cluster.storage=s3://bucket/x"), True, r"run\.dir: expected an absolute path for other machines"),
         (("caption", "--out", "captions"), True, r"out: .* got captions\. .* Give /home/me/captions, or a URI"),
         (("find", "/runs/a", "--in", "/crops", "--image", "/a", "--image", "b.jpg"), True, r"image: .* got b\.jpg"),
-        (("report", "runs/ablations"), False, r"folder: .* got runs/ablations\. .* Give a path that every machine can read"),
+        (("report", "runs/ablations"), False, r"folder: .* got runs/ablations\. .* Give a path that every machine"),
     ],
 )
 def test_a_relative_path_that_means_nothing_there_is_refused(
