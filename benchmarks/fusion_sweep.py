@@ -26,8 +26,9 @@ from tvilfm.evaluation.features import FeatureTable
 from tvilfm.evaluation.metrics import RankingMetrics, ranking_metrics
 from tvilfm.evaluation.protocols import get_protocol
 from tvilfm.evaluation.query_texts import draw_query_texts
-from tvilfm.evaluation.weight_sweep import MODALITIES, sweep_ensemble, weight_grid
+from tvilfm.evaluation.weight_sweep import sweep_ensemble, weight_grid
 from tvilfm.models import TVILFM, ModelSpec
+from tvilfm.terms import PARTS
 
 PROTOCOL = "sysu_mm01/all/single"
 IDENTITIES, QUERIES, SHOWN, IMAGES_PER_CAMERA = 96, 3803, 301, 22
@@ -47,7 +48,7 @@ def fusion_sweep() -> Claim:
     sweep_s = time.perf_counter() - started
     seconds, fault = [], None
     for row in np.linspace(0, len(weights_WM) - 1, CHECKED).astype(int):
-        weights = EnsembleWeights(**dict(zip(MODALITIES, weights_WM[row].tolist(), strict=True)))
+        weights = EnsembleWeights(**dict(zip(PARTS, weights_WM[row].tolist(), strict=True)))
         started = time.perf_counter()
         draws = evaluate_ensemble(make_evaluator(weights))
         seconds.append(time.perf_counter() - started)

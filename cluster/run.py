@@ -19,7 +19,7 @@ from cluster.places.depot import runs_depot, stages_depot
 from cluster.progress import watch
 from cluster.session import session
 from cluster.stages.captions import captions_path
-from cluster.stages.learning import METRICS_FILE, Learning, Record, follow, write_records
+from cluster.stages.learning import METRICS_FILE, Learning, follow, write_records
 from cluster.stages.registry import STAGES, stage_fingerprints, stages_of
 from cluster.stages.report import versions
 from cluster.stages.results import RESULTS_FILES, read_evaluator
@@ -44,11 +44,11 @@ from tvilfm.datasets import read_dataset
 from tvilfm.datasets.caption_files import read_captions
 from tvilfm.datasets.synthetic.layouts import SIZES, write_sysu_layout
 from tvilfm.evaluation.evaluator import Evaluator
-from tvilfm.evaluation.protocols import Split
 from tvilfm.evaluation.provenance import Provenance
 from tvilfm.evaluation.results import Results
 from tvilfm.models.opening import model_fingerprint
 from tvilfm.place import write_whole
+from tvilfm.terms import Record, Split
 
 # What a reader wants of a run folder, the stages apart.
 RUN_FILES = ("config.yaml", "run.json", "events.jsonl", METRICS_FILE, *RESULTS_FILES.values(), "report/index.html")

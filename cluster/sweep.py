@@ -1,9 +1,9 @@
-"""Sweeps on Ray Tune: the trials of a space, each an ordinary run, and what came out for all of them.
+"""Sweeps on Ray Tune: run the trials of a search space, each as an ordinary run, and collect their results.
 
-What makes a sweep cheap is that its trials share one folder of stages. A stage that several trials have in common
-(decoded images, base model, cached views) is made once, by whichever comes first, and a trial that was killed goes on
-from the last epoch of the stage it was in. Tune decides which trials there are, which run now and which are stopped
-early, and remembers that over a kill of the driver.
+Trials share one folder of stages, which makes a sweep cheap. A stage that several trials have in common (decoded
+images, base model, cached views) is executed once, by the first trial that needs it. A trial that was killed resumes
+from the last epoch of its current stage. Tune generates trials, schedules them and stops bad ones early; it saves this
+state, so a sweep can be resumed after its driver was killed.
 """
 
 from __future__ import annotations
@@ -28,29 +28,28 @@ from rich.console import Console
 
 from cluster.run import evaluator_of, learning_of, make_synthetic, run
 from cluster.session import address_of, session
-from cluster.stages.learning import Record
 from cluster.stages.results import RESULTS_FILES
 from cluster.trackers import check_trackers
 from tvilfm.config import ClusterSection, Config, known_keys, load_config, to_yaml, value_at
-from tvilfm.evaluation.protocols import Split
 from tvilfm.evaluation.results import Results
-from tvilfm.evaluation.weight_sweep import MODALITIES, SweptMetric, sweep_ensemble, weight_grid
+from tvilfm.evaluation.weight_sweep import SweptMetric, sweep_ensemble, weight_grid
 from tvilfm.place import write_whole
 from tvilfm.report.sweep import write_sweep_report
 from tvilfm.sweeps.results import SweepData, TrialRecord, read_trials
 from tvilfm.sweeps.space import Parameter, Space, Trial, check_space, written
+from tvilfm.terms import PARTS, Record, Split
 from tvilfm.versions import version_of
 
-TRIAL_MEMORY = 200 * 2**20  # bytes for the process that drives a trial; its CPUs are those of the stages it runs
-WATCHED = "watched_epoch"  # epochs of the stage that asha counts
-DONE = "finished"  # a trial's last report; one that asha stopped never sends it
+TRIAL_MEMORY = 200 * 2**20  # bytes, of a trial's driver process; its stages reserve CPUs themselves
+WATCHED = "watched_epoch"  # finished epochs of the stage that ASHA watches
+DONE = "finished"  # marks the last report of a trial; a trial that ASHA stopped never sends it
 TRIALS_FILE = "trials.jsonl"
-ENDED_FILE = "ended.jsonl"  # a line for every run that ended, written as it did
-METRICS: dict[Split, tuple[str, ...]] = {"val": ("val_rank1", "val_mAP"), "test": ("rank1", "mAP", "mINP")}
-ALL_METRICS = [name for names in METRICS.values() for name in names]
+ENDED_FILE = "ended.jsonl"  # one line per ended run, written when it ends
+SPLIT_METRICS: dict[Split, tuple[str, ...]] = {"val": ("val_rank1", "val_mAP"), "test": ("rank1", "mAP", "mINP")}
+ALL_METRICS = [name for names in SPLIT_METRICS.values() for name in names]
 Status = Literal["done", "stopped", "failed"]
 SPACE_FILE = "space.json"
-BASE_FILE = "config.yaml"  # what every trial begins with
+BASE_FILE = "config.yaml"  # run description that all trials start from
 ERROR_FILE = "error.txt"
 EXPERIMENT = "tune"
 SPACES = Path(str(files("tune_spaces")))
@@ -58,13 +57,13 @@ SPACES = Path(str(files("tune_spaces")))
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """What every trial's process is told.
+    """Everything that the process of a trial needs to know about the sweep.
 
     Attributes:
-        folder: of the sweep, on storage that every node sees.
+        folder: folder of the sweep, on storage that all nodes share.
         stages: folder of the stages that trials share.
-        space: what varies.
-        overrides: of the user.
+        space: search space.
+        overrides: overrides given by the user.
         size: recipe of the run description.
     """
 
@@ -75,10 +74,10 @@ class Sweep:
     size: str | None
 
     def config(self, trial: Trial) -> Config:
-        """A trial's run: in the sweep's folder, and with its stages beside those of the other trials."""
+        """Return the config of a trial: a run in the sweep's folder that shares the stages of all trials."""
         own = {
             "run.dir": str(self.folder / "trials"),
-            "run.name": trial.name,  # of an Optuna trial eight hexadecimal digits, which may all be decimal ones
+            "run.name": trial.name,  # quoted by `written`: an Optuna trial's hexadecimal id may look like a number
             "run.stages_dir": str(self.stages),
         }
         return load_config(self.folder / "ray_config.yaml", [*trial.overrides, *written(own)], size=self.size)
@@ -93,23 +92,23 @@ def sweep_space(
     size: str | None = None,
     resume: bool = False,
 ) -> Path:
-    """Run a space's trials, or go on with a sweep that was interrupted.
+    """Run the trials of a search space, or resume an interrupted sweep.
 
     Args:
-        space: what varies.
-        name: of the sweep's folder in `run.dir`.
+        space: search space.
+        name: name of the sweep's folder in `run.dir`.
         config_path: run description.
-        overrides: of the user, `section.key=value`.
+        overrides: overrides given by the user, `section.key=value`.
         size: recipe of the run description.
-        resume: go on with the sweep of that name: finished trials stay, the others go on, failed ones run again.
+        resume: resume the sweep of this name: keep finished trials, continue unfinished ones, run failed ones again.
 
     Returns:
-        The sweep's folder, with `trials.jsonl`: one line a trial.
+        The sweep's folder, with `trials.jsonl`: one line per trial.
 
     Raises:
-        ValueError: a space that does not fit the run description, a sweep of that name that is there without
-            `resume`, or with it is not there or began with other settings; or fewer runs ended than were planned, for
-            another reason than `budget.time_limit_s` (those that did end are in `trials.jsonl`).
+        ValueError: the space does not fit the run description; without `resume`, a sweep of this name exists; with
+            `resume`, it does not exist or was started with other settings; or fewer runs ended than were planned for
+            another reason than `budget.time_limit_s` (the ended ones are in `trials.jsonl`).
     """
     base = check_space(space, config_path, overrides, size=size)
     check_trackers(base.run.trackers)
@@ -117,13 +116,13 @@ def sweep_space(
     _prepare(folder, config_path, resume=resume)
     if resume:
         _check_same(folder, space, base)
-        space = _space(folder)  # Tune keeps to the budget that it began with
+        space = _space(folder)  # Tune keeps the original budget
         for path in folder.glob(f"trials/*/{ERROR_FILE}"):
             path.unlink()
     else:
         write_whole(folder / SPACE_FILE, space.model_dump_json(indent=2))
         write_whole(folder / BASE_FILE, to_yaml(base))
-    # A dataset that stands beside the runs is not beside the trials.
+    # A default data.root depends on run.dir, which differs for trials.
     sweep = Sweep(
         folder=folder,
         stages=(base.run.stages_dir or folder / "stages").absolute(),
@@ -132,13 +131,13 @@ def sweep_space(
         size=size,
     )
     make_synthetic(base, Console(stderr=True))
-    # Tune's own loggers would write every number a second time, into its own folder.
+    # Tune's loggers would write every metric a second time, into Tune's folder.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are told of by name, and go into the table
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are printed by name and are in the table
     with session(base.cluster):
         _tuner(sweep, base, resume=resume).fit()
-    # A trial that ran again after --resume ended twice; the last time counts.
+    # A trial that ran again after --resume has two lines; the last one counts.
     lines = (folder / ENDED_FILE).read_text().splitlines() if (folder / ENDED_FILE).exists() else []
     ended = {end["name"]: end for end in map(json.loads, lines)}
     records = [record for end in ended.values() for record in _records(sweep, **end)]
@@ -149,13 +148,13 @@ def sweep_space(
 
 
 def report_sweep(folder: Path) -> SweepData:
-    """Write a sweep's tables and page into its `report/`, from its trials.
+    """Write the tables and the page of a sweep to its folder `report/`, from the results of its trials.
 
     Args:
-        folder: of `sweep_space`.
+        folder: folder of the sweep, as returned by `sweep_space`.
 
     Raises:
-        ValueError: no finished sweep is there.
+        ValueError: the folder has no finished sweep.
     """
     if not (folder / TRIALS_FILE).is_file():
         raise ValueError(
@@ -179,32 +178,32 @@ def report_sweep(folder: Path) -> SweepData:
 
 
 def _prepare(folder: Path, config_path: Path, *, resume: bool) -> None:
-    there = Tuner.can_restore(str(folder / EXPERIMENT))
-    if resume and not there:
+    exists = Tuner.can_restore(str(folder / EXPERIMENT))
+    if resume and not exists:
         raise ValueError(f"--resume: expected a sweep in {folder}, got none. Start it without --resume.")
-    if there and not resume:
-        raise ValueError(f"--name: expected a new name, got a sweep that is there, {folder}. Go on with --resume.")
+    if exists and not resume:
+        raise ValueError(f"--name: expected a new name, got an existing sweep, {folder}. Continue it with --resume.")
     if not resume:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(config_path, folder / "ray_config.yaml")
 
 
 def _check_same(folder: Path, space: Space, base: Config) -> None:
-    """Refuse to go on with other settings than the sweep began with; where it runs may change."""
+    """Check that a sweep is resumed with its original settings. Keys of `run` and `cluster` may change."""
     began = json.loads((folder / SPACE_FILE).read_text())
     for name, value in space.model_dump(mode="json").items():
         if name != "budget" and began[name] != value:
             raise ValueError(
-                f"--resume: expected the space that the sweep began with, got another {name}: {value}, not "
+                f"--resume: expected the space that the sweep was started with, got another {name}: {value}, not "
                 f"{began[name]}. Give the same space and --seeds, or start a new sweep with --name."
             )
     noted = load_config(folder / BASE_FILE).model_dump(mode="json")
     values = base.model_dump(mode="json")
     for key in known_keys():
-        there, here = value_at(noted, key), value_at(values, key)
-        if there != here and not key.startswith(("run.", "cluster.")):
+        old, new = value_at(noted, key), value_at(values, key)
+        if old != new and not key.startswith(("run.", "cluster.")):
             raise ValueError(
-                f"--resume: expected the settings that the sweep began with, got {key}={here}, not {there}. "
+                f"--resume: expected the settings that the sweep was started with, got {key}={new}, not {old}. "
                 "Give the same --size and overrides, or start a new sweep with --name."
             )
 
@@ -214,21 +213,21 @@ def _space(folder: Path) -> Space:
 
 
 def _check_ended(sweep: Sweep, ended: Collection[str]) -> None:
-    """Tell of runs that did not end: interrupted, or lost by Tune, which says nothing of either."""
-    lacking = [name for name in _runs(sweep) if name not in ended]  # of optuna, no name is known
+    """Report runs that did not end because they were interrupted or lost: Tune reports neither."""
+    missing = [name for name in _runs(sweep) if name not in ended]  # empty for Optuna, whose names are not known before
     total = _total(sweep)
     if len(ended) >= total:
         return
-    without = f", without {', '.join(lacking[:3])}{', ...' if lacking[3:] else ''}" if lacking else ""
-    found = f"tune: expected {total} runs to end, got {len(ended)}{without}."
+    without = f", without {', '.join(missing[:3])}{', ...' if missing[3:] else ''}" if missing else ""
+    summary = f"tune: expected {total} runs to end, got {len(ended)}{without}."
     limit_s = sweep.space.budget.time_limit_s
     if limit_s is None:
-        raise ValueError(f"{found} Go on with --resume; `tvilfm report {sweep.folder}` shows what there is.")
-    Console(stderr=True).print(f"{found} budget.time_limit_s was {limit_s:g}.", highlight=False, soft_wrap=True)
+        raise ValueError(f"{summary} Continue with --resume; `tvilfm report {sweep.folder}` shows the ended ones.")
+    Console(stderr=True).print(f"{summary} budget.time_limit_s was {limit_s:g}.", highlight=False, soft_wrap=True)
 
 
 def _total(sweep: Sweep) -> int:
-    """Runs that are planned."""
+    """Return the number of planned runs."""
     return (sweep.space.budget.num_samples or 0) if sweep.space.searcher == "optuna" else len(_runs(sweep))
 
 
@@ -242,10 +241,10 @@ def _tuner(sweep: Sweep, base: Config, *, resume: bool) -> Tuner:
     if space.searcher == "optuna":
         param_space = {key: _domain(parameter) for key, parameter in space.parameters.items()}
     else:
-        # Seeds of one setting first: trials that run at once then train base models of their own, and none waits.
+        # All seeds of a setting come first: parallel trials then train different base models and do not wait for each other.
         param_space = {"trial": tune.grid_search(sorted(_runs(sweep)))}
     if resume:
-        # Under the id that it had, which is all that Optuna knows it by; it goes on from its stages.
+        # A failed trial keeps its id, by which Optuna knows it, and continues from its finished stages.
         return Tuner.restore(path, trainable, param_space=param_space, resume_errored=True)
     search = None
     if space.searcher == "optuna":
@@ -259,7 +258,7 @@ def _tuner(sweep: Sweep, base: Config, *, resume: bool) -> Tuner:
             max_t=space.scheduler.epochs(base),
             grace_period=space.scheduler.grace_epochs(base),
             reduction_factor=space.scheduler.reduction_factor,
-            stop_last_trials=False,  # after the last epoch the test identities are still to be evaluated
+            stop_last_trials=False,  # the test identities are evaluated after the last epoch
         )
     return Tuner(
         trainable,
@@ -267,8 +266,8 @@ def _tuner(sweep: Sweep, base: Config, *, resume: bool) -> Tuner:
         tune_config=TuneConfig(
             num_samples=(space.budget.num_samples or 1) if space.searcher == "optuna" else 1,
             max_concurrent_trials=space.budget.max_concurrent or _room(base.cluster),
-            # A new process imports torch again; but one whose trial was stopped early still works on it, and Tune would
-            # lose the next trial there.
+            # Reusing processes saves imports of torch. But after an early stop, a process is still busy with the old
+            # trial, and Tune would lose the next trial in it.
             reuse_actors=scheduler is None,
             time_budget_s=space.budget.time_limit_s,
             search_alg=search,
@@ -285,7 +284,7 @@ def _tuner(sweep: Sweep, base: Config, *, resume: bool) -> Tuner:
 
 
 def _runs(sweep: Sweep) -> dict[str, list[Trial]]:
-    """Name of the first -> all trials that are the same run: rows that differ in the query they read alone."""
+    """Return the trials that share one run (they differ only in which query they read), keyed by the first one's name."""
     runs: dict[str, list[Trial]] = {}
     for trial in sweep.space.trials(sweep.overrides):
         config = sweep.config(replace(trial, name="same"))
@@ -303,17 +302,17 @@ def _domain(parameter: Parameter) -> Any:
 
 
 def _room(section: ClusterSection) -> int:
-    """Trials that can train at once on the cluster as it is now, or as it is described and may yet grow to be."""
+    """Return how many trials can train in parallel on the cluster at its current size or, if larger, its maximum size."""
     room = {name: ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU")}
-    if address_of(section) != "local" and section.image is not None:  # machines are started from it on demand
+    if address_of(section) != "local" and section.image is not None:  # the autoscaler starts machines from this image
         workers = section.workers
         room["CPU"] = max(room["CPU"], workers.max * workers.cpus)
         room["GPU"] = max(room["GPU"], workers.max * workers.gpus)
-    wanted = {
+    needed = {
         "CPU": section.train_workers * section.cpus_per_train_worker,
         "GPU": section.train_workers * section.gpus_per_worker,
     }
-    return max(1, min(int(room[name] // amount) for name, amount in wanted.items() if amount))
+    return max(1, min(int(room[name] // amount) for name, amount in needed.items() if amount))
 
 
 def _trials_of(sweep: Sweep, params: dict[str, Any], name: str) -> list[Trial]:
@@ -324,15 +323,15 @@ def _trials_of(sweep: Sweep, params: dict[str, Any], name: str) -> list[Trial]:
 
 
 def _trial(params: dict[str, Any], *, sweep: Sweep) -> None:
-    """Run one trial; in a process of its own."""
+    """Run one trial, in its own process."""
     name = params["trial"] if "trial" in params else tune.get_context().get_trial_id()
     path = _error_path(sweep.folder, name)
-    if path.exists():  # Tune starts whatever ended again; what raised an error would raise it again
+    if path.exists():  # Tune restarts failed trials; do not repeat one that raised an error
         raise RuntimeError(path.read_text())
     try:
         metrics = _run(sweep, _trials_of(sweep, params, name)[0])
     except Exception as error:
-        # Tune tells nobody of it before the trial has ended.
+        # Tune reports the error only after the trial has ended.
         write_whole(path, str(error))
         raise
     tune.report({**metrics, DONE: True})
@@ -343,12 +342,12 @@ def _error_path(folder: Path, name: str) -> Path:
 
 
 def _run(sweep: Sweep, trial: Trial) -> dict[str, float]:
-    """Run one trial; its metrics."""
+    """Run one trial and return its metrics."""
     space, config = sweep.space, sweep.config(trial)
-    # Epochs validate the fusion query; a trial judged by another query or on the test identities reports at its end.
+    # Epochs are validated with the fusion query. Trials with another query or a test metric report only at their end.
     live = space.metric.startswith("val_") and trial.query == "fusion"
 
-    def told(record: Record) -> None:
+    def report(record: Record) -> None:
         if live and space.metric in record:
             watched = {WATCHED: int(record["epoch"]) + 1} if record["stage"] == space.scheduler.stage else {}
             tune.report(
@@ -358,23 +357,23 @@ def _run(sweep: Sweep, trial: Trial) -> dict[str, float]:
     if space.free_steps is not None:
         run(config, until="features", group=sweep.folder.name)
         config = _with_best_weights(config, sweep, trial)
-    run(config, until="results", listener=told, group=sweep.folder.name)
+    run(config, until="results", listener=report, group=sweep.folder.name)
     return _metrics(config.run.path, trial.query)
 
 
 def _with_best_weights(config: Config, sweep: Sweep, trial: Trial) -> Config:
-    """The trial's config with the MER weights that are best on the validation identities."""
+    """Return the trial's config with the MER weights that are best on the validation identities."""
     assert sweep.space.free_steps is not None
     metric: SweptMetric = sweep.space.metric.removeprefix("val_")  # type: ignore[assignment]
-    found = sweep_ensemble(evaluator_of(config, "val"), weight_grid(sweep.space.free_steps), metric=metric)
-    chosen = {f"evaluate.ensemble.{name}": weight for name, weight in found.best.items()}
+    weights = sweep_ensemble(evaluator_of(config, "val"), weight_grid(sweep.space.free_steps), metric=metric)
+    chosen = {f"evaluate.ensemble.{name}": weight for name, weight in weights.best.items()}
     return sweep.config(replace(trial, overrides=(*trial.overrides, *written(chosen))))
 
 
 def _metrics(folder: Path, query: str) -> dict[str, float]:
-    """Of a run's default table, the row of a query: `val_*` on validation identities, the others on test identities."""
+    """Return the metrics of a query in a run's default table: `val_*` of validation identities, others of test identities."""
     metrics: dict[str, float] = {}
-    for split, names in METRICS.items():
+    for split, names in SPLIT_METRICS.items():
         path = folder / RESULTS_FILES[split]
         if path.exists():
             (row,) = (row for row in Results.read(path).default_rows if row.query == query)
@@ -383,18 +382,18 @@ def _metrics(folder: Path, query: str) -> dict[str, float]:
 
 
 def _records(sweep: Sweep, *, name: str, params: dict[str, Any], status: Status, reason: str) -> list[TrialRecord]:
-    """One record for every trial that an ended run stands for."""
+    """Return one record for each trial that shares an ended run."""
     trials = _trials_of(sweep, params, name)
     folder = sweep.folder / "trials" / name
     chosen: dict[str, float] = {}
     learning: list[Record] = []
-    if (folder / "config.yaml").exists():  # else it failed before its data were read, and would do so here
-        # What the trial ran, with the weights that it chose itself.
+    if (folder / "config.yaml").exists():  # otherwise the run failed before it read its data
+        # The config that the trial ran, including the weights that it selected.
         config = load_config(folder / "config.yaml")
         learning = learning_of(config)
         if sweep.space.free_steps:
             ensemble = config.evaluate.ensemble.model_dump()
-            chosen = {part: ensemble[part] for part in MODALITIES}
+            chosen = {part: ensemble[part] for part in PARTS}
     return [
         TrialRecord(
             name=trial.name,
@@ -413,7 +412,7 @@ def _records(sweep: Sweep, *, name: str, params: dict[str, Any], status: Status,
 
 
 class _Ends(Callback):
-    """Says what happens to the runs, a line an event, and writes down how each ended."""
+    """Prints one line per event of a run, and records how each run ended."""
 
     def __init__(self, folder: Path, total: int) -> None:
         self._folder, self._total = folder, total
@@ -434,15 +433,15 @@ class _Ends(Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if self._error(trial):
-            trial.max_failures = 0  # it starts once more, to end with that error
+            trial.max_failures = 0  # one last start, which ends with that error
         else:
-            _say(trial, "its process died; it goes on from its last epoch in another")
+            _say(trial, "its process died; it resumes from its last epoch in a new process")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._end(trials, trial, "failed", self._error(trial) or "its process died")
 
     def _error(self, trial: Any) -> str:
-        """What a trial raised, the last line of it: the others are the way there."""
+        """Return the last line of a trial's error; the lines before it are the traceback."""
         path = _error_path(self._folder, _name(trial))
         lines = [line.strip() for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
         return lines[-1] if lines else ""

@@ -1,7 +1,7 @@
-"""Where a run's numbers are sent while it runs: TensorBoard always, MLflow and Weights & Biases when chosen.
+"""Trackers, to which a run sends its metrics: always TensorBoard; MLflow and Weights & Biases if configured.
 
-JSON lines are the record (`metrics.jsonl` in the run folder); a tracker is a copy of them for people who look at many
-runs at once. All of them are fed by the driver, so a number is logged once, however many workers train.
+The file `metrics.jsonl` in the run folder has all metrics; a tracker is a copy for comparing many runs. The driver logs
+to all trackers, so each value is logged once, whatever the number of workers.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 from tvilfm.config import Config, known_keys, value_at
-from tvilfm.evaluation.results import METRICS, Results
+from tvilfm.evaluation.results import Results
+from tvilfm.terms import METRICS
 
 
 class Tracker(Protocol):
-    """Receives numbers; `close` is called once."""
+    """Receives metrics; `close` is called once."""
 
     def log(self, values: Mapping[str, float], step: int) -> None: ...
 
@@ -25,22 +26,22 @@ class Tracker(Protocol):
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers whose package is not installed, before anything starts.
+    """Check that the packages of trackers are installed.
 
     Raises:
-        ValueError: naming the first.
+        ValueError: a package is missing; the first one is named.
     """
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise ValueError(
-                f"run.trackers: expected installed packages, got {name}, which is not. "
-                f"Install it with `pip install tvilfm[{name}]`, or leave it out."
+                f"run.trackers: expected installed packages, got {name}, which is not installed. "
+                f"Install it with `pip install tvilfm[{name}]`, or remove it from the list."
             )
 
 
 @contextmanager
 def trackers(config: Config, *, group: str | None = None) -> Iterator[Sequence[Tracker]]:
-    """The run's trackers, closed at the end of the block, as failed when it raised.
+    """Yield the trackers of a run and close them at the end of the block, as failed if it raised.
 
     Args:
         config: the run; its resolved keys are logged as parameters.
@@ -56,13 +57,13 @@ def trackers(config: Config, *, group: str | None = None) -> Iterator[Sequence[T
 
 
 class TensorBoardTracker:
-    """Event files in the run folder's `tensorboard/`."""
+    """Writes event files to `tensorboard/` in the run folder."""
 
     def __init__(self, config: Config) -> None:
         from tensorboardX import SummaryWriter
 
         folder = config.run.path / "tensorboard"
-        # A run that goes on sends its first epochs again; two copies would be drawn over each other.
+        # A resumed run logs its first epochs again; without this, the curves would contain them twice.
         shutil.rmtree(folder, ignore_errors=True)
         self._writer = SummaryWriter(str(folder))
 
@@ -75,7 +76,7 @@ class TensorBoardTracker:
 
 
 class MLflowTracker:
-    """A run of the experiment named after the sweep, or after the run."""
+    """Creates a run in the MLflow experiment that is named after the sweep, or after the run."""
 
     def __init__(self, config: Config, group: str | None) -> None:
         from mlflow.tracking import MlflowClient
@@ -98,7 +99,7 @@ class MLflowTracker:
 
 
 class WandbTracker:
-    """A run of the project `tvilfm`, offline with WANDB_MODE=offline; the package reads its own environment."""
+    """Creates a run in the project `tvilfm`. The package reads its own variables, such as WANDB_MODE=offline."""
 
     def __init__(self, config: Config, group: str | None) -> None:
         import wandb
@@ -121,7 +122,7 @@ class WandbTracker:
 
 
 def log_record(opened: Sequence[Tracker], record: Mapping[str, Any]) -> None:
-    """Send one learning record: `<stage>/<name>` at the run's step."""
+    """Log a learning record as `<stage>/<name>` at its step."""
     values = {
         f"{record['stage']}/{name}": float(value)
         for name, value in record.items()
@@ -132,7 +133,7 @@ def log_record(opened: Sequence[Tracker], record: Mapping[str, Any]) -> None:
 
 
 def log_results(opened: Sequence[Tracker], results: Results, step: int) -> None:
-    """Send the result table: `test/<query>/<text source>/<protocol>/<metric>`, fractions."""
+    """Log the result table as `test/<query>/<text source>/<protocol>/<metric>`, in fractions."""
     values = {
         f"test/{row.query}/{row.text_source}/{row.protocol}/{metric}": getattr(row, metric)
         for row in results.rows

@@ -382,7 +382,7 @@ def serve_config(config: Config) -> Document:
 
 
 def slurm(config: Config, command: str) -> str:
-    """Return a batch script that starts Ray on the machines of a Slurm job, with the head on the first, and runs a command."""
+    """Return a batch script that starts Ray on the machines of a Slurm job (head on the first) and runs a command."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("cluster", "machines/templates"),
         undefined=jinja2.StrictUndefined,

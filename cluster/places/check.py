@@ -1,4 +1,4 @@
-"""Where jobs on a cluster keep what they make: a test of it before a long job, and what relative paths mean there."""
+"""Storage of jobs on a cluster: test it before a long job, and resolve relative paths on it."""
 
 from __future__ import annotations
 
@@ -13,57 +13,60 @@ from pydantic import BaseModel
 from tvilfm.config import Config
 from tvilfm.place import Place
 
-# Never part of a program: version control, environments, caches, builds, weights, secrets.
+# Never sent with a job: version control, environments, caches, builds, weights, secrets.
 EXCLUDED = (
     *(".git", ".venv", "venv", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", "/build", "/dist"),
     *("*.pt", "*.pth", "*.ckpt", "*.safetensors", "*.onnx", "*.gguf", "*.npy"),
     *(".env", ".env.*", "*.pem", "*.key", "id_rsa", "id_ed25519"),
 )
-# What a store's error says, and what to do about it; the first that fits.
+# (text of a store's error, advice); the first match is used.
 ADVICE = (
-    ("NO_SUCH_BUCKET", "Make the bucket, or mend its name."),
-    ("bucket does not exist", "Make the bucket, or mend its name."),
-    ("ACCESS_DENIED", "Give these credentials the right to read, write and delete there."),
-    ("Permission denied", "Give this user the right to write there."),
+    ("NO_SUCH_BUCKET", "Create the bucket, or fix its name."),
+    ("bucket does not exist", "Create the bucket, or fix its name."),
+    ("ACCESS_DENIED", "Allow these credentials to read, write and delete objects in it."),
+    ("Permission denied", "Allow this user to write to it."),
     (
         "INVALID_ACCESS_KEY",
         "Set the store's credentials in the environment (AWS_ACCESS_KEY_ID, ...), on every machine.",
     ),
-    ("SIGNATURE_DOES_NOT_MATCH", "Mend the secret key in the environment, on every machine."),
+    ("SIGNATURE_DOES_NOT_MATCH", "Fix the secret key in the environment, on every machine."),
     ("credentials", "Set the store's credentials in the environment, on every machine."),
-    ("NETWORK_CONNECTION", "Mend the endpoint in the URI (endpoint_override, scheme), or the network."),
-    ("resolve", "Mend the endpoint in the URI (endpoint_override, scheme), or the network."),
-    ("Not a directory", "A file stands in the way: name another folder."),
-    ("No space left", "Free some space, or name another place."),
-    ("Read-only", "Mount it writable, or name another place."),
-    ("Operation not permitted", "Name a folder that can be written."),
-    ("No such file", "Name a folder that can be written."),
-    ("no answer", "Mend the endpoint in the URI (endpoint_override, scheme), or the network."),
+    ("NETWORK_CONNECTION", "Fix the endpoint in the URI (endpoint_override, scheme), or the network."),
+    ("resolve", "Fix the endpoint in the URI (endpoint_override, scheme), or the network."),
+    ("Not a directory", "A part of the path is a file: choose another folder."),
+    ("No space left", "Free some space, or choose another place."),
+    ("Read-only", "Mount it writable, or choose another place."),
+    ("Operation not permitted", "Choose a writable folder."),
+    ("No such file", "Choose a writable folder."),
+    ("no answer", "Fix the endpoint in the URI (endpoint_override, scheme), or the network."),
 )
 ANSWER_S = 60.0
 
 
 def check_storage(uri: str) -> None:
-    """Write, read and delete one object in a folder or under a URI, as a long job will want to.
+    """Check that a folder or URI works: write, read and delete one object in it.
 
     Raises:
-        ValueError: one of the three failed or took longer than `ANSWER_S`; it says which, why, and what to do.
+        ValueError: one of the three steps failed or took longer than `ANSWER_S`. The message names the step, the reason
+            and the fix.
     """
     place = Place(uri)
     trial = _Trial(place)
-    # Google's client tries an endpoint that is not there for a quarter of an hour.
+    # Google's client retries a missing endpoint for 15 minutes.
     trial.thread.start()
     trial.thread.join(ANSWER_S)
     error = trial.error
     if trial.thread.is_alive():
         error = TimeoutError(f"no answer within {ANSWER_S:g} s")
     if error is not None:
-        advice = next((advice for sign, advice in ADVICE if sign.lower() in str(error).lower()), "Try another place.")
+        advice = next(
+            (advice for sign, advice in ADVICE if sign.lower() in str(error).lower()), "Choose another place."
+        )
         raise ValueError(f"{place}: expected a place to {trial.step}, got {error}. {advice}") from None
 
 
 class _Trial:
-    """One object written, read and deleted, in a thread that a program need not wait for."""
+    """Writes, reads and deletes one object, in a daemon thread that does not keep the program alive."""
 
     def __init__(self, folder: Place) -> None:
         self.step = "write"
@@ -76,21 +79,21 @@ class _Trial:
             place.write(content)
             self.step = "read"
             if place.read() != content:
-                raise OSError("other bytes than were written")
+                raise OSError("bytes that differ from those written")
             self.step = "delete"
             place.filesystem.delete_file(place.path)
-        except Exception as error:  # told by the thread that waits
+        except Exception as error:  # raised by the thread that waits
             self.error = error
 
 
 def storage_folder(config: Config) -> Path | None:
-    """`cluster.storage` where it is a folder: relative paths of jobs on the cluster lie in it."""
+    """Return `cluster.storage` if it is a folder, else None. Relative paths of jobs on the cluster start there."""
     storage = config.cluster.storage
     return None if storage is None or Place(storage).is_uri else Path(storage)
 
 
 def paths_of(config: Config) -> dict[str, str]:
-    """The paths in a description, dotted key -> path or URI; those of its cluster section are about this machine."""
+    """Return dotted key -> path or URI of a description. The cluster section is left out: its paths are local."""
     paths: dict[str, str] = {}
     for name, section in config:
         if isinstance(section, BaseModel) and name != "cluster":
@@ -99,38 +102,38 @@ def paths_of(config: Config) -> dict[str, str]:
 
 
 def is_relative(path: str) -> bool:
-    """Whether it means another place in another folder."""
+    """Return whether the meaning of a path depends on the current folder."""
     return Place(path).is_relative
 
 
 def absolute_paths(config: Config, base: Path | None) -> list[str]:
-    """Overrides that make a description's relative paths mean the same on every machine.
+    """Return overrides that make the relative paths of a description absolute, so that all machines resolve them alike.
 
     Args:
         config: the description.
-        base: the folder that they lie in; None = there is none that every machine sees.
+        base: folder that the paths are relative to; None = no folder is shared by all machines.
 
     Raises:
-        ValueError: there are relative paths and no such folder.
+        ValueError: the description has relative paths and there is no shared folder.
     """
     relative = {key: path for key, path in paths_of(config).items() if is_relative(path)}
     if relative and base is None:
         key, path = next(iter(relative.items()))
         raise ValueError(
             f"{key}: expected an absolute path for other machines, got {path}. Set cluster.storage to a folder that "
-            f"all of them see, or {key}=/path/on/them."
+            f"all machines share, or set {key} to an absolute path."
         )
     return [f"{key}={json.dumps(str(base / path))}" for key, path in relative.items() if base]
 
 
 def excluded(config: Config, folder: Path) -> list[str]:
-    """What of a folder stays on this machine, as gitignore patterns: `EXCLUDED`, data, runs, galleries, keys."""
+    """Return gitignore patterns of files that are not sent with a job: `EXCLUDED`, data, runs, galleries, keys."""
     secrets = [path for path in (config.cluster.token_path, config.cluster.provider.ssh_key) if path is not None]
     named = [path for path in paths_of(config).values() if not Place(path).is_uri]
     paths: list[Path] = [folder / Path(path).expanduser() for path in [*map(str, secrets), *named]]
     inside = set()
-    for meant in (os.path.abspath, os.path.realpath):  # Ray follows links, so that both ends of one stay
-        here = meant(folder)
-        found = (os.path.relpath(meant(path), here) for path in paths)
-        inside |= {f"/{path}" for path in found if path.partition("/")[0] not in (".", "..")}
+    for absolute in (os.path.abspath, os.path.realpath):  # Ray follows links, so exclude a link and its target
+        here = absolute(folder)
+        relative = (os.path.relpath(absolute(path), here) for path in paths)
+        inside |= {f"/{path}" for path in relative if path.partition("/")[0] not in (".", "..")}
     return [*EXCLUDED, *sorted(inside)]

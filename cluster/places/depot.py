@@ -1,11 +1,11 @@
-"""Copies of a run's folders in an object store: what machines keep that share no file system.
+"""Copies of a run's folders in an object store, for machines that share no file system.
 
-A run works on local disks. With `cluster.storage` a URI, every finished stage is copied there, training writes its
-checkpoints there, workers on other machines fetch what they read, and whoever runs the same description on any machine
-goes on from what is there. Stages are named after fingerprints of all that decides them, so a copy never has to be
-compared: it is the stage or it is not there. A store knows no locks: what is not finished yet lies in a place of each
-run's own, so two runs that need the same stage at once make it twice and do each other no harm. Two runs of the same
-name at once on two machines would; nothing here can see that.
+A run works on local disks. If `cluster.storage` is a URI, every finished stage is copied there, training writes its
+checkpoints there, and workers on other machines fetch the files that they read. Anyone who runs the same description on
+another machine resumes from these copies. The name of a stage contains a fingerprint of everything that decides its
+result, so copies never have to be compared. An object store has no locks. Unfinished folders are therefore stored
+separately for each run: if two runs need the same stage at the same time, both execute it and neither disturbs the
+other. Two runs with the same name on two machines at the same time would overwrite each other; this is not detected.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from pyarrow import fs
 from tvilfm.config import Config
 from tvilfm.place import Place
 
-COMPLETE = ".complete"  # folder of marks: a copy without one may lack something
-UNFINISHED = ".partial"  # how the name of a folder ends that somebody still works in
-WORKING = "working"  # where the copies of those lie, by owner
+COMPLETE = ".complete"  # folder of markers: a copy without a marker may be incomplete
+UNFINISHED = ".partial"  # suffix of the name of an unfinished folder
+WORKING = "working"  # folder of the copies of unfinished folders, one subfolder per owner
 
 
 @dataclass(frozen=True)
 class Depot:
-    """Copies of what lies below a local folder.
+    """Copies of a local folder's contents in an object store.
 
     Attributes:
-        uri: of the folder's copy.
-        root: the folder, absolute; the same on every machine.
-        owner: run or sweep whose unfinished folders these are.
+        uri: URI of the folder's copy.
+        root: absolute path of the folder, the same on every machine.
+        owner: run or sweep that owns the unfinished folders.
     """
 
     uri: str
@@ -40,37 +40,37 @@ class Depot:
     owner: str = ""
 
     def uri_of(self, path: Path) -> str:
-        """Where the copy of a path below the root lies."""
+        """Return the URI of the copy of a path below the root."""
         relative = path.relative_to(self.root)
         if relative.parts[0].endswith(UNFINISHED):
             relative = Path(WORKING, self.owner, relative)
         return (Place(self.uri) / relative.as_posix()).uri
 
     def place(self, path: Path) -> Place:
-        """Return the same as a `Place`."""
+        """Return the copy of a path below the root as a `Place`."""
         return Place(self.uri_of(path))
 
     def has(self, path: Path) -> bool:
-        """Whether a whole copy of a folder is there."""
+        """Return whether a complete copy of a folder exists."""
         return self.place(self._mark(path)).is_file()
 
     def keep(self, path: Path) -> None:
-        """Copy a finished folder, of which a whole copy is then there."""
+        """Copy a finished folder and mark the copy as complete."""
         self.push(path)
         self.place(self._mark(path)).write(path.name.encode())
 
     def push(self, path: Path) -> None:
-        """Copy a file or folder to the store, over what is there."""
+        """Copy a file or folder to the store, replacing existing files."""
         target = self.place(path)
-        if target.is_local:  # file://, where folders have to be made
+        if target.is_local:  # file://, where folders must be created
             Path(target.path if path.is_dir() else Path(target.path).parent).mkdir(parents=True, exist_ok=True)
         fs.copy_files(str(path), target.path, fs.LocalFileSystem(), target.filesystem)
 
     def pull(self, path: Path) -> None:
-        """Copy a file or folder from the store, whole or not at all.
+        """Copy a file or folder from the store atomically.
 
         Raises:
-            FileNotFoundError: it is not there.
+            FileNotFoundError: the store has no such copy.
         """
         source = self.place(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,11 +82,11 @@ class Depot:
             try:
                 os.replace(partial, path)
             except OSError:
-                if not path.is_dir():  # else another worker of this machine was faster
+                if not path.is_dir():  # otherwise another worker on this machine was faster
                     raise
 
     def drop(self, path: Path) -> None:
-        """Remove what is there of a folder."""
+        """Delete the copy of a folder, if it exists."""
         target = self.place(path)
         if target.filesystem.get_file_info(target.path).type == fs.FileType.Directory:
             target.filesystem.delete_dir(target.path)
@@ -96,17 +96,17 @@ class Depot:
 
 
 def stages_depot(config: Config, group: str | None = None) -> Depot | None:
-    """The copies of a run's stages where `cluster.storage` is a URI; None where machines share a folder.
+    """Return the depot of a run's stages if `cluster.storage` is a URI; None if machines share a folder.
 
     Args:
         config: the run.
-        group: the sweep that it is a trial of, whose trials share unfinished stages.
+        group: name of the sweep that the run is a trial of; its trials share unfinished stages.
     """
     return _depot(config, "stages", config.stages_path, group or config.run.name)
 
 
 def runs_depot(config: Config, group: str | None = None) -> Depot | None:
-    """The copies of run folders; arguments as of `stages_depot`."""
+    """Return the depot of run folders; arguments as in `stages_depot`."""
     return _depot(config, "runs" if group is None else f"runs/{group}", config.run.dir, "")
 
 
@@ -118,9 +118,9 @@ def _depot(config: Config, name: str, root: Path, owner: str) -> Depot | None:
 
 
 def fetched(path: Path, depot: Depot | None) -> Path:
-    """A path that a worker reads: as it lies on its machine, or else first copied there if it is the depot's.
+    """Return a path that a worker reads, after copying it from the depot if it is missing on the worker's machine.
 
-    Of a finished stage the whole folder is copied, as a part of one must not pass for the stage.
+    A finished stage is copied as a whole, because a part of its folder would be taken for the finished stage.
     """
     if depot is not None and path.is_relative_to(depot.root) and not path.exists():
         unit = depot.root / path.relative_to(depot.root).parts[0]

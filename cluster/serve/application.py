@@ -1,4 +1,4 @@
-"""The Serve application: which replicas there are, what each reserves, and how they are connected."""
+"""The Serve application: its deployments, the resources each reserves, and how they are connected."""
 
 from __future__ import annotations
 
@@ -20,48 +20,51 @@ from tvilfm.retrieval.spaces import space_id
 from tvilfm.service.keys import KeyFile
 from tvilfm.service.messages import ModelFacts, Weights
 
-# CPUs that each part reserves; together they fit on two, and a part that computes has its threads beside them.
+# CPUs that a replica of each deployment reserves. One of each fits on two CPUs; compute threads are not reserved.
 INGRESS_CPUS, ENCODER_CPUS, SEARCHER_CPUS, WRITER_CPUS = 0.1, 1.0, 0.2, 0.2
-UNDER_WAY = 1000  # requests of an ingress at once; the parts behind it say when it is too much
-AT_A_PART = 32  # likewise of another part, at least: the router waits ever longer for a part that is full
+UNDER_WAY = 1000  # concurrent requests of an ingress; the replicas behind it reject excess load
+AT_A_PART = 32  # minimum for the other replicas; the router backs off longer and longer from a full one
 
 
 def filter_captioner(config: Config, run: FinishedRun) -> CaptionerSection | None:
-    """Who says what infrared pictures show, where the client does not; None = nobody.
+    """Return the captioner that is used when a client sends no infrared caption; None = no captioner.
 
     Raises:
-        ValueError: the run's captioner is wanted and it has none.
+        ValueError: `serve.captioner` is `run`, and the run has no fine-tuned captioner.
     """
     name = config.serve.captioner
     if name != "run":
         return None if name is None else config.caption.infrared.model_copy(update={"model": name})
     if run.captioner is None:
         raise ValueError(
-            "serve.captioner: expected a run that fine-tuned captioners, got one with the captions of files. "
-            "Name a model, or set serve.captioner=null."
+            "serve.captioner: expected a run that fine-tuned captioners, got one with captions from files. "
+            "Set serve.captioner to a model or to null."
         )
     return run.config.caption.infrared.model_copy(update={"model": str(run.captioner), "revision": None})
 
 
 def _unlike_the_evaluation(section: EvaluateSection) -> str | None:
-    """Why the service, which sums plain similarities, ranks otherwise than the run's evaluation; None = it does not."""
+    """Return why the service, which sums plain similarities, ranks differently from the evaluation, or None."""
     for key, plain, given in (
         ("rerank.method", "none", section.rerank.method),
         ("ensemble.temperature", "null", section.ensemble.temperature or "null"),
     ):
         if given != plain:
-            return f"evaluate.{key}: expected {plain} to rank as the evaluation does, got {given}. It serves without."
+            return (
+                f"evaluate.{key}: expected {plain} to rank as the evaluation does, got {given}. The service ignores it."
+            )
     return None
 
 
 def application(args: dict[str, Any]) -> serve.Application:
-    """The service, for `tvilfm serve` and for Serve's own config files.
+    """Return the Serve application, for `tvilfm serve` and for Serve's config files.
 
     Args:
-        args: `config`, a resolved run description, as `tvilfm config show` prints.
+        args: `config`, a resolved run description, as printed by `tvilfm config show`.
 
     Raises:
-        ValueError: the run is not finished or has no captioner, there is no gallery of its model, or no file of keys.
+        ValueError: the run is not finished or lacks its captioner, the gallery of its model is missing, or the file of
+            keys is missing.
     """
     config = Config.model_validate(args["config"])
     run = finished_run(config)

@@ -1,4 +1,4 @@
-"""The encoder replica: queries and visible images to vectors, those of several requests together."""
+"""The encoder replica: encode queries and visible images, with requests batched together."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tvilfm.retrieval.spaces import gallery_vectors
 
 
 class Encoder:
-    """Replica: pictures and sentences to vectors, those of several requests together."""
+    """Replica that encodes images and sentences; it batches the queries of several requests."""
 
     def __init__(self, config: Config, run: FinishedRun, captioner: CaptionerSection | None) -> None:
         device = "cuda" if config.cluster.gpus_per_worker > 0 else "cpu"
@@ -46,21 +46,21 @@ class Encoder:
 
     @serve.batch
     async def encode(self, groups: list[Sequence[Question]]) -> list[list[Query]]:
-        """The questions of several requests."""
+        """Encode the questions of several requests."""
         questions = [one for group in groups for one in group]
-        found = iter(await asyncio.to_thread(in_batches, self._encoder.encode, self._batch, questions))
-        return [[next(found) for _ in group] for group in groups]
+        queries = iter(await asyncio.to_thread(in_batches, self._encoder.encode, self._batch, questions))
+        return [[next(queries) for _ in group] for group in groups]
 
     async def ready(self) -> None:
-        """Answers when there is an encoder."""
+        """Return once a replica is ready."""
 
     def _caption(self, pictures: Sequence[Pixels]) -> list[str]:
-        """What infrared pictures show, without colours."""
+        """Return captions of infrared images, without colour words."""
         assert self._captioner is not None
         return [remove_colors(sentence) for sentence in self._captioner.caption(pictures)]
 
     async def encode_visible(self, pictures: Sequence[Pixels]) -> list[dict[str, Any]]:
-        """Vectors of visible pictures."""
+        """Return the vectors of visible images."""
         return await asyncio.to_thread(self._encode_visible, pictures)
 
     def _encode_visible(self, pictures: Sequence[Pixels]) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ BOUNDARIES_S = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 1
 
 
 class Ingress:
-    """Replica: the HTTP service, and its `Backend`."""
+    """Replica that is the HTTP service and its `Backend`."""
 
     def __init__(
         self,
@@ -41,9 +41,9 @@ class Ingress:
         self._encoder, self._searcher, self._writer = encoder, searcher, writer
         self.facts = facts
         self._seconds = Histogram(
-            "tvilfm_stage_seconds", "Seconds that a stage of a request took.", BOUNDARIES_S, tag_keys=("stage",)
+            "tvilfm_stage_seconds", "Duration of a stage of a request, in seconds.", BOUNDARIES_S, tag_keys=("stage",)
         )
-        self._refusals = Counter("tvilfm_refused", "Requests that a part could not take.", tag_keys=("why",))
+        self._refusals = Counter("tvilfm_refused", "Requests that a replica could not accept.", tag_keys=("why",))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         config = self._config
@@ -88,18 +88,20 @@ class Ingress:
         return Status(**dict(self.facts), **await self._call(self._searcher.facts))
 
     async def _call(self, method: DeploymentHandle[Any], *arguments: Any, patience_s: float | None = PATIENCE_S) -> Any:
-        """What a part answers; once more if it dies meanwhile, or takes longer than that (None = for ever)."""
+        """Call a replica and return its result. Retry once if it dies or the timeout passes (None = no timeout)."""
         for last in (False, True):
             try:
                 async with asyncio.timeout(patience_s):
                     return await method.remote(*arguments)
             except BackPressureError:
                 self._refusals.inc(tags={"why": "busy"})
-                raise Busy("service: expected room for one more request, got a full queue") from None
+                raise Busy("service: expected room for one more request, got a full queue. Retry later.") from None
             except (RayActorError, ObjectLostError, DeploymentUnavailableError, TimeoutError):
                 if last:
                     self._refusals.inc(tags={"why": "unavailable"})
-                    raise Unavailable("service: expected an answer, got none while a part is replaced") from None
+                    raise Unavailable(
+                        "service: expected an answer, got none while a replica is replaced. Retry."
+                    ) from None
             except RayTaskError as error:
                 if isinstance(error.cause, Unavailable):
                     self._refusals.inc(tags={"why": "unavailable"})

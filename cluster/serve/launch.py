@@ -1,4 +1,4 @@
-"""`tvilfm serve`: start the service on Ray Serve, or add it to a Serve that runs already."""
+"""`tvilfm serve`: start the service on Ray Serve, or add it to a Serve instance that is already running."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from tvilfm.config import Config, ServeSection, resolve
 from tvilfm.retrieval.gallery import POINTER
 
 APPLICATION = "tvilfm"
-QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")  # the audit trail says who asked
+QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")  # requests are in the audit trail
 
 
 @contextmanager
 def serving(config: Config) -> Iterator[str]:
-    """Have the service while the block runs.
+    """Run the service for the duration of the block.
 
     Yields:
-        Its address.
+        Address of the service.
 
     Raises:
-        ValueError: the run is not finished, what it needs to serve is not there, this machine is too small, or Serve
-            runs on the cluster already and listens otherwise.
+        ValueError: the run is not finished, a file that the service needs is missing, this machine is too small, or
+            Serve is already running on the cluster with other HTTP options.
     """
-    # Its parts may run elsewhere than in this folder.
+    # Replicas do not run in the current folder, so relative paths are made absolute.
     config = resolve(config.model_dump(mode="json"), absolute_paths(config, Path.cwd()))
     if config.gallery.uri is None and not (Path(config.gallery_uri) / POINTER).exists():
         index(config)
@@ -59,19 +59,20 @@ def serving(config: Config) -> Iterator[str]:
         finally:
             if joined is None:
                 serve.shutdown()
-            else:  # other applications may run there
+            else:  # keep Serve for other applications
                 serve.delete(APPLICATION)
 
 
 def _check_room(config: Config, resources: Mapping[str, float]) -> None:
-    """Ray waits for ever, and says nothing, where parts reserve more than there is.
+    """Check that the cluster has the resources that the replicas reserve. Ray would wait for them forever, silently.
 
     Args:
-        config: `serve`, and `cluster`.
-        resources: name -> amount, of all machines. Where they were joined more may come, so that a lack is said alone.
+        config: sections `serve` and `cluster`.
+        resources: name -> amount, of all machines.
 
     Raises:
-        ValueError: this machine lacks some.
+        ValueError: Ray runs only on this machine, and resources are missing. On a cluster, machines may be added later,
+            so missing resources are only printed.
     """
     section = config.serve
     cpus = INGRESS_CPUS + WRITER_CPUS + section.encoders * ENCODER_CPUS + section.searchers * SEARCHER_CPUS
@@ -80,7 +81,7 @@ def _check_room(config: Config, resources: Mapping[str, float]) -> None:
         has = resources.get(name, 0.0)
         if round(amount, 4) <= has:
             continue
-        lack = f"expected {amount:g} {name}s for its parts, got {has:g}"
+        lack = f"expected {amount:g} {name}s for its replicas, got {has:g}"
         fix = "Lower serve.encoders, serve.searchers, serve.searcher_gpus or cluster.gpus_per_worker"
         if address_of(config.cluster) == "local":
             raise ValueError(f"serve: {lack}. {fix}.")
@@ -88,42 +89,42 @@ def _check_room(config: Config, resources: Mapping[str, float]) -> None:
 
 
 def _check_listens_so(running: HTTPOptions, wanted: HTTPOptions) -> None:
-    """Serve listens in one way for all its applications, and ignores what a later one asks for.
+    """Check the HTTP options of a running Serve. All its applications share them; Serve ignores those of later ones.
 
     Raises:
-        ValueError: it listens elsewhere than the description says, where keys may be needed, or without its TLS.
+        ValueError: host, port or TLS files differ from the description. Another host may require keys.
     """
     keys = {"host": "host", "port": "port", "tls_cert": "ssl_certfile", "tls_key": "ssl_keyfile"}
     for key, option in keys.items():
-        given, there = getattr(wanted, option), getattr(running, option)
-        if given != there:
+        given, current = getattr(wanted, option), getattr(running, option)
+        if given != current:
             raise ValueError(
-                f"serve.{key}: expected {there}, as Serve runs on this cluster already, got {given}. Set it so, or end "
-                "that Serve first."
+                f"serve.{key}: expected {current}, the value of the Serve that already runs on this cluster, got "
+                f"{given}. Set it to that value, or shut down that Serve first."
             )
 
 
 def _address(section: ServeSection) -> str:
-    """Where a browser of this machine finds the service."""
+    """Return the URL of the service for a browser on this machine."""
     host = "127.0.0.1" if section.host in ("0.0.0.0", "::") else section.host
     scheme = "http" if section.tls_cert is None else "https"
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{section.port}"
 
 
 def serve_forever(config: Config, *, show: bool) -> None:
-    """Serve until the process is told to end.
+    """Serve until the process receives SIGINT or SIGTERM.
 
     Args:
-        config: which run (`run`), which gallery (`gallery`), and the service (`serve`).
-        show: open the page in a browser.
+        config: sections `run` (the run), `gallery` (the gallery) and `serve` (the service).
+        show: open the search page in a browser.
     """
     end = threading.Event()
     console = Console(stderr=True)
     with serving(config) as address:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: end.set())
-        console.print(f"service: {address} (Ctrl-C ends it)", highlight=False)
+        console.print(f"service: {address} (press Ctrl-C to stop)", highlight=False)
         if show:
             webbrowser.open(address)
         end.wait()
-        console.print("service: ending", highlight=False)
+        console.print("service: stopping", highlight=False)

@@ -1,4 +1,4 @@
-"""What the replicas of the service share: their patience, batches, and threads that survive a failing store."""
+"""Shared by the replicas of the service: timeouts, batches, and background threads that survive a failing store."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-HEALTH_S = 1.0  # a replica that died is noticed within this time
-PATIENCE_S = 40.0  # that a part may take to answer anything but compact, its replacement included
-TURN_S = PATIENCE_S / 2  # that a write waits for the change before it: none is made when its client waits no more
+HEALTH_S = 1.0  # period of health checks: a dead replica is detected within this time
+PATIENCE_S = 40.0  # timeout of a call to a replica, including its replacement; `compact` has none
+# How long a write waits for the previous one; shorter than the client's timeout, so no write is made after a 503.
+TURN_S = PATIENCE_S / 2
 T = TypeVar("T")
 
 
 def in_batches(work: Callable[..., list[T]], size: int, *columns: Sequence[Any]) -> list[T]:
-    """What `work` makes of columns, a few rows at a time: Serve counts requests, each of which may bring many."""
+    """Apply `work` to batches of rows and join the results. Serve limits requests, and a request may have many rows."""
     starts = range(0, len(columns[0]), size)
     return [one for start in starts for one in work(*(column[start : start + size] for column in columns))]
 
 
 @contextmanager
 def keep_going(what: str) -> Iterator[None]:
-    """Let a thread outlive a store that does not answer: the fault goes to the log, and the next turn tries again."""
+    """Keep a background thread alive when the store fails: log the error; the next iteration retries."""
     try:
         yield
     except Exception:
-        logging.getLogger("ray.serve").exception("%s; trying again", what)
+        logging.getLogger("ray.serve").exception("%s; retrying", what)

@@ -1,4 +1,4 @@
-"""The searcher replica: the whole gallery in memory, following its writer."""
+"""The searcher replica: hold the whole gallery in memory and follow the changes of its writer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tvilfm.retrieval.search import Answer, Request, Searcher
 
 
 class SearcherReplica:
-    """Replica: the gallery in memory, following its writer."""
+    """Replica that holds the gallery in memory and follows the changes of its writer."""
 
     def __init__(self, config: Config, space: str) -> None:
         gallery = Gallery.open(config.gallery_uri, space_id=space)
@@ -27,30 +27,30 @@ class SearcherReplica:
         self._gallery = gallery
         self._searcher = Searcher(gallery, config.gallery, device=device)
         self._batch = config.serve.batch
-        self._lock = threading.Lock()  # one refresh at a time; searches go on meanwhile
+        self._lock = threading.Lock()  # one refresh at a time; searches continue meanwhile
         self.search.set_max_batch_size(config.serve.batch)  # type: ignore[attr-defined]
         self.search.set_batch_wait_timeout_s(config.serve.batch_wait_ms / 1000)  # type: ignore[attr-defined]
         threading.Thread(target=self._follow, args=(config.serve.follow_s,), daemon=True).start()
 
     @serve.batch
     async def search(self, groups: list[tuple[Sequence[Query], Sequence[Request], int]]) -> list[list[Answer]]:
-        """The queries of several requests, on a version that is no older than any of them wants."""
+        """Search with the queries of several requests, in a gallery at least as new as the minimum version of each."""
         queries = [query for group in groups for query in group[0]]
         requests = [request for group in groups for request in group[1]]
-        found = iter(await asyncio.to_thread(self._search, queries, requests, max(group[2] for group in groups)))
-        return [[next(found) for _ in group[0]] for group in groups]
+        answers = iter(await asyncio.to_thread(self._search, queries, requests, max(group[2] for group in groups)))
+        return [[next(answers) for _ in group[0]] for group in groups]
 
     async def picture(self, id: str) -> bytes | None:
-        """The thumbnail of a row."""
-        found = await asyncio.to_thread(self._gallery.picture, id)
-        return None if found is None else found[1]
+        """Return the thumbnail of a row."""
+        picture = await asyncio.to_thread(self._gallery.picture, id)
+        return None if picture is None else picture[1]
 
     async def facts(self) -> dict[str, Any]:
-        """What `Status` says of the gallery."""
+        """Return the fields of `Status` that describe the gallery."""
         return await asyncio.to_thread(self._facts)
 
     async def ready(self) -> None:
-        """Answers when there is a searcher."""
+        """Return once a replica is ready."""
 
     def _search(self, queries: Sequence[Query], requests: Sequence[Request], min_version: int) -> list[Answer]:
         if self._searcher.gallery.version < min_version:
@@ -72,7 +72,7 @@ class SearcherReplica:
         }
 
     def _read(self, read: Callable[[], T]) -> T:
-        """What is read from a version; once more from a later one, as compaction takes the files of earlier ones."""
+        """Read from the current version or, on failure, from a newer one: compaction deletes files of old versions."""
         version = self._searcher.gallery.version
         try:
             return read()
@@ -89,5 +89,5 @@ class SearcherReplica:
     def _follow(self, every_s: float) -> None:
         while True:
             time.sleep(every_s)
-            with keep_going("the gallery could not be read"):  # what is known is searched till it can
+            with keep_going("the gallery could not be read"):  # until it can, the loaded version is searched
                 self._refresh()

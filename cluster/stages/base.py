@@ -9,12 +9,12 @@ import ray.train.torch
 from safetensors.torch import load_file
 
 from cluster.places.depot import Depot
-from cluster.stages.learning import Record
 from cluster.stages.pretrain import FILE
 from cluster.stages.stage import Stage, StageJob
 from cluster.stages.trainer import Reporter, fit_network, last_checkpoint, read_job, read_pixels
 from tvilfm.config import Config
 from tvilfm.data.manifest import CAPTION_SCHEMA
+from tvilfm.terms import Record
 from tvilfm.training.stages import StageData, train_base
 
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from cluster.stages.stage import CAPTION_FILES, Stage, StageJob
 from tvilfm.config import Config
-from tvilfm.data.manifest import Modality
+from tvilfm.terms import Modality
 
 
 class Captioner(Stage):

@@ -14,15 +14,16 @@ import ray.train.torch
 import torch
 
 from cluster.places.depot import Depot, fetched
-from cluster.stages.learning import METRICS_FILE, Record, write_records
+from cluster.stages.learning import METRICS_FILE, write_records
 from cluster.stages.trainer import Reporter, fit, last_checkpoint, trainer_of
 from tvilfm.captioning.captioner import Captioner
 from tvilfm.captioning.conv_captioner import NAME, build_conv_captioner
 from tvilfm.captioning.finetune import Pairs, caption_pairs, finetune, mean_loss
 from tvilfm.captioning.scores import Marks, attribute_scores, colour_share, language_scores
 from tvilfm.config import CaptionerSection, Config
-from tvilfm.data.manifest import Modality, column
+from tvilfm.data.manifest import column
 from tvilfm.data.pixels import open_pixels
+from tvilfm.terms import Modality, Record
 from tvilfm.training.loop import AUTOCAST_DTYPES
 
 MARKED = 512  # validation pictures that are captioned to mark a captioner

@@ -9,9 +9,9 @@ from cluster.stages.stage import DATASET, Stage, StageJob
 from cluster.tables.captioning import caption_images
 from cluster.tables.rephrasing import rephrase_table
 from tvilfm.config import CaptionerSection, Config
-from tvilfm.data.manifest import MODALITIES
 from tvilfm.datasets.caption_files import read_captions
 from tvilfm.place import Place
+from tvilfm.terms import MODALITIES
 
 
 class Captions(Stage):

@@ -15,8 +15,7 @@ from pathlib import Path
 from cluster.stages.store import StageStore
 from tvilfm.config import Config
 from tvilfm.place import write_whole
-
-Record = dict[str, float | int | str]
+from tvilfm.terms import Record
 
 METRICS_FILE = "metrics.jsonl"  # a line an epoch, of a stage or of a whole run
 TRAINED = ("base", "text")

@@ -11,12 +11,12 @@ from cluster.stages.results import RESULTS_FILES, job_evaluator
 from cluster.stages.stage import DATASET, Stage, StageJob, captions_input, network_stage
 from tvilfm.captioning.scores import Marks
 from tvilfm.config import Config
-from tvilfm.data.manifest import MODALITIES
 from tvilfm.data.pixels import open_pixels
 from tvilfm.evaluation.provenance import Provenance
 from tvilfm.evaluation.results import Results
 from tvilfm.report.build import RunFacts, build_report
 from tvilfm.report.page import write_report
+from tvilfm.terms import MODALITIES
 from tvilfm.versions import version_of
 
 PACKAGES = ("ray", "torch", "torchvision", "open_clip_torch", "transformers", "pyarrow", "numpy", "scikit-learn")

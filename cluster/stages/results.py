@@ -11,10 +11,10 @@ from cluster.stages.stage import DATASET, Stage, StageJob, evaluated_splits, net
 from tvilfm.config import Config
 from tvilfm.evaluation.evaluator import Evaluator
 from tvilfm.evaluation.features import IMAGES_FILE, FeatureTable
-from tvilfm.evaluation.protocols import Split
 from tvilfm.evaluation.query_texts import QUERY_TEXTS_FILE
 from tvilfm.models import TVILFM
 from tvilfm.report.build import build_results
+from tvilfm.terms import Split
 
 RESULTS_FILES: dict[Split, str] = {"test": "results.json", "val": "validation.json"}
 

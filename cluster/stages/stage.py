@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from cluster.places.depot import Depot
 from tvilfm.config import Config, set_value, value_at
 from tvilfm.data.manifest import select
-from tvilfm.evaluation.protocols import Split
+from tvilfm.terms import Split
 
 DATASET, CAPTION_FILES, MODEL, CAPTIONS = "dataset", "caption_files", "model", "captions"
 SOURCES = (DATASET, CAPTION_FILES, MODEL)  # inputs that no stage makes: what users bring

@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import ray.train.torch
 
 from cluster.places.depot import Depot
-from cluster.stages.learning import Record
 from cluster.stages.stage import Stage, StageJob, captions_input
 from cluster.stages.trainer import Reporter, fit_network, last_checkpoint, read_job, read_pixels
 from cluster.stages.views import Views
@@ -18,6 +17,7 @@ from tvilfm.config import Config
 from tvilfm.data.tri_modal import RECIPES
 from tvilfm.evaluation.features import IMAGES_FILE, FeatureTable
 from tvilfm.models import TVILFM
+from tvilfm.terms import Record
 from tvilfm.training.stages import StageData, train_text
 
 

@@ -21,10 +21,11 @@ from ray.train.torch import TorchTrainer
 
 from cluster.places.depot import Depot, fetched
 from cluster.progress import ProgressFile
-from cluster.stages.learning import METRICS_FILE, Record, read_records, write_records
+from cluster.stages.learning import METRICS_FILE, read_records, write_records
 from tvilfm.config import ClusterSection, Config
 from tvilfm.data.pixels import open_pixels
 from tvilfm.models import TVILFM
+from tvilfm.terms import Record
 
 
 def fit_network(

@@ -10,10 +10,11 @@ import pyarrow as pa
 from cluster.stages.extraction import Images, write_views
 from cluster.stages.stage import DATASET, Stage, StageJob
 from tvilfm.config import Config
-from tvilfm.data.manifest import MODALITIES, rows_of, select
+from tvilfm.data.manifest import rows_of, select
 from tvilfm.data.splits import TEST_SPLITS
 from tvilfm.data.transforms import Recipe
 from tvilfm.data.tri_modal import RECIPES, TrainingRows
+from tvilfm.terms import MODALITIES
 
 
 class Views(Stage):

@@ -38,10 +38,11 @@ from cluster.tables.job import chunk_dataset, claim_folder, fixed_chunks, with_a
 from cluster.tables.parts import Parts, alone, part_name, to_parquet
 from tvilfm.captioning.colors import remove_colors
 from tvilfm.config import CaptionerSection, CaptionSection, ClusterSection, Config
-from tvilfm.data.manifest import CAPTION_SCHEMA, MODALITIES
+from tvilfm.data.manifest import CAPTION_SCHEMA
 from tvilfm.data.pixels import decode
 from tvilfm.datasets import read_dataset
 from tvilfm.place import Place
+from tvilfm.terms import MODALITIES
 
 if TYPE_CHECKING:
     from tvilfm.captioning.captioner import Captioner

@@ -38,7 +38,7 @@ from tvilfm.models.encode import encode_pixels
 from tvilfm.retrieval.gallery import METRIC, Gallery
 from tvilfm.retrieval.rows import table_schema, vector_column
 from tvilfm.retrieval.spaces import gallery_vectors, space_id
-from tvilfm.retrieval.terms import MAX_ID, is_id
+from tvilfm.terms import MAX_ID, is_id
 
 KEPT = "kept"  # in a run folder: what was fetched of a run that another machine made
 FEWEST_INDEXED = 512  # rows; a codebook of 256 entries is learnt from two each

@@ -36,10 +36,11 @@ from cluster.tables.job import chunk_dataset, claim_folder, fixed_chunks, with_a
 from cluster.tables.parts import Parts, alone, part_name, to_parquet
 from tvilfm.captioning.rephrase import completion_prompt, judge, messages, prompt_hash, rephrase_all, seed_of
 from tvilfm.config import ClusterSection, Config, RephraseSection
-from tvilfm.data.manifest import CAPTION_SCHEMA, MODALITIES
+from tvilfm.data.manifest import CAPTION_SCHEMA
 from tvilfm.datasets import read_dataset
 from tvilfm.datasets.caption_files import read_captions
 from tvilfm.place import Place
+from tvilfm.terms import MODALITIES
 
 if TYPE_CHECKING:
     from tvilfm.captioning.rephrase import Rephraser

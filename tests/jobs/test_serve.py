@@ -186,20 +186,20 @@ def test_a_machine_that_is_too_small_is_refused_and_a_cluster_may_grow(
     check(0, 0, CPU=2)
     check(1, 0, CPU=2, GPU=1)
     check(0.6, 0.2, CPU=2, GPU=1)
-    with pytest.raises(ValueError, match="serve: expected 3 GPUs for its parts, got 1"):
+    with pytest.raises(ValueError, match="serve: expected 3 GPUs for its replicas, got 1"):
         check(1, 1, CPU=2, GPU=1)
-    with pytest.raises(ValueError, match=r"serve: expected 1\.7 CPUs for its parts, got 1"):
+    with pytest.raises(ValueError, match=r"serve: expected 1\.7 CPUs for its replicas, got 1"):
         check(0, 0, CPU=1)
     assert capsys.readouterr().err == ""
     check(1, 0, address="auto", CPU=2)
-    assert "expected 1 GPUs for its parts, got 0" in capsys.readouterr().err
+    assert "expected 1 GPUs for its replicas, got 0" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_a_service_joins_no_serve_that_listens_otherwise_and_leaves_it_alone(address: str, config: Config) -> None:
     port = config.serve.port
     for changes, message in (
-        ({"port": port + 1}, rf"serve\.port: expected {port}, as Serve runs .* already, got {port + 1}"),
+        ({"port": port + 1}, rf"serve\.port: expected {port}, .* already runs on this cluster, got {port + 1}"),
         ({"tls_cert": Path("cert.pem"), "tls_key": Path("key.pem")}, r"serve\.tls_cert: expected None"),
     ):
         changed = config.model_copy(update={"serve": config.serve.model_copy(update=changes)})
@@ -387,7 +387,7 @@ def test_people_leave_an_old_models_table_and_the_one_in_use_stays(
     reader = Gallery.open(str(tmp_path), space_id="space")
     until(lambda: reader.refresh() and ids(reader) == {"b", "c"})
     until(lambda: len(reader.versions()) == 1)  # it is in no file of that table
-    until(lambda: "people who have to leave could not be removed from every file" in caplog.text)
+    until(lambda: "expired rows could not be removed from every file" in caplog.text)
     logger.removeHandler(caplog.handler)
     with pytest.raises(ValueError, match="expected the table in use to compact"):
         asyncio.run(writer.compact(None))
@@ -521,7 +521,7 @@ def test_a_writer_is_ready_before_the_one_before_it_ends_and_writes_after_that(
     writer = Writer(config, "space")
     asyncio.run(writer.ready())
     for change in (writer.upsert(rows, "space", None), writer.delete(["a"], None), writer.compact(None)):
-        with pytest.raises(Unavailable, match="the end of the writer before"):
+        with pytest.raises(Unavailable, match="expected the previous writer to end"):
             asyncio.run(change)
     before.upsert(rows.slice(0, 1), space_id="space")
     before.close()

@@ -1,4 +1,4 @@
-"""The test of a place before a long job: what works leaves nothing behind, what does not is told with its mend."""
+"""The test of a place before a long job: it leaves no files, and its errors say how to fix the place."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def test_a_place_that_works_is_left_as_it_was(endpoint: str, tmp_path: Path) -> 
     assert [info.path for info in left if info.type == fs.FileType.File] == []
 
 
-def test_a_place_that_does_not_is_told_with_its_mend_and_without_its_keys(endpoint: str, tmp_path: Path) -> None:
+def test_a_place_that_does_not_is_told_with_its_fix_and_without_its_keys(endpoint: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"file/below: expected a place to write, .* name another folder\."):
+    with pytest.raises(ValueError, match=r"file/below: expected a place to write, .* choose another folder\."):
         check_storage(str(tmp_path / "file" / "below"))
-    with pytest.raises(ValueError, match=r"^s3://missing/x: .* Make the bucket, or mend its name\.$") as caught:
+    with pytest.raises(ValueError, match=r"^s3://missing/x: .* Create the bucket, or fix its name\.$") as caught:
         check_storage(uri("missing/x", endpoint))
     assert "key:" not in str(caught.value) and "secret" not in str(caught.value)
 

@@ -10,10 +10,11 @@ from mlflow.tracking import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cluster import trackers as module
-from cluster.stages.learning import Learning, Record, follow, read_records
+from cluster.stages.learning import Learning, follow, read_records
 from cluster.stages.store import StageStore
 from cluster.trackers import check_trackers, log_record, trackers
 from tvilfm.config import Config, load_config
+from tvilfm.terms import Record
 
 RECORDS: list[Record] = [
     {"stage": "base", "step": 1, "epoch": 0, "loss": 3.0, "val_mAP": 0.25},

@@ -209,8 +209,8 @@ def test_a_trial_keeps_its_name_and_its_folder_whatever_yaml_makes_of_them(name:
 @pytest.mark.parametrize(
     ("ended", "message"),
     [
-        (0, r"expected 5 runs to end, got 0, without 0000-seed0, 0001-seed0, 0002-seed0, \.\.\.\. Go on with --resume"),
-        (4, r"expected 5 runs to end, got 4, without 0004-seed0\. Go on with --resume; `tvilfm report .*/rates`"),
+        (0, r"expected 5 runs to end, got 0, without 0000-seed0, 0001-seed0, 0002-seed0, \.\.\.\. Continue with --resume"),
+        (4, r"expected 5 runs to end, got 4, without 0004-seed0\. Continue with --resume; `tvilfm report .*/rates`"),
     ],
 )
 def test_a_sweep_that_ended_early_keeps_its_table_and_does_not_pass_for_a_finished_one(

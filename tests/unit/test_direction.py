@@ -13,7 +13,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 # Packages of tvilfm from the bottom up; a package may import its own level and those below.
 LEVELS = (
-    ("__version__", "place", "versions", "files", "config"),
+    ("__version__", "terms", "place", "versions", "files", "config"),
     ("data", "losses"),
     ("captioning", "datasets", "models", "sweeps"),
     ("training", "evaluation", "retrieval"),

@@ -16,9 +16,10 @@ from tvilfm.evaluation import weight_sweep as ensemble_sweep
 from tvilfm.evaluation.evaluator import Evaluator, default_case
 from tvilfm.evaluation.features import FeatureTable
 from tvilfm.evaluation.query_texts import draw_query_texts
-from tvilfm.evaluation.weight_sweep import MODALITIES, SweepResult, sweep_ensemble, weight_grid
+from tvilfm.evaluation.weight_sweep import SweepResult, sweep_ensemble, weight_grid
 from tvilfm.models import TVILFM, ModelSpec
 from tvilfm.sweeps.space import written
+from tvilfm.terms import PARTS
 
 PROTOCOLS = ("sysu_mm01/all/single", "sysu_mm01/indoor/multi", "llcm/infrared-visible", "regdb/infrared-visible")
 METRICS = ("rank1", "mAP", "mINP")
@@ -103,7 +104,7 @@ def test_every_weighting_scores_as_the_evaluator_scores_it(
         make_evaluator(model, weights=EnsembleWeights(temperature=temperature), **options), weightings
     )
     for row, weighting in enumerate(weightings):
-        weights = EnsembleWeights(**dict(zip(MODALITIES, weighting, strict=True)), temperature=temperature)
+        weights = EnsembleWeights(**dict(zip(PARTS, weighting, strict=True)), temperature=temperature)
         expected = by_the_evaluator(make_evaluator(model, weights=weights, **options))
         assert [getattr(swept, metric)[row] for metric in METRICS] == pytest.approx(expected, abs=1e-12)
     assert len(set(swept.mAP.tolist())) > 1  # random features that tell the weightings apart
@@ -118,7 +119,7 @@ def test_ties_fall_as_the_evaluator_lets_them_fall(
     options = {"manifest": manifest, "captions": captions, "protocol": protocol, "axes": 3}
     swept = sweep_ensemble(make_evaluator(model, weights=EnsembleWeights(), **options), weightings)
     for row, weighting in enumerate(weightings):
-        weights = EnsembleWeights(**dict(zip(MODALITIES, weighting, strict=True)))
+        weights = EnsembleWeights(**dict(zip(PARTS, weighting, strict=True)))
         expected = by_the_evaluator(make_evaluator(model, weights=weights, **options))
         assert [getattr(swept, metric)[row] for metric in METRICS] == pytest.approx(expected, abs=1e-12)
 
@@ -142,7 +143,7 @@ def test_the_best_of_equals_is_the_one_nearest_to_equal_weights() -> None:
 
 def test_chosen_weights_survive_the_command_line_bit_for_bit() -> None:
     for weighting in weight_grid(50)[:200].tolist():
-        overrides = written({f"evaluate.ensemble.{name}": w for name, w in zip(MODALITIES, weighting, strict=True)})
+        overrides = written({f"evaluate.ensemble.{name}": w for name, w in zip(PARTS, weighting, strict=True)})
         assert [yaml.safe_load(override.partition("=")[2]) for override in overrides] == weighting
 
 

@@ -16,11 +16,12 @@ from tvilfm.config import EnsembleWeights, EvaluateSection, RerankSection
 from tvilfm.data.manifest import CAPTION_SCHEMA, build_manifest
 from tvilfm.evaluation.evaluator import CaseResult, Evaluator, default_case
 from tvilfm.evaluation.features import FeatureTable
-from tvilfm.evaluation.protocols import Split, get_protocol, select_query
+from tvilfm.evaluation.protocols import get_protocol, select_query
 from tvilfm.evaluation.query_texts import draw_query_texts, select_query_texts, sentences_of
 from tvilfm.models import TVILFM, ModelSpec
 from tvilfm.models.bn_neck import BNNeck
 from tvilfm.models.encode import encode_pixels, encode_texts
+from tvilfm.terms import Split
 
 ALL, INDOOR = "sysu_mm01/all/single", "sysu_mm01/indoor/single"
 PIDS = (3, 8, 12, 20)

@@ -20,13 +20,7 @@ from tvilfm.data.captions import IDENTITY_MAP
 from tvilfm.data.manifest import fingerprint
 from tvilfm.datasets.sysu_mm01 import read as read_sysu
 from tvilfm.evaluation.metrics import ranking_metrics
-from tvilfm.evaluation.protocols import (
-    chance_level,
-    get_protocol,
-    select_gallery,
-    select_query,
-    witness_captions,
-)
+from tvilfm.evaluation.protocols import chance_level, get_protocol, select_gallery, select_query, witness_captions
 
 NAMES = (
     "sysu_mm01/all/single",

@@ -18,12 +18,13 @@ import pytest
 from rich.console import Console
 
 from tvilfm.datasets.published import published_rows
-from tvilfm.evaluation.results import METRICS, QUERIES, ResultRow, Results
+from tvilfm.evaluation.results import ResultRow, Results
 from tvilfm.place import write_whole
 from tvilfm.report import page, tables
 from tvilfm.report.charts.features import RetrievalFeatures, distance_chart, pair_distances, tsne_chart
 from tvilfm.report.charts.learning import _learning_panels, learning_chart
 from tvilfm.report.page import CaptionSample, RankedExample, RankedRow, ReportData
+from tvilfm.terms import METRICS, QUERIES
 
 NUM_IDS = 16
 DIM = 100

@@ -27,7 +27,8 @@ from tvilfm.captioning.captioner import CONTINUES, DROPS_LAST, Captioner
 from tvilfm.captioning.colors import remove_colors
 from tvilfm.config import CaptionTrainSection
 from tvilfm.data.captions import texts_of
-from tvilfm.data.manifest import Modality, rows_of, select
+from tvilfm.data.manifest import rows_of, select
+from tvilfm.terms import Modality
 
 IGNORED = -100  # a label that the loss leaves out
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's conversion to gray

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tvilfm.files import content_digests
+from tvilfm.terms import MODALITIES
 
 MANIFEST_SCHEMA = pa.schema(
     [
@@ -38,8 +38,6 @@ CAPTION_SCHEMA = pa.schema(
         pa.field("revision", pa.string()),
     ]
 )
-Modality = Literal["visible", "infrared"]
-MODALITIES: tuple[Modality, ...] = ("visible", "infrared")
 
 
 def build_manifest(rows: Iterable[Mapping[str, object]]) -> pa.Table:

@@ -12,12 +12,13 @@ from pathlib import Path
 import pyarrow as pa
 
 from tvilfm.config import DataSection
-from tvilfm.data.manifest import MODALITIES, select
+from tvilfm.data.manifest import select
 from tvilfm.data.pixels import decode
 from tvilfm.data.splits import TEST_SPLITS, in_two_splits, missing_images
 from tvilfm.datasets.caption_files import PUBLISHED, SENSORS, Collected, collect, identity_captions, read_captions
 from tvilfm.datasets.folder import SPLIT_FILE, TABLES
 from tvilfm.datasets.readers import read_dataset
+from tvilfm.terms import MODALITIES
 
 PARTS = {"train": ("train", "val"), "test": TEST_SPLITS}
 # Written by every synthetic benchmark and by nothing else; its counts are its own, not those of the real dataset.

@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from tvilfm.data.manifest import MANIFEST_SCHEMA, MODALITIES, build_manifest
+from tvilfm.data.manifest import MANIFEST_SCHEMA, build_manifest
 from tvilfm.data.splits import TEST_SPLITS, require_sound
 from tvilfm.datasets.sysu_mm01 import SUFFIXES
+from tvilfm.terms import MODALITIES
 
 SPLITS = ("train", "val", *TEST_SPLITS)
 TABLES = ("manifest.parquet", "manifest.csv")

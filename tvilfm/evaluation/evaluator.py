@@ -24,21 +24,14 @@ from tvilfm.config import EvaluateSection
 from tvilfm.data.manifest import column
 from tvilfm.evaluation.features import FeatureTable
 from tvilfm.evaluation.metrics import RankingMetrics, ranking_metrics
-from tvilfm.evaluation.protocols import (
-    Protocol,
-    Split,
-    TextSource,
-    chance_level,
-    get_protocol,
-    select_gallery,
-    select_query,
-)
+from tvilfm.evaluation.protocols import Protocol, chance_level, get_protocol, select_gallery, select_query
 from tvilfm.evaluation.query_texts import QueryTexts, select_query_texts
 from tvilfm.evaluation.rerank import expand_queries, k_reciprocal_rerank
 from tvilfm.models import TVILFM
 from tvilfm.models.ensemble import ensemble_query
 from tvilfm.models.fusion import semantic_filtered_fusion
 from tvilfm.models.similarity import similarity
+from tvilfm.terms import Split, TextSource
 
 Similarity = npt.NDArray[np.float32]
 

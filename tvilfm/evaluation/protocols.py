@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +20,10 @@ import pyarrow as pa
 
 from tvilfm.config import WitnessDraw
 from tvilfm.data.captions import BY_IDENTITY, identity_map
-from tvilfm.data.manifest import Modality, column
+from tvilfm.data.manifest import column
 from tvilfm.datasets.sysu_mm01 import PERMUTATIONS_FILE, permutations
 from tvilfm.evaluation.metrics import MetricRule
-
-Split = Literal["test", "val"]
-TextSource = Literal["witness", "witness-heldout", "own", "none"]
+from tvilfm.terms import Modality, Split
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 
 from tvilfm.config import EvaluateSection
 from tvilfm.data.captions import texts_of
-from tvilfm.evaluation.protocols import Protocol, Split, TextSource, get_protocol, select_query, witness_captions
+from tvilfm.evaluation.protocols import Protocol, get_protocol, select_query, witness_captions
+from tvilfm.terms import Split, TextSource
 
 QUERY_TEXTS_FILE = "query_texts.parquet"
 QUERY_TEXTS_SCHEMA = pa.schema(

@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tvilfm.place import write_whole
-
-QUERIES: tuple[str, ...] = ("infrared", "visible", "text", "fusion", "ensemble")
-TEXT_SOURCES: tuple[str, ...] = ("witness", "witness-heldout", "own", "none")
-METRICS: tuple[str, ...] = ("rank1", "rank5", "rank10", "mAP", "mINP")
+from tvilfm.terms import METRICS, QUERIES, TEXT_SOURCES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,8 +26,8 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # i
 from tvilfm.data.manifest import column
 from tvilfm.evaluation.evaluator import Evaluator
 from tvilfm.evaluation.protocols import get_protocol, ignored_gallery
+from tvilfm.terms import PARTS
 
-MODALITIES = ("infrared", "text", "fusion")
 SweptMetric = Literal["rank1", "mAP", "mINP"]
 _Floats = npt.NDArray[np.float64]
 _Single = npt.NDArray[np.float32]
@@ -42,7 +42,7 @@ class SweepResult:
 
     Attributes:
         metric: by which weightings are compared.
-        weights_WM: float64, in the order of `MODALITIES`.
+        weights_WM: float64, in the order of `PARTS`.
         rank1, mAP, mINP: [W] float64.
     """
 
@@ -56,13 +56,13 @@ class SweepResult:
     def best_row(self) -> int:
         """The weighting with the highest metric; of equals the one nearest to equal weights, then the first."""
         share_WM = self.weights_WM / self.weights_WM.sum(axis=1, keepdims=True)
-        away_W = np.abs(share_WM - 1 / len(MODALITIES)).sum(axis=1)
+        away_W = np.abs(share_WM - 1 / len(PARTS)).sum(axis=1)
         return int(np.lexsort((away_W, -getattr(self, self.metric)))[0])
 
     @property
     def best(self) -> dict[str, float]:
         """That weighting by modality, as `evaluate.ensemble` takes it."""
-        return dict(zip(MODALITIES, self.weights_WM[self.best_row].tolist(), strict=True))
+        return dict(zip(PARTS, self.weights_WM[self.best_row].tolist(), strict=True))
 
 
 def weight_grid(steps: int) -> _Floats:
@@ -74,7 +74,7 @@ def weight_grid(steps: int) -> _Floats:
         steps: cuts of a side of the triangle, >= 1.
 
     Returns:
-        (1 + (steps + 1)(steps + 2) / 2, 3), in the order of `MODALITIES`.
+        (1 + (steps + 1)(steps + 2) / 2, 3), in the order of `PARTS`.
     """
     shares = [(i / steps, j / steps, (steps - i - j) / steps) for i in range(steps + 1) for j in range(steps + 1 - i)]
     return np.array([(1.0, 1.0, 1.0), *shares])
@@ -85,7 +85,7 @@ def sweep_ensemble(evaluator: Evaluator, weights_WM: npt.ArrayLike, *, metric: S
 
     Args:
         evaluator: features, protocol, text source and temperature; its own weights and `rerank` are not used.
-        weights_WM: (W, 3) >= 0, one above 0 in each row, in the order of `MODALITIES`.
+        weights_WM: (W, 3) >= 0, one above 0 in each row, in the order of `PARTS`.
         metric: by which weightings are compared.
 
     Returns:
@@ -97,8 +97,8 @@ def sweep_ensemble(evaluator: Evaluator, weights_WM: npt.ArrayLike, *, metric: S
     Source: METHOD 7 and 8. Differs: ensemble weights are all 1 as published.
     """
     weights_WM = np.asarray(weights_WM, dtype=np.float64)
-    if weights_WM.ndim != 2 or weights_WM.shape[1] != len(MODALITIES) or not len(weights_WM):
-        raise ValueError(f"weights_WM: expected (W, {len(MODALITIES)}), got {weights_WM.shape}. One row a weighting.")
+    if weights_WM.ndim != 2 or weights_WM.shape[1] != len(PARTS) or not len(weights_WM):
+        raise ValueError(f"weights_WM: expected (W, {len(PARTS)}), got {weights_WM.shape}. One row a weighting.")
     if not (weights_WM >= 0).all() or not (weights_WM.sum(axis=1) > 0).all():
         raise ValueError("weights_WM: expected weights >= 0 and one above 0 in every row, got others. Mend them.")
     protocol = get_protocol(evaluator.section.protocols[0])
@@ -118,7 +118,7 @@ def sweep_ensemble(evaluator: Evaluator, weights_WM: npt.ArrayLike, *, metric: S
     for trial in range(protocol.num_trials):
         gallery = evaluator.gallery(protocol, trial)
         votes = evaluator.votes(parts, gallery)
-        votes_MQG = np.stack([votes[name].cpu().numpy() for name in MODALITIES])
+        votes_MQG = np.stack([votes[name].cpu().numpy() for name in PARTS])
         ignored = {
             pair: ignored_gallery(protocol, *pair, gallery)
             for pair in set(zip(pids.tolist(), camids.tolist(), strict=True))

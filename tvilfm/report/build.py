@@ -18,9 +18,10 @@ from tvilfm.data.manifest import column, rows_of, select
 from tvilfm.evaluation.evaluator import CaseResult, Evaluator, default_case
 from tvilfm.evaluation.protocols import Protocol, get_protocol, ignored_gallery
 from tvilfm.evaluation.query_texts import QueryTexts
-from tvilfm.evaluation.results import QUERIES, ResultRow, Results
+from tvilfm.evaluation.results import ResultRow, Results
 from tvilfm.report.charts.features import RetrievalFeatures
 from tvilfm.report.page import CaptionSample, RankedExample, RankedRow, ReportData
+from tvilfm.terms import QUERIES
 
 TOP = 10
 NUM_EXAMPLES = 6

@@ -23,7 +23,7 @@ from PIL import Image
 
 from tvilfm.captioning.scores import Marks
 from tvilfm.datasets.published import PUBLISHED_LABEL, published_rows
-from tvilfm.evaluation.results import METRICS, QUERIES, TEXT_SOURCES, Results
+from tvilfm.evaluation.results import Results
 from tvilfm.place import write_whole
 from tvilfm.report import tables
 from tvilfm.report.charts.cmc import cmc_chart
@@ -32,6 +32,7 @@ from tvilfm.report.charts.features import RetrievalFeatures, distance_chart, tsn
 from tvilfm.report.charts.learning import learning_chart
 from tvilfm.report.charts.style import QUERY_COLORS, FloatArray
 from tvilfm.report.tables import METRIC_LABELS, QUERY_LABELS
+from tvilfm.terms import METRICS, QUERIES, TEXT_SOURCES
 
 ImageArray: TypeAlias = npt.NDArray[np.uint8]
 

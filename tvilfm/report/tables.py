@@ -10,7 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tvilfm.evaluation.results import METRICS, ResultRow, Results
+from tvilfm.evaluation.results import ResultRow, Results
+from tvilfm.terms import METRICS
 
 QUERY_LABELS: Mapping[str, str] = {
     "infrared": "infrared alone",

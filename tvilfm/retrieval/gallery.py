@@ -38,7 +38,7 @@ from lance.optimize import Compaction, CompactionOptions
 
 from tvilfm.place import Place, lock, write_whole
 from tvilfm.retrieval.rows import OPTIONAL, SPACE_KEY, TIME, Where, column_of, row_schema, table_schema, vectors_of
-from tvilfm.retrieval.terms import MAX_ID, is_id
+from tvilfm.terms import MAX_ID, is_id
 
 POINTER = "current"
 UNIT_TOLERANCE = 1e-3

@@ -22,7 +22,7 @@ from tvilfm.models import TVILFM
 from tvilfm.models.encode import encode_pixels, encode_texts
 from tvilfm.models.fusion import semantic_filtered_fusion
 from tvilfm.retrieval.spaces import space_id
-from tvilfm.retrieval.terms import FilterTextSource
+from tvilfm.terms import FilterTextSource
 
 
 @dataclass(frozen=True, kw_only=True)

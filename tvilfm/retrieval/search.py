@@ -22,7 +22,7 @@ from tvilfm.retrieval.exact import FACTS, ExactIndex, Ranked, best_first, tensor
 from tvilfm.retrieval.gallery import Gallery
 from tvilfm.retrieval.query import Query
 from tvilfm.retrieval.rows import Where, column_of
-from tvilfm.retrieval.terms import SearchKind
+from tvilfm.terms import SearchKind
 
 MORE = 4  # times as many rows are ranked when those found show too few people
 

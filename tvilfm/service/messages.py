@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, AwareDatetime, Base64Bytes, BaseModel, ConfigDict, Field, model_validator
 
 from tvilfm.config import MAX_BATCH
-from tvilfm.retrieval.terms import MAX_ID, FilterTextSource, SearchKind, is_id
+from tvilfm.terms import MAX_ID, FilterTextSource, SearchKind, is_id
 
 HEADER = "X-API-Key"
 RETRY_S = 1

@@ -17,11 +17,11 @@ from tvilfm.data.transforms import Recipe
 from tvilfm.data.tri_modal import TrainingRows, TriModalDataset
 from tvilfm.evaluation.evaluator import Evaluator
 from tvilfm.evaluation.features import FeatureTable
-from tvilfm.evaluation.protocols import Split
 from tvilfm.evaluation.query_texts import QUERY_TEXTS_SCHEMA, draw_query_texts, sentences_of
 from tvilfm.models import TVILFM, spec_from_config
 from tvilfm.models.encode import encode_pixels, encode_texts
 from tvilfm.models.tvilfm import load_text_weights, load_visual_weights
+from tvilfm.terms import Split
 from tvilfm.training.distributed import rank, world_size
 from tvilfm.training.loop import Listener, StageSettings, train_stage
 

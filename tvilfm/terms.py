@@ -1,0 +1,30 @@
+"""The nouns that several folders share, each defined once."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Modality = Literal["visible", "infrared"]
+MODALITIES: tuple[Modality, ...] = ("visible", "infrared")
+
+# A query is asked by its image alone (infrared or visible), by a sentence, by both fused, or by their ensemble.
+QUERIES: tuple[str, ...] = ("infrared", "visible", "text", "fusion", "ensemble")
+PARTS = ("infrared", "text", "fusion")  # what the ensemble sums
+
+# Where a query's sentence comes from (docs/method.md, section 6); "none" asks without a sentence.
+TextSource = Literal["witness", "witness-heldout", "own", "none"]
+TEXT_SOURCES: tuple[str, ...] = ("witness", "witness-heldout", "own", "none")
+FilterTextSource = Literal["given", "captioner", "none"]  # of the text that fusion subtracts
+
+Split = Literal["test", "val"]  # identities that are evaluated
+METRICS: tuple[str, ...] = ("rank1", "rank5", "rank10", "mAP", "mINP")
+
+SearchKind = Literal["exact", "index", "scan"]
+Record = dict[str, float | int | str]  # one step or epoch of a training stage
+
+MAX_ID = 512  # characters
+
+
+def is_id(id: str) -> bool:
+    """Return whether a gallery row can have this id: printable, and not longer than `MAX_ID`."""
+    return 0 < len(id) <= MAX_ID and id.isprintable()
