@@ -241,7 +241,7 @@ def _tuner(sweep: Sweep, base: Config, *, resume: bool) -> Tuner:
     if space.searcher == "optuna":
         param_space = {key: _domain(parameter) for key, parameter in space.parameters.items()}
     else:
-        # All seeds of a setting come first: parallel trials then train different base models and do not wait for each other.
+        # Seeds of one setting come first: parallel trials then train different base models and need not wait.
         param_space = {"trial": tune.grid_search(sorted(_runs(sweep)))}
     if resume:
         # A failed trial keeps its id, by which Optuna knows it, and continues from its finished stages.
@@ -284,7 +284,7 @@ def _tuner(sweep: Sweep, base: Config, *, resume: bool) -> Tuner:
 
 
 def _runs(sweep: Sweep) -> dict[str, list[Trial]]:
-    """Return the trials that share one run (they differ only in which query they read), keyed by the first one's name."""
+    """Return the trials that share one run (they differ only in which query they read), keyed by the first's name."""
     runs: dict[str, list[Trial]] = {}
     for trial in sweep.space.trials(sweep.overrides):
         config = sweep.config(replace(trial, name="same"))
@@ -302,7 +302,7 @@ def _domain(parameter: Parameter) -> Any:
 
 
 def _room(section: ClusterSection) -> int:
-    """Return how many trials can train in parallel on the cluster at its current size or, if larger, its maximum size."""
+    """Return how many trials can train in parallel on the cluster, at its maximum size if machines can be added."""
     room = {name: ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU")}
     if address_of(section) != "local" and section.image is not None:  # the autoscaler starts machines from this image
         workers = section.workers
@@ -371,7 +371,7 @@ def _with_best_weights(config: Config, sweep: Sweep, trial: Trial) -> Config:
 
 
 def _metrics(folder: Path, query: str) -> dict[str, float]:
-    """Return the metrics of a query in a run's default table: `val_*` of validation identities, others of test identities."""
+    """Return a query's metrics in the default table: `val_*` of validation identities, others of test identities."""
     metrics: dict[str, float] = {}
     for split, names in SPLIT_METRICS.items():
         path = folder / RESULTS_FILES[split]

@@ -1,1 +1,1 @@
-"""The stages of a run, one class per file: what decides a result, and how it is made."""
+"""The stages of a run, one class per file: each declares what decides its result, and computes it."""

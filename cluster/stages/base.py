@@ -1,4 +1,4 @@
-"""The base stage: backbone, GeM and head from images."""
+"""The base stage: train backbone, GeM and head on images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tvilfm.training.stages import StageData, train_base
 
 
 class Base(Stage):
-    """Train backbone, GeM and head from images alone."""
+    """Train backbone, GeM and head on images only."""
 
     name = "base"
     keys = (
@@ -41,7 +41,7 @@ class Base(Stage):
 
 
 def fit_base(folder: Path, config: Config, inputs: dict[str, str], depot: Depot | None = None) -> None:
-    """Train the base stage on Ray Train; arguments as of `fit_network`, inputs `pixels` and perhaps `pretrain`."""
+    """Train the base stage on Ray Train; arguments as in `fit_network`, inputs `pixels` and optionally `pretrain`."""
     fit_network(_worker, folder, config, inputs, depot)
 
 

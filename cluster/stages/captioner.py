@@ -12,7 +12,7 @@ from tvilfm.terms import Modality
 
 
 class Captioner(Stage):
-    """Fine-tune a modality's captioner on the training images and their captions of files."""
+    """Fine-tune the captioner of a modality on the training images and their captions from files."""
 
     unit = "steps"
 

@@ -1,4 +1,4 @@
-"""Fine-tune captioners on Ray Train: workers, checkpoints, restarts, and marks on pictures they did not learn from."""
+"""Fine-tune captioners on Ray Train, with checkpoints and restarts, and score them on validation images."""
 
 from __future__ import annotations
 
@@ -26,31 +26,33 @@ from tvilfm.data.pixels import open_pixels
 from tvilfm.terms import Modality, Record
 from tvilfm.training.loop import AUTOCAST_DTYPES
 
-MARKED = 512  # validation pictures that are captioned to mark a captioner
+MARKED = 512  # validation images that a captioner is scored on
 
 
 def fit_captioner(
     folder: Path, config: Config, modality: Modality, inputs: Mapping[str, str], depot: Depot | None = None
 ) -> None:
-    """Fine-tune a modality's captioner on Ray Train and leave it in `folder/captioner`, its marks in `marks.json`.
+    """Fine-tune the captioner of a modality on Ray Train; write `folder/captioner` and its scores to `marks.json`.
 
-    The run lives in `folder/train`; if an interrupted attempt left one there, it goes on from its last checkpoint.
+    The state of the training is stored in `folder/train`. After an interruption, training resumes from its last
+    checkpoint.
 
     Args:
-        folder: the working folder; without a depot, on storage that every node sees.
+        folder: working folder; without a depot, on storage that all nodes share.
         config: the run.
         modality: visible or infrared.
         inputs: `pixels` (folder of `pixels.npy` and `manifest.parquet`), `captions` (Parquet caption table) and, for
             the synthetic benchmark, `truth` (folder of its `attributes.json`).
-        depot: where workers find what is not on their machine, and keep checkpoints; None = in folders.
+        depot: object store from which workers fetch missing files and to which they write checkpoints; None = machines
+            share the folders.
 
     Raises:
-        ValueError: a captioner that cannot be had, or a dataset without pairs for it.
+        ValueError: the captioner cannot be loaded, or the dataset has no pairs for it.
         ray.train.TrainingFailedError: a worker failed more often than `cluster.max_failures`.
     """
     captioner: CaptionerSection = getattr(config.caption, modality)
     model = captioner.model
-    # Pictures to mark it on are missed now, not after training.
+    # Read the validation pairs too, so that missing ones are reported before training.
     pairs, _ = (_pairs(config, modality, inputs, split) for split in ("train", "val"))
     if model == NAME:
         model = str(folder / "start")
@@ -60,7 +62,7 @@ def fit_captioner(
         if depot is not None:
             depot.push(Path(model))
     elif Path(model).is_dir():
-        model = str(Path(model).absolute())  # workers run in other folders
+        model = str(Path(model).absolute())  # workers do not run in the current folder
     job = {
         "folder": str(folder),
         "config": config,
@@ -91,7 +93,7 @@ def _pairs(config: Config, modality: Modality, inputs: Mapping[str, str], split:
 
 
 def _worker(job: dict[str, Any]) -> tuple[list[Record], Marks] | None:
-    """The records of all epochs and the captioner's marks, from rank 0."""
+    """Return the records of all epochs and the captioner's scores on rank 0, None on others."""
     config, folder, depot = job["config"], Path(job["folder"]), job["depot"]
     modality = job["modality"]
     inputs = {name: str(fetched(Path(path), depot)) for name, path in job["inputs"].items()}

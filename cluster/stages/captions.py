@@ -1,4 +1,4 @@
-"""The stage that captions every image, and rephrases the captions."""
+"""The stage that captions every image and optionally rephrases the captions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tvilfm.terms import MODALITIES
 
 
 class Captions(Stage):
-    """Caption every image with the captioners of the config or those that the run fine-tuned."""
+    """Caption every image with the captioners of the config or with those that the run fine-tuned."""
 
     name = "captions"
     keys = (
@@ -41,7 +41,7 @@ class Captions(Stage):
                 for modality in MODALITIES
             }
             section = section.model_copy(update=captioners)
-        # Workers write what they caption where the driver finds it.
+        # Workers write captions to storage that the driver can read.
         out = str(folder) if job.depot is None else job.depot.uri_of(folder)
         summary = caption_images(
             job.manifest.select(["image", "modality"]),

@@ -1,7 +1,7 @@
-"""Extract features on a pool of Ray Data actors: of test images and texts, and of augmented training views.
+"""Extract features of test images, texts and augmented training views on a pool of Ray Data actors.
 
-Work is cut into fixed chunks before it is handed out, so neither the number of actors nor their speed changes what is
-computed together, and the features equal, row for row, those of the plain call.
+Work is cut into fixed chunks before it is distributed, so neither the number of actors nor their speed changes which
+rows are computed together: the features equal those of a plain call, row for row.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Chunk:
     """Work of one actor call: some rows of the pixel array, or some sentences.
 
     Attributes:
-        target: which output the vectors belong to.
-        start: their first row in it.
+        target: name of the output that the vectors belong to.
+        start: first row of the vectors in this output.
         rows: pixel rows; empty for texts.
         texts: sentences; empty for images.
         modality: visible, infrared or text.
         recipe: augmentation recipe; empty = none.
-        view: number of the augmented view, part of its seed.
+        view: number of the augmented view, which is part of its seed.
     """
 
     target: str
@@ -51,7 +51,7 @@ class Chunk:
 
 
 class Encoder:
-    """Actor: loads the model once, then encodes chunks."""
+    """Actor that loads the model once, then encodes chunks."""
 
     def __init__(
         self, model: Path, pixels: Path, cuda: bool, pad: int = 0, seed: int = 0, depot: Depot | None = None
@@ -71,7 +71,7 @@ class Encoder:
         }
 
     def encode(self, chunk: Chunk) -> npt.NDArray[np.float32]:
-        """(N, D) raw features of a chunk."""
+        """Return (N, D) raw features of a chunk."""
         if chunk.modality == "text":
             return encode_texts(self._model, chunk.texts, batch=len(chunk.texts))
         pixels = self._pixels[list(chunk.rows)]
@@ -88,7 +88,7 @@ class Encoder:
 def image_chunks(
     target: str, rows: Sequence[int], modality: str, *, size: int, recipe: str = "", view: int = 0
 ) -> list[Chunk]:
-    """Cut pixel rows into chunks of a size; the vectors' rows in `target` follow the order of `rows`."""
+    """Cut pixel rows into chunks of a given size. The order of vectors in `target` is that of `rows`."""
     return [
         Chunk(
             target=target,
@@ -103,7 +103,7 @@ def image_chunks(
 
 
 def text_chunks(target: str, texts: Sequence[str], *, size: int) -> list[Chunk]:
-    """Cut sentences into chunks of a size."""
+    """Cut sentences into chunks of a given size."""
     return [
         Chunk(target=target, start=start, modality="text", texts=tuple(texts[start : start + size]))
         for start in range(0, len(texts), size)
@@ -128,13 +128,13 @@ def encode_chunks(
         model: folder of `save_pretrained`.
         pixels: the array that chunks' rows refer to.
         section: pool size and GPUs.
-        progress: told of encoded rows.
-        pad: augmentation border, pixels; of chunks with a recipe.
-        seed: of the augmentation draws.
-        depot: where workers find model and pixels that are not on their machine.
+        progress: receives the number of encoded rows.
+        pad: augmentation border in pixels, of chunks with a recipe.
+        seed: seed of the augmentation.
+        depot: copies from which workers fetch a model and pixels that are missing on their machine.
 
     Yields:
-        Target, rows within it, vectors; in whatever order they come.
+        Target, rows within it, and vectors, in any order.
     """
     total = sum(len(chunk.rows) + len(chunk.texts) for chunk in chunks)
     dataset = ray.data.from_items([{"chunk": vars(chunk)} for chunk in chunks], override_num_blocks=len(chunks))
@@ -172,16 +172,16 @@ def write_views(
     chunk_size: int,
     **pool: Any,
 ) -> None:
-    """Write what a frozen visual part makes of all images: training ones augmented, the others as they are.
+    """Write features of the frozen visual part: of augmented training images, and of evaluated images.
 
     `<recipe>.npy`, float32 (V, N, D), holds raw features of augmented views of every training image; `IMAGES_FILE`
     holds those of `images`.
 
     Args:
-        folder: where to.
-        rows: recipe -> pixel rows of its modality's training images.
-        num_views: V.
-        images: to be evaluated.
+        folder: output folder.
+        rows: recipe -> pixel rows of the training images of its modality.
+        num_views: V, the number of views per image.
+        images: images to evaluate.
         chunk_size: images encoded together.
         pool: see `encode_chunks`.
     """
@@ -227,12 +227,12 @@ def write_features(
     chunk_size: int,
     **pool: Any,
 ) -> None:
-    """Write `IMAGES_FILE` and `texts.parquet`: raw features of test images and of the sentences they meet.
+    """Write `IMAGES_FILE` and `texts.parquet`: raw features of test images and of query sentences.
 
     Args:
-        folder: where to.
-        images: to be evaluated; none where their features are there already.
-        texts: sentences; none for a model without text tower.
+        folder: output folder.
+        images: images to evaluate; empty if their features already exist.
+        texts: sentences; empty for a model without a text tower.
         chunk_size: images or sentences encoded together.
         pool: see `encode_chunks`.
     """
@@ -249,7 +249,7 @@ def write_features(
 
 
 class _Images:
-    """Images to be evaluated, and their features as they come."""
+    """Images to evaluate, and arrays that collect their features."""
 
     def __init__(self, images: Images, dim: int) -> None:
         self._images = images

@@ -1,4 +1,4 @@
-"""The stage that extracts features of the test images and of the sentences that they meet."""
+"""The stage that extracts features of the test images and of the query sentences."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tvilfm.models import TVILFM
 
 
 class Features(Stage):
-    """Draw the query texts and extract features of them and of the test images.
+    """Draw the query texts, and extract features of the query texts and of the test images.
 
-    Features of images are copied where `views` has them.
+    If the stage `views` exists, the features of images are copied from it.
     """
 
     name = "features"

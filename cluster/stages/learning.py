@@ -1,7 +1,7 @@
-"""The learning records of a run while it trains: a file a stage, replaced after every epoch.
+"""The learning records of a run during training: one file per stage, replaced after every epoch.
 
-A file rather than messages, because it is also there after a kill, for a stage that another trial trains, and for one
-that was finished long ago: whoever follows a run always sees every epoch, once, in order.
+A file has advantages over messages: it survives a kill, and it exists too for stages that another trial trains or that
+were finished earlier. So a follower of a run always sees every epoch once, in order.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from tvilfm.config import Config
 from tvilfm.place import write_whole
 from tvilfm.terms import Record
 
-METRICS_FILE = "metrics.jsonl"  # a line an epoch, of a stage or of a whole run
+METRICS_FILE = "metrics.jsonl"  # one line per epoch, of a stage or of a whole run
 TRAINED = ("base", "text")
 INTERVAL_S = 0.5
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records in a file; a last line without its newline is still being written."""
+    """Return the records of a file, without a last line that is still being written."""
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def write_records(path: Path, records: Sequence[Record]) -> None:
-    """Replace a file by these records, a JSON line each; a reader never sees half of them."""
+    """Write records as JSON lines. The file is replaced atomically, so that no reader sees a part of them."""
     write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
@@ -51,11 +51,11 @@ def numbered(records: Mapping[str, Sequence[Record]], *, base_epochs: int) -> li
 
 
 class Learning:
-    """The epochs of a run's training stages, as far as they are written.
+    """The epochs of a run's training stages that have been written so far.
 
     Args:
-        store: where the stages lie.
-        config: says how many epochs the base stage has, so that `step` counts on over both stages.
+        store: store of the stages.
+        config: the run; the number of base epochs is needed to count `step` over both stages.
     """
 
     def __init__(self, store: StageStore, config: Config) -> None:
@@ -63,31 +63,31 @@ class Learning:
         self._seen = 0
 
     def records(self) -> list[Record]:
-        """Return every record so far, as `numbered` does."""
+        """Return all records so far, numbered as in `numbered`."""
         records = {name: self._written(name) for name in TRAINED if name in self._store}
         return numbered(records, base_epochs=self._base_epochs)
 
     def _written(self, name: str) -> list[Record]:
         finished, partial = self._store.path(name), self._store.partial(name)
-        for folder in (finished, partial, finished):  # the stage may be renamed between two looks
+        for folder in (finished, partial, finished):  # the stage may be renamed between two reads
             with suppress(FileNotFoundError):
                 return read_records(folder / METRICS_FILE)
         return []
 
     def new(self) -> list[Record]:
-        """Records of steps beyond those returned before; an epoch that is trained again after a kill is not new."""
-        found = [record for record in self.records() if int(record["step"]) > self._seen]
-        if found:
-            self._seen = int(found[-1]["step"])
-        return found
+        """Return records of steps after those returned before. An epoch that is repeated after a kill is not new."""
+        records = [record for record in self.records() if int(record["step"]) > self._seen]
+        if records:
+            self._seen = int(records[-1]["step"])
+        return records
 
 
 @contextmanager
 def follow(learning: Learning, listener: Callable[[Record], None]) -> Iterator[None]:
-    """Tell the listener of every epoch, from another thread, until the block ends; none is left out at its end.
+    """Call the listener with every epoch, from another thread, until the block ends; no epoch is left out.
 
     Raises:
-        Exception: what the listener raised, at the end of the block.
+        Exception: the first error of the listener, at the end of the block.
     """
     stop, failures = threading.Event(), []
 

@@ -35,16 +35,16 @@ class Pixels(Stage):
 def decode_dataset(folder: Path, root: Path, manifest: pa.Table, section: DataSection) -> None:
     """Write `manifest.parquet` and `pixels.npy`, whose rows follow the manifest.
 
-    Workers decode; the driver writes. The pages it writes are those that training processes of this machine map.
+    Workers decode and the driver writes, so that training processes on this machine can map the pages that it wrote.
 
     Args:
-        folder: where to.
-        root: the dataset.
+        folder: output folder.
+        root: folder of the dataset.
         manifest: rows to decode.
-        section: size and batch.
+        section: image size and batch size.
 
     Raises:
-        ValueError: a picture cannot be decoded; it is named.
+        ValueError: an image cannot be decoded; the message names it.
     """
     rows = pa.table({"row": pa.array(np.arange(manifest.num_rows)), "image": manifest["image"]})
     decoded = ray.data.from_arrow(rows).map_batches(

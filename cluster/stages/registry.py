@@ -1,4 +1,4 @@
-"""The stages of a run in order, which of them a config has, and their fingerprints."""
+"""The list of all stages in order, the selection for a config, and the fingerprints of stages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cluster.stages.trained import Trained
 from cluster.stages.views import Views
 from tvilfm.config import Config, value_at
 
-FORMAT = 4  # raise when a stage's files or meaning change, so that older folders are not taken for new ones
+FORMAT = 4  # increase when the files of a stage or their meaning change, so that older folders are not reused
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
@@ -41,11 +41,11 @@ def stage_fingerprints(config: Config, sources: Mapping[str, str]) -> dict[str, 
 
     Args:
         config: the run.
-        sources: fingerprints of what users bring: `DATASET` (rows and files) and, where caption files are read,
-            `CAPTION_FILES`, and with `model.trained`, `MODEL`.
+        sources: fingerprints of the inputs from users: `DATASET` (rows and files), `CAPTION_FILES` if caption files are
+            read, and `MODEL` if `model.trained` is set.
 
     Returns:
-        Stage name -> 12 hexadecimal digits, of the stages that the run has.
+        Stage name -> 12 hexadecimal digits, for the stages of the run.
     """
     values = without_placement(config.model_dump(mode="json"))
     fingerprints = dict(sources)

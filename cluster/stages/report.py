@@ -23,7 +23,7 @@ PACKAGES = ("ray", "torch", "torchvision", "open_clip_torch", "transformers", "p
 
 
 class Report(Stage):
-    """Write the page of a run, which shows every key that is not of `PLACEMENT`."""
+    """Write the page of a run, which shows all keys except those of `PLACEMENT`."""
 
     name = "report"
     keys = ("fidelity", "run", "data", "caption", "model", "loss", "optim", "train", "evaluate")
@@ -72,5 +72,5 @@ def _seconds(job: StageJob) -> dict[str, float]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python, this package and those that decide numbers."""
+    """Return the versions of Python, of this package, and of packages that affect results."""
     return {"python": platform.python_version()} | {name: version_of(name) for name in ("tvilfm", *PACKAGES)}

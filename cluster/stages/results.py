@@ -1,4 +1,4 @@
-"""The stage that evaluates: protocols and metrics."""
+"""The stage that evaluates all protocols and computes the metrics."""
 
 from __future__ import annotations
 

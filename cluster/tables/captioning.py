@@ -1,12 +1,12 @@
-"""Caption images on a pool of Ray Data actors: pointed at a million, killed at any moment, and started again.
+"""Caption images on a pool of Ray Data actors. The job scales to a million images and resumes after a kill.
 
-Images are cut into fixed chunks before they are handed out, so neither the number of actors nor their speed changes
-what is captioned together, and the sentences equal, row for row, those of a plain loop over the same chunks. CPU tasks
-read and decode a chunk; an actor captions it and itself writes the part that holds it, all or nothing. What was
-captioned is what lies in the output folder: there is no other state that a kill could leave behind.
+Images are cut into fixed chunks before they are distributed, so neither the number of actors nor their speed changes
+which images are captioned together: the captions equal those of a plain loop over the same chunks, row for row. CPU
+tasks read and decode a chunk; an actor captions it and writes its part atomically. The output folder is the only state,
+so a kill leaves no other state behind.
 
-One modality follows the other, both with the whole pool: two pools side by side would share the GPUs by a guess, and
-the half that is done first would idle.
+The modalities are processed one after the other, each on the whole pool. Two pools at once would need a guess how to
+split the GPUs, and the pool that finishes first would be idle.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ if TYPE_CHECKING:
     from tvilfm.captioning.captioner import Captioner
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-MIN_SIDE = 8  # pixels; what is smaller shows nobody
-MAX_BYTES = 256 << 20  # of a file; a mistaken video would fill a worker's memory before it is found to be no picture
-READERS = 8  # files that a decoding task reads at once: an object store takes 30 ms to answer
-# Not in the placement group of a Tune trial that the job may be a part of: that holds the trial's driver alone.
+MIN_SIDE = 8  # pixels; smaller images show no person
+MAX_BYTES = 256 << 20  # maximum file size: a video among the images would fill a worker's memory before it is detected
+READERS = 8  # files that a decoding task reads in parallel: an object store has a latency of 30 ms
+# Do not use the placement group of a surrounding Tune trial: it reserves resources only for the trial's driver.
 ANYWHERE = PlacementGroupSchedulingStrategy(placement_group=None)  # type: ignore[arg-type]  # as its documentation says
-STORE_BYTES = 1 << 30  # of decoded pictures ahead of each actor, at most: seconds of work for the fastest GPU
-# A CPU that holds an actor has room for a decoder: actors that move to the last nodes of a cluster that lost others
-# would else leave none to decode on, and the job would hang.
+STORE_BYTES = 1 << 30  # maximum of decoded images queued per actor: seconds of work for the fastest GPU
+# One CPU has room for an actor and a decoder. Otherwise, after a loss of nodes, actors could take all CPUs of the other
+# nodes, no decoder could run, and the job would hang.
 ACTOR_CPUS, DECODER_CPUS = 0.9, 0.1
 
 PART_SCHEMA = pa.schema(
@@ -88,17 +88,17 @@ _PICTURE = pa.struct(
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What a job leaves behind.
+    """Result of a captioning job.
 
     Attributes:
         table: URI or path of the caption table.
-        total: images asked for.
-        before: of these, captioned by earlier runs.
-        captioned: captioned now.
-        bad: in quarantine, of this or an earlier run.
-        unread: could not be read now and are tried again by the next run.
-        reasons: of bad and unread images, with counts, most frequent first.
-        seconds: from start to end.
+        total: number of requested images.
+        before: number of these that earlier runs captioned.
+        captioned: number captioned by this run.
+        bad: number in quarantine, from this or an earlier run.
+        unread: number that could not be read; the next run retries them.
+        reasons: reason -> count of bad and unread images, most frequent first.
+        seconds: duration of the job.
     """
 
     table: str
@@ -112,33 +112,33 @@ class Summary:
 
     @property
     def images_per_s(self) -> float:
-        """Captioned now, start of the workers included."""
+        """Return the speed of this run, including the start of the workers."""
         return self.captioned / self.seconds
 
     def lines(self) -> list[str]:
-        """The closing words."""
+        """Return the summary as lines of text."""
         first = f"captioned {self.captioned} of {self.total} images in {self.seconds:.1f} s"
-        first += f", {self.images_per_s:.1f} images/s; {self.before} were there"
-        faults = [f"{self.bad} in quarantine, {self.unread} not readable now"] if self.bad or self.unread else []
+        first += f", {self.images_per_s:.1f} images/s; {self.before} were captioned before"
+        faults = [f"{self.bad} in quarantine, {self.unread} not readable"] if self.bad or self.unread else []
         return [first, *faults, *(f"  {count} x {reason}" for reason, count in self.reasons.items()), self.table]
 
     def check(self, max_bad_share: float) -> None:
-        """Refuse a result that lacks too many images.
+        """Check that not too many images lack a caption.
 
         Raises:
             ValueError: the share of images in quarantine or not readable is above `max_bad_share`.
         """
-        lacking = self.bad + self.unread
-        if lacking > max_bad_share * self.total:
+        missing = self.bad + self.unread
+        if missing > max_bad_share * self.total:
             raise ValueError(
                 f"caption.max_bad_share: expected at most {max_bad_share:g} of the images without caption, got "
-                f"{lacking} of {self.total}. Look at the quarantine table, mend the images, run with --retry-bad."
+                f"{missing} of {self.total}. Check the quarantine table, fix the images, run with --retry-bad."
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionJob:
-    """What a worker has to know; one modality."""
+    """Everything that a worker needs to caption images of one modality."""
 
     images: Place
     captions: Parts
@@ -152,7 +152,7 @@ class CaptionJob:
     depot: Depot | None = None
 
     def load(self) -> Captioner:
-        # Decoding workers import this module too, and have no use for torch and transformers.
+        # Imported here: decoding workers import this module too and do not need torch and transformers.
         from tvilfm.captioning.captioner import Captioner
 
         fetched(Path(self.captioner.model), self.depot)
@@ -162,21 +162,21 @@ class CaptionJob:
 def caption(
     config: Config, *, out: str, images: str | None = None, modality: str | None = None, retry_bad: bool = False
 ) -> Summary:
-    """Caption a folder of images, or the dataset of the run description, showing how far it is.
+    """Caption a folder of images or the dataset of the run description, and show the progress.
 
     Args:
         config: the run.
         out: see `caption_images`.
-        images: folder or URI whose picture files are captioned; None = `data.root`, with the dataset's modalities.
-        modality: visible or infrared, of `images`.
+        images: folder or URI of the image files; None = `data.root`, with the modalities of the dataset.
+        modality: modality of `images`, visible or infrared.
         retry_bad: see `caption_images`.
 
     Raises:
-        ValueError: `images` without modality or the other way round, or as `caption_images`.
+        ValueError: only one of `images` and `modality` is given, or see `caption_images`.
     """
     if (images is None) != (modality is None):
         raise ValueError(
-            f"--modality: expected visible or infrared with --images and only then, got {modality} with {images}."
+            f"--modality: expected visible or infrared with --images, none without it, got {modality} with {images}."
         )
     if images is None or modality is None:
         rows = read_dataset(config.data.name, config.data_root, **config.data.reader_options)
@@ -210,29 +210,30 @@ def caption_images(
     progress: ProgressFile | None = None,
     depot: Depot | None = None,
 ) -> Summary:
-    """Bring a caption table up to a list of images, captioning what is missing and nothing else.
+    """Caption the images of a list that a caption table lacks.
 
     `out/captions.parquet` is the table (columns of `CAPTION_SCHEMA`, then modality, prompt_hash, settings, time),
-    `out/quarantine.parquet` names the images that are none, `out/parts` holds what the next run goes on from.
+    `out/quarantine.parquet` lists invalid images, and `out/parts` holds the parts that the next run resumes from.
 
     Args:
         rows: `image` (path below the root) and `modality`, each image once.
-        root: where the images lie: a local path or a URI that pyarrow opens, reached by every worker.
-        out: where to, likewise. One captioner a modality for ever: another one needs another folder.
-        section: captioners, batch, and how many work at once.
-        cluster: GPUs of an actor.
-        seed: of sampling.
-        retry_bad: also try images that an earlier run put in quarantine.
-        progress: told of images done.
-        depot: where workers find a captioner that is not on their machine.
+        root: folder of the images: a local path or a URI that pyarrow opens, accessible to all workers.
+        out: folder to fill, a path or URI as above. It takes one captioner per modality; another captioner needs
+            another folder.
+        section: captioners, batch size and numbers of workers.
+        cluster: GPUs per actor.
+        seed: seed of sampling.
+        retry_bad: also retry images that an earlier run put in quarantine.
+        progress: receives the number of finished images.
+        depot: copies from which workers fetch a captioner that is missing on their machine.
 
     Returns:
-        Counts; `Summary.check` says whether too many images are bad.
+        Counts; `Summary.check` checks the share of bad images.
 
     Raises:
-        ValueError: rows, a URI or a captioner that are not what they should be; another job fills `out`; `out` holds
-            captions of another captioner; or not every worker shares it.
-        ray.exceptions.RayError: the workers failed; what they wrote stays, and the next run goes on from there.
+        ValueError: the rows, a URI or a captioner are invalid; another job fills `out`; `out` holds captions of another
+            captioner; or the workers do not share `out`.
+        ray.exceptions.RayError: the workers failed. Finished parts are kept, and the next run resumes from them.
     """
     _check_rows(rows)
     with alone(out):
@@ -254,12 +255,12 @@ def _caption(
     captions, quarantine = Parts(out, "parts", "captions"), Parts(out, "parts", "quarantine")
     for parts in (captions, quarantine):
         parts.compact()
-    there = _among(rows, captions.keys())
-    wanted = ~there if retry_bad else ~(there | _among(rows, quarantine.keys()))
+    captioned = _among(rows, captions.keys())
+    missing = ~captioned if retry_bad else ~(captioned | _among(rows, quarantine.keys()))
     jobs, work = [], []
     for modality in MODALITIES:
         of_modality = pc.equal(rows["modality"], modality).to_numpy()
-        chunks = fixed_chunks(rows.select(["image"]).filter(of_modality), wanted[of_modality], section.batch)
+        chunks = fixed_chunks(rows.select(["image"]).filter(of_modality), missing[of_modality], section.batch)
         if chunks.num_rows:
             work.append(chunks)
             jobs.append(
@@ -276,7 +277,7 @@ def _caption(
                     depot=depot,
                 )
             )
-    done, unread = int(len(rows) - wanted.sum()), Counter[str]()
+    done, unread = int(len(rows) - missing.sum()), Counter[str]()
     if jobs:
         resources = {"num_cpus": ACTOR_CPUS, "num_gpus": cluster.gpus_per_worker or None}
         for job, chunks, size in zip(jobs, work, _introduce(jobs, out, resources), strict=True):
@@ -287,15 +288,13 @@ def _caption(
                     progress.update(done, len(rows))
     for parts in (captions, quarantine):
         parts.compact()
-    return _publish(rows, out, captions, quarantine, there, unread, time.monotonic() - started)
+    return _publish(rows, out, captions, quarantine, captioned, unread, time.monotonic() - started)
 
 
-def _introduce(
-    jobs: Sequence[CaptionJob], out: str, resources: Mapping[str, Any]
-) -> list[tuple[int, int] | None]:
-    """Note in the output folder who captions it, or refuse another captioner; the size each wants pictures in.
+def _introduce(jobs: Sequence[CaptionJob], out: str, resources: Mapping[str, Any]) -> list[tuple[int, int] | None]:
+    """Claim the output folder for the captioners, and return the input size of each.
 
-    A worker loads the models for that: the driver may run where there is neither GPU nor model.
+    A worker loads the models for this, because the driver's machine may have neither a GPU nor the models.
     """
     with plain_errors():
         introduced = ray.get(_load_captioners.options(scheduling_strategy=ANYWHERE, **resources).remote(jobs))
@@ -309,17 +308,17 @@ def _introduce(
     return [size for size, _ in introduced]
 
 
-@ray.remote(max_calls=1)  # the worker ends and frees the memory, where it would go on to decode
+@ray.remote(max_calls=1)  # the worker process ends and frees its memory; otherwise it would be reused for decoding
 def _load_captioners(jobs: Sequence[CaptionJob]) -> list[tuple[tuple[int, int] | None, dict[str, str]]]:
-    found = []
+    loaded = []
     for job in jobs:
         try:
             captioner = job.load()
         except ValueError as error:
             raise ValueError(f"caption.{job.modality}.{error}") from None
-        found.append((captioner.input_size, captioner.provenance))
-        del captioner  # before the next one is loaded
-    return found
+        loaded.append((captioner.input_size, captioner.provenance))
+        del captioner  # free its memory before loading the next one
+    return loaded
 
 
 def _reports(
@@ -329,7 +328,7 @@ def _reports(
     section: CaptionSection,
     resources: Mapping[str, Any],
 ) -> Iterator[dict[str, Any]]:
-    """Caption chunks; what the actors report of each."""
+    """Caption chunks and yield the actors' report of each."""
     workers = min(section.workers, chunks.num_rows)
     dataset = chunk_dataset(chunks)
     dataset.context.execution_options.resource_limits = ExecutionResources.for_limits(
@@ -354,7 +353,7 @@ def _reports(
 
 
 def decode_chunk(chunk: pa.Table, *, job: CaptionJob, size: tuple[int, int] | None) -> pa.Table:
-    """A chunk's names -> its pictures, or why there is none."""
+    """Return the images of a chunk, each decoded or with the reason why it could not be."""
     (names,) = chunk["image"].to_pylist()
     with ThreadPoolExecutor(READERS) as pool:
         contents = list(pool.map(partial(_read, job.images), names))
@@ -363,7 +362,7 @@ def decode_chunk(chunk: pa.Table, *, job: CaptionJob, size: tuple[int, int] | No
 
 
 def _read(folder: Place, name: str) -> tuple[bytes, str | None, bool]:
-    """A file's bytes; else why there are none, and whether that may be another matter next time."""
+    """Return the bytes of a file, the reason if it cannot be read, and whether a retry may succeed."""
     try:
         with folder.filesystem.open_input_file(f"{folder.path}/{name}") as file:
             if file.size() > MAX_BYTES:
@@ -378,19 +377,19 @@ def _read(folder: Place, name: str) -> tuple[bytes, str | None, bool]:
 def _picture(
     name: str, content: bytes, fault: str | None, again: bool, size: tuple[int, int] | None
 ) -> dict[str, object]:
-    """One `_PICTURE`."""
+    """Return a `_PICTURE`."""
     if fault is not None:
         return {"image": name, "fault": fault, "again": again}
     height, width = size or (None, None)
     try:
         pixels = decode(content, height=height, width=width, name=name, min_side=MIN_SIDE)
-    except Exception as error:  # fed with hostile bytes, a decoder may raise anything
+    except Exception as error:  # a decoder may raise anything on malicious bytes
         return {"image": name, "fault": str(error).removeprefix(f"{name}: "), "again": False}
     return {"image": name, "pixels": pixels.tobytes(), "height": pixels.shape[0], "width": pixels.shape[1]}
 
 
 class CaptionActor:
-    """Loads a captioner once, then captions chunks and writes their parts."""
+    """Actor that loads a captioner once, then captions chunks and writes their parts."""
 
     def __init__(self, job: CaptionJob) -> None:
         self._job, self._captioner = job, job.load()
@@ -404,7 +403,7 @@ class CaptionActor:
             faults = [{"image": picture["image"], "reason": picture["fault"], "time": now} for picture in bad]
             name = part_name(picture["image"] for picture in bad)
             self._job.quarantine.write(name, pa.Table.from_pylist(faults, schema=QUARANTINE_SCHEMA))
-        # Ray hands a chunk out again when it did not hear of its end; other images of it may be readable then.
+        # Ray may process a chunk again after a failure, and then other images of it may be readable.
         name = part_name(picture["image"] for picture in good)
         if good and not self._job.captions.has(name):
             try:
@@ -444,10 +443,10 @@ class CaptionActor:
 
 
 def list_images(uri: str, modality: str) -> pa.Table:
-    """Every picture file below a folder, as `caption_images` takes them, ordered by name.
+    """Return all image files below a folder as rows for `caption_images`, sorted by name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the folder has no image files.
     """
     place = Place(uri)
     names, folders = [], [place.path]
@@ -471,9 +470,9 @@ def _check_rows(rows: pa.Table) -> None:
 
 
 def _among(rows: pa.Table, images: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
-    """Which rows' images are among those."""
-    found: npt.NDArray[np.bool_] = pc.is_in(rows["image"], images.combine_chunks()).to_numpy()
-    return found
+    """Return for each row whether its image is in `images`."""
+    contained: npt.NDArray[np.bool_] = pc.is_in(rows["image"], images.combine_chunks()).to_numpy()
+    return contained
 
 
 def _publish(
@@ -485,19 +484,19 @@ def _publish(
     unread: Counter[str],
     seconds: float,
 ) -> Summary:
-    """Write the tables that users read."""
+    """Write the caption table and the quarantine table, and return the summary."""
     folder = Place(out)
     captions.publish(folder / "captions.parquet", PART_SCHEMA)
     captioned, bad_rows = captions.keys(), quarantine.read()
     bad_rows = bad_rows if bad_rows.num_columns else QUARANTINE_SCHEMA.empty_table()
-    bad_rows = bad_rows.filter(~_among(bad_rows, captioned))  # an earlier run's may have been mended
+    bad_rows = bad_rows.filter(~_among(bad_rows, captioned))  # remove images that were fixed since an earlier run
     (folder / "quarantine.parquet").write(to_parquet(bad_rows))
-    there, bad = _among(rows, captioned), _among(rows, bad_rows["image"])
-    lost = int((~there & ~bad).sum()) - unread.total()
+    finished, bad = _among(rows, captioned), _among(rows, bad_rows["image"])
+    lost = int((~finished & ~bad).sum()) - unread.total()
     if lost > 0:
         raise ValueError(
-            f"{folder}: expected a folder that every worker shares, got {lost} images fewer than were captioned. "
-            "Use storage that all machines mount, or a URI."
+            f"{folder}: expected a folder that all workers share, got {lost} images fewer than were captioned. "
+            "Use a folder that all machines mount, or a URI."
         )
     counts = pc.value_counts(bad_rows["reason"].filter(_among(bad_rows, rows["image"]))).to_pylist()
     reasons = Counter({count["values"]: count["counts"] for count in counts}) + unread
@@ -505,9 +504,9 @@ def _publish(
         table=f"{folder / 'captions.parquet'}",
         total=rows.num_rows,
         before=int(before.sum()),
-        captioned=int((there & ~before).sum()),
+        captioned=int((finished & ~before).sum()),
         bad=int(bad.sum()),
-        unread=int((~there & ~bad).sum()),
+        unread=int((~finished & ~bad).sum()),
         reasons=dict(reasons.most_common()),
         seconds=seconds,
     )

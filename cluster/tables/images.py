@@ -1,4 +1,4 @@
-"""Read and decode somebody's pictures in Ray tasks, which need no network for it and so do not import one."""
+"""Read and decode images in Ray tasks. The tasks need no network, so this module imports none."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ Batch = dict[str, npt.NDArray[Any]]
 
 
 def reference(root: str, name: str) -> str:
-    """Where a picture lies, without the options that a URI may carry."""
+    """Return the path or URI of an image, without the options of the URI."""
     scheme, separator, _ = root.rpartition("://")
     return f"{scheme}{separator}{Place(root).path}/{name}"
 
 
 def read_pictures(batch: Batch, *, root: str, size: tuple[int, int] | None, thumbnail_height: int) -> Batch:
-    """Add to rows with a `name` where the picture lies, its thumbnail, and its pixels if they are asked for.
+    """Add the location, the thumbnail and, if requested, the pixels of an image to rows with a `name`.
 
     Args:
         batch: rows.
         root: folder or URI that the names are relative to.
         size: height and width of the pixels; None = no pixels.
-        thumbnail_height: pixels, at most.
+        thumbnail_height: maximum height of thumbnails, in pixels.
 
     Raises:
-        ValueError: a file is no picture; it is named.
+        ValueError: a file is not an image; the message names it.
     """
     folder = Place(root)
     images, thumbnails, inputs = [], [], []

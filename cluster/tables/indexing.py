@@ -1,8 +1,8 @@
-"""`tvilfm index`: fill a gallery, from what a finished run was tested on or from anybody's own pictures.
+"""`tvilfm index`: fill a gallery with the test images of a finished run or with other images.
 
-CPU tasks read and decode, actors bring the vectors, and lance-ray has every task write its own rows into a table that
-is new. A table that has rows already is upserted by its single writer instead, so that indexing a second time changes
-nothing. The gallery in use is switched over when all is there.
+CPU tasks read and decode images, actors compute vectors, and with lance-ray every task writes its own rows to a new
+table. If the table already has rows, its single writer upserts instead, so indexing a second time changes nothing. The
+gallery in use is switched when all rows are written.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ from tvilfm.retrieval.rows import table_schema, vector_column
 from tvilfm.retrieval.spaces import gallery_vectors, space_id
 from tvilfm.terms import MAX_ID, is_id
 
-KEPT = "kept"  # in a run folder: what was fetched of a run that another machine made
-FEWEST_INDEXED = 512  # rows; a codebook of 256 entries is learnt from two each
-SAMPLES = 256  # rows a list and a codebook entry that an index is learnt from, if there are as many
+KEPT = "kept"  # in a run folder: files of a run from another machine, fetched from storage
+FEWEST_INDEXED = 512  # rows; a codebook has 256 entries, and each is learned from two rows
+SAMPLES = 256  # rows per partition and codebook entry that an index is trained on, if the table has enough
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedRun:
-    """What a service needs of a run whose stages are made.
+    """The files of a finished run that the service needs.
 
     Attributes:
-        config: the run's own, as it was.
+        config: config of the run.
         model: folder of `save_pretrained`.
-        features: raw features of its test images, Parquet.
-        manifest: of its dataset, Parquet.
-        captioner: its fine-tuned infrared captioner, a transformers folder; None = it has none.
-        stages: folder that these lie in.
-        kept: copies of what lies there, for a machine that lacks it; None = there are none.
+        features: Parquet file with raw features of the test images.
+        manifest: Parquet file with the manifest of the dataset.
+        captioner: transformers folder of the fine-tuned infrared captioner; None = the run has none.
+        stages: folder that contains these files.
+        kept: copies of this folder, for machines that lack it; None = there are no copies.
     """
 
     config: Config
@@ -68,7 +68,7 @@ class FinishedRun:
     kept: Depot | None
 
     def here(self, part: Path) -> Path:
-        """A part on this machine: where the run left it, else copied to a place where it does not pass for a stage."""
+        """Return the path of a file on this machine, after copying it outside the stages folder if it is missing."""
         if part.exists() or self.kept is None or not part.is_relative_to(self.stages):
             return part
         copy = self.kept.root / part.relative_to(self.stages)
@@ -78,13 +78,13 @@ class FinishedRun:
 
 
 def finished_run(config: Config) -> FinishedRun:
-    """Find a run's results: in its folder, or, where it was not made on this machine, in the storage that keeps it.
+    """Return the files of a finished run: from its folder or, for a run on another machine, from storage.
 
     Args:
-        config: says which run, `run`, and which storage, `cluster.storage`.
+        config: sections `run` (the run) and `cluster` (`cluster.storage`).
 
     Raises:
-        ValueError: it is not finished.
+        ValueError: the run is not finished.
     """
     path, runs, stages = config.run.path.absolute(), runs_depot(config), stages_depot(config)
     if runs is not None and stages is not None:
@@ -93,29 +93,29 @@ def finished_run(config: Config) -> FinishedRun:
             with suppress(FileNotFoundError):
                 path = _described(path, runs)
     if not (path / "run.json").is_file():
-        raise ValueError(f"run.name: expected a finished run in {path}, got none. Make it with tvilfm run.")
+        raise ValueError(f"run.name: expected a finished run in {path}, got none. Run `tvilfm run` first.")
     noted = json.loads((path / "run.json").read_text())["stages"]
-    made = {name: Path(os.path.normpath(config.run.path.absolute() / folder)) for name, folder in noted.items()}
-    network = "text" if "text" in made else "trained"
-    found = FinishedRun(
+    folders = {name: Path(os.path.normpath(config.run.path.absolute() / folder)) for name, folder in noted.items()}
+    network = "text" if "text" in folders else "trained"
+    run = FinishedRun(
         config=load_config(path / "config.yaml"),
-        model=made[network] / "model",
-        features=made["features"] / IMAGES_FILE,
-        manifest=made["pixels"] / "manifest.parquet",
-        captioner=made["captioner_infrared"] / "captioner" if "captioner_infrared" in made else None,
-        stages=made[network].parent,
+        model=folders[network] / "model",
+        features=folders["features"] / IMAGES_FILE,
+        manifest=folders["pixels"] / "manifest.parquet",
+        captioner=folders["captioner_infrared"] / "captioner" if "captioner_infrared" in folders else None,
+        stages=folders[network].parent,
         kept=stages,
     )
-    for part in (found.model, found.features, found.manifest):
+    for part in (run.model, run.features, run.manifest):
         with suppress(FileNotFoundError):
-            part = found.here(part)
+            part = run.here(part)
         if not part.exists():
-            raise ValueError(f"run.name: expected a finished run in {path}, got no {part}. End it with tvilfm run.")
-    return found
+            raise ValueError(f"run.name: expected a finished run in {path}, got no {part}. Finish it with tvilfm run.")
+    return run
 
 
 def _described(path: Path, runs: Depot) -> Path:
-    """Fetch what a run says of itself, afresh: it may have been made anew."""
+    """Fetch the description of a run from storage, even if it was fetched before, because the run may have changed."""
     kept = path / KEPT / "run"
     for name in ("config.yaml", "run.json"):
         replace(runs, uri=runs.uri_of(path), root=kept).pull(kept / name)
@@ -123,18 +123,18 @@ def _described(path: Path, runs: Depot) -> Path:
 
 
 def index(config: Config, *, images: str | None = None, camid: int | None = None) -> Gallery:
-    """Write people into the gallery and put it in use.
+    """Write images of people into the gallery and put it in use.
 
     Args:
-        config: which run (`run`), which gallery and how (`gallery`), and the workers (`cluster`).
-        images: folder or URI of somebody's own pictures; None = the visible test images of the run.
-        camid: the camera of those pictures.
+        config: sections `run` (the run), `gallery` (the gallery and its index) and `cluster` (the workers).
+        images: folder or URI of images; None = the visible test images of the run.
+        camid: number of the camera that took `images`.
 
     Returns:
-        The gallery, for reading.
+        The gallery, opened for reading.
 
     Raises:
-        ValueError: the run is not finished, a picture cannot be read, or somebody else writes to the gallery.
+        ValueError: the run is not finished, an image cannot be read, or another process writes to the gallery.
     """
     run = finished_run(config)
     model = TVILFM.from_pretrained(run.here(run.model)).eval()
@@ -144,15 +144,15 @@ def index(config: Config, *, images: str | None = None, camid: int | None = None
         rows, root = _tested(run), str(run.config.data_root.absolute())
     else:
         if camid is None:
-            raise ValueError("--camid: expected the camera of --images, got none. Give its number.")
+            raise ValueError("--camid: expected the camera of --images, got none. Set --camid to its number.")
         rows, root = _pictures(images, camid), images
     prepared = Gallery.prepare(config.gallery_uri, space_id=space, dim=model.spec.dim)
     with closing(prepared) as gallery, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "lance is not fork-safe")  # Ray forks to start other programs alone
+        warnings.filterwarnings("ignore", "lance is not fork-safe")  # Ray forks only to start other programs
         with session(config.cluster), plain_errors():
             people = _with_vectors(rows, root, run, config)
             if len(gallery):
-                # Ties rank in the order of writing, so the order has to survive the workers.
+                # Ties rank in the order of writing, so the order must not depend on the workers.
                 people.context.execution_options.preserve_order = True
                 for batch in people.iter_batches(batch_size=None, batch_format="pyarrow"):
                     gallery.upsert(batch, space_id=space)
@@ -165,7 +165,7 @@ def index(config: Config, *, images: str | None = None, camid: int | None = None
 
 
 def _tested(run: FinishedRun) -> pa.Table:
-    """Visible test images with their features, in the order in which the evaluation ranks ties."""
+    """Return rows for the visible test images, with raw features, in the order in which the evaluation ranks ties."""
     table = select(pq.read_table(run.here(run.manifest)), split=TEST_SPLITS, modality="visible")
     if get_protocol(run.config.evaluate.protocols[0]).images_per_camera is not None:
         table = table.sort_by([("pid", "ascending"), ("camid", "ascending"), ("image", "ascending")])
@@ -175,12 +175,12 @@ def _tested(run: FinishedRun) -> pa.Table:
 
 
 def _pictures(uri: str, camid: int) -> pa.Table:
-    """Every picture below a folder; who it shows is not known."""
+    """Return rows for all images below a folder, whose identities are not known."""
     names = list_images(uri, "visible")["image"].to_pylist()
     nobody = pa.nulls(len(names), pa.int64())
     ids = [reference(uri, name) for name in names]
     for id in ids:
-        if not is_id(id):  # nobody could ask the service for it, or to erase it
+        if not is_id(id):  # the service could neither return it nor delete it
             raise ValueError(
                 f"--images: expected paths of at most {MAX_ID} printable characters, got {id[:MAX_ID]!r}. Rename it."
             )
@@ -188,7 +188,7 @@ def _pictures(uri: str, camid: int) -> pa.Table:
 
 
 def _with_vectors(rows: pa.Table, root: str, run: FinishedRun, config: Config) -> ray.data.Dataset:
-    """Rows of the gallery's table, from names of pictures."""
+    """Return the dataset of the rows to write to the gallery's table, computed from image names."""
     data, batch = run.config.data, config.evaluate.batch
     rows = rows.append_column("position", pa.array(np.arange(rows.num_rows)))
     read = partial(
@@ -213,7 +213,7 @@ def _with_vectors(rows: pa.Table, root: str, run: FinishedRun, config: Config) -
 
 
 class GalleryEncoder:
-    """Actor: brings the vectors of both spaces to rows with pixels, or with the features that a run has of them."""
+    """Actor that adds the vectors of both spaces to rows that have pixels or, from a run, raw features."""
 
     def __init__(self, run: FinishedRun, cuda: bool) -> None:
         self._model = TVILFM.from_pretrained(run.here(run.model)).to("cuda" if cuda else "cpu").eval()
@@ -226,12 +226,12 @@ class GalleryEncoder:
         columns = {name: pa.array(batch[name]) for name in ("id", "pid", "camid", "image", "thumbnail", "position")}
         columns |= {name: vector_column(part) for name, part in vectors.items()}
         columns["time"] = pa.nulls(len(batch["id"]), schema.field("time").type)
-        columns["pid"] = pa.array(batch["pid"], from_pandas=True)  # NaN stands for nobody
+        columns["pid"] = pa.array(batch["pid"], from_pandas=True)  # NaN = identity not known
         return pa.table({name: columns[name] for name in schema.names}).cast(schema.remove_metadata())
 
 
 def _fill(gallery: Gallery, people: ray.data.Dataset, *, rows_a_task: int) -> None:
-    """Write a table that is empty, every task its own rows, in one commit."""
+    """Fill an empty table: every task writes its own rows, in one commit."""
     import lance_ray
 
     lance_ray.write_lance(
@@ -246,12 +246,12 @@ def _fill(gallery: Gallery, people: ray.data.Dataset, *, rows_a_task: int) -> No
 
 
 def build_index(gallery: Gallery, config: Config, *, workers: bool = True) -> None:
-    """Build what large galleries are searched by, or have it take up what is new; of both vectors of a row.
+    """Build the search indexes of a large gallery for both vectors of its rows, or add new rows to them.
 
     Args:
-        gallery: opened for writing.
-        config: `gallery`, and the workers (`cluster`).
-        workers: build it on workers; else in this process.
+        gallery: gallery opened for writing.
+        config: sections `gallery` and `cluster` (the workers).
+        workers: build the indexes on workers instead of in this process.
 
     Raises:
         ValueError: `gallery.sub_vectors` does not divide the dimension.
@@ -263,7 +263,7 @@ def build_index(gallery: Gallery, config: Config, *, workers: bool = True) -> No
         )
     gallery.update_index()
     if rows < FEWEST_INDEXED:
-        return  # looking at all of them is quicker
+        return  # an exact search is faster
     partitions = section.partitions or math.isqrt(rows)
     how: dict[str, Any] = {
         "index_type": "IVF_PQ",

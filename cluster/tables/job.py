@@ -1,8 +1,8 @@
-"""What jobs over a growing table share: fixed chunks, their order on Ray Data, and one producer per folder.
+"""Shared by jobs that fill a growing table: fixed chunks, their order on Ray Data, and one producer per folder.
 
-A job reads which rows its parts already have (`parts.Parts`), cuts the missing ones into chunks of fixed places, and
+A job reads which rows its parts already have (`parts.Parts`), cuts the missing ones into chunks at fixed positions, and
 hands the chunks to actors, which write one part per chunk. So neither the number of actors nor their speed changes
-which rows are processed together, and a killed job continues with what is missing.
+which rows are processed together, and a killed job continues with the missing rows.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ S = TypeVar("S", CaptionerSection, RephraseSection)
 
 
 def fixed_chunks(rows: pa.Table, missing: npt.NDArray[np.bool_], size: int) -> pa.Table:
-    """Cut rows into chunks by their places, whatever is missing, and keep the missing rows of each.
+    """Cut rows into chunks by position, and keep the missing rows of each chunk.
 
     Args:
         rows: all rows.
-        missing: (N,) which of them are to be processed.
-        size: places per chunk.
+        missing: (N,) True for rows to process.
+        size: positions per chunk.
 
     Returns:
-        One row per chunk that has missing rows: `start`, the first place, and each column of `rows` as a list.
+        One row per chunk that has missing rows: `start`, its first position, and each column of `rows` as a list.
     """
     places = np.flatnonzero(missing)
     starts, offsets = np.unique(places // size, return_index=True)
@@ -54,12 +54,12 @@ def chunk_dataset(chunks: pa.Table) -> ray.data.Dataset:
 
 
 def claim_folder(note: Place, producer: Mapping[str, Any], *, expected: str, advice: str) -> None:
-    """Note who fills a folder, or refuse another producer: a table holds the results of one.
+    """Write the producer of a folder to a note, or refuse another producer: a table holds the results of only one.
 
     Args:
         note: JSON file in the folder.
-        producer: everything about it that decides a result.
-        expected, advice: of the error.
+        producer: everything about the producer that decides a result.
+        expected, advice: parts of the error message.
 
     Raises:
         ValueError: the folder holds results of another producer.
@@ -67,7 +67,7 @@ def claim_folder(note: Place, producer: Mapping[str, Any], *, expected: str, adv
     if note.is_file():
         noted = json.loads(note.read())
         differing = [
-            f"{key}={noted.get(key)} there, {producer[key]} here" for key in producer if noted.get(key) != producer[key]
+            f"{key}={producer[key]} instead of {noted.get(key)}" for key in producer if noted.get(key) != producer[key]
         ]
         if differing:
             folder = str(note).rpartition("/")[0]

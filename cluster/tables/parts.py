@@ -1,8 +1,8 @@
-"""A table that grows part by part: an append-only folder of Parquet files, on this disk or in an object store.
+"""A table that grows part by part: an append-only folder of Parquet files, on a local disk or in an object store.
 
-Every part appears whole or not at all, under a name that follows from the images in it, so work that is done a second
-time finds its part or writes it over itself. A resumed job reads which images are there; whatever was killed when, no
-row is lost and `read` gives every image once.
+Every part is written atomically, under a name derived from its images, so repeated work skips or overwrites its own
+part. A resumed job reads which images are finished. After a kill at any time, no row is lost and `read` returns every
+image once.
 """
 
 from __future__ import annotations
@@ -28,50 +28,52 @@ DELETERS = 16
 
 
 class Parts:
-    """The folder.
+    """The folder of the parts.
 
     Args:
         uri: see `Place`.
-        folders: further folders below it.
+        folders: subfolders below the URI.
     """
 
     def __init__(self, uri: str, *folders: str) -> None:
-        self.place = Place(uri) / "/".join(folders)
+        self.place = Place(uri)
+        for folder in folders:
+            self.place /= folder
         self.filesystem, self.path = self.place.filesystem, self.place.path
 
     def write(self, name: str, table: pa.Table) -> None:
-        """Write a part, whole or not at all; writing it again replaces it.
+        """Write a part atomically, replacing one of the same name.
 
         Args:
-            name: of the part, without suffix; see `part_name`.
-            table: its rows; the column `image` names them.
+            name: name of the part without suffix; see `part_name`.
+            table: rows of the part; the column `image` is their key.
         """
         (self.place / f"{name}.parquet").write(to_parquet(table))
 
     def has(self, name: str) -> bool:
-        """Whether that part is there, under its own name (not merged)."""
+        """Return whether a part of this name exists; a merged part no longer does."""
         return (self.place / f"{name}.parquet").is_file()
 
     def keys(self, column: str = KEY) -> pa.ChunkedArray:
-        """The column of every part, as it lies there: an image that was written twice comes twice."""
+        """Return a column of all parts. An image that was written twice occurs twice."""
         table = self._load([column])
         return table[column] if table.num_columns else pa.chunked_array([], type=pa.string())
 
     def done(self, column: str = KEY) -> set[str]:
-        """Images that are written."""
+        """Return the images that have been written."""
         return set(self.keys(column).to_pylist())
 
     def read(self) -> pa.Table:
-        """Every row, each image once, in the order of their names; no column at all before the first part."""
+        """Return all rows, each image once, sorted by name; without columns if there is no part yet."""
         table = self._load()
         return _once(table).sort_by(KEY) if table.num_columns else table
 
     def publish(self, target: Place, schema: pa.Schema) -> None:
-        """Write every row, each image once, as one Parquet file, holding no more than a part beside the file itself.
+        """Write all rows, each image once, to one Parquet file. Only the file and one part are held in memory.
 
         Args:
             target: the file.
-            schema: of the parts; there may be none yet.
+            schema: schema of the parts, because there may be no part yet.
         """
         content = None
         while content is None:
@@ -80,10 +82,10 @@ class Parts:
         target.write(content)
 
     def compact(self) -> None:
-        """Merge small parts, a hundred into one, as a million images leave 30,000 that take minutes to open.
+        """Merge up to 100 small parts into one: a million images leave 30,000 parts, which take minutes to open.
 
-        A merged part is complete before the parts it replaces go, so a kill leaves rows that lie there twice, never
-        rows that are gone; `read` gives them once.
+        A merged part is complete before the parts that it replaces are deleted. So a kill may leave duplicate rows,
+        which `read` removes, but loses none.
         """
         small = [path for path in self._paths() if not path.rpartition("/")[2].startswith(MERGED)]
         for start in range(0, len(small), PARTS_A_MERGE):
@@ -117,8 +119,8 @@ class Parts:
         return pa.table({})
 
     def _paths(self) -> list[str]:
-        found = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
-        return sorted(info.path for info in found if info.path.endswith(".parquet"))
+        infos = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
+        return sorted(info.path for info in infos if info.path.endswith(".parquet"))
 
     def _dataset(self, paths: Sequence[str]) -> ds.Dataset:
         return ds.dataset(list(paths), format="parquet", filesystem=self.filesystem)
@@ -130,10 +132,10 @@ class Parts:
 
 @contextmanager
 def alone(uri: str) -> Iterator[None]:
-    """Be the only job that fills a folder while the block runs, on a local path; a killed job's lock is free.
+    """Lock a local folder while the block runs, so that no other job fills it. The lock of a killed job is free.
 
-    An object store knows no lock. There two jobs may run into each other without harm: parts are whole, an image that
-    both wrote is read once, and only the work is done twice.
+    Object stores have no locks. Two jobs in the same folder do no harm there: parts are complete, an image that both
+    wrote is read once, and only some work is done twice.
 
     Raises:
         ValueError: another job holds the folder.
@@ -146,26 +148,26 @@ def alone(uri: str) -> Iterator[None]:
         held = lock(Path(place.path) / ".lock", wait=False)
     except BlockingIOError:
         raise ValueError(
-            f"{place}: expected a folder that no other job fills, got one that is in use. Wait for that job."
+            f"{place}: expected a folder that no other job fills, got one that is in use. Wait until that job ends."
         ) from None
     with held:
         yield
 
 
 def part_name(images: Iterable[str]) -> str:
-    """The name of the part that holds these images: the same images in the same order, the same name."""
+    """Return the name of the part with these images. It depends only on the images and their order."""
     return hashlib.sha256("\0".join(images).encode()).hexdigest()[:24]
 
 
 def to_parquet(table: pa.Table) -> pa.Buffer:
-    """The bytes of a Parquet file of that table."""
+    """Return the table as the bytes of a Parquet file."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     return sink.getvalue()
 
 
 def _once(table: pa.Table) -> pa.Table:
-    """The first row of every image."""
+    """Return the first row of every image."""
     rows = pa.table({KEY: table[KEY], "row": np.arange(table.num_rows)})
     first = rows.group_by(KEY).aggregate([("row", "min")])["row_min"]
     return table if len(first) == table.num_rows else table.take(first)

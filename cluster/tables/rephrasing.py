@@ -1,9 +1,9 @@
-"""Rephrase a caption table on Ray Data: started over a million captions, killed at any moment, and started again.
+"""Rephrase a caption table on Ray Data. The job scales to a million captions and resumes after a kill.
 
-Captions are cut into fixed chunks before they are handed out, so neither the number of actors nor their speed changes
-what is rephrased together, and the rephrases equal, row for row, those of a plain loop over the same chunks. An actor
-rephrases a chunk and itself writes the part that holds it, all or nothing; a kill loses the chunks under way. With
-vLLM, the engine of `ray.data.llm` takes the actors' place and the driver writes parts as rephrases come.
+Captions are cut into fixed chunks before they are distributed, so neither the number of actors nor their speed changes
+which captions are rephrased together: the rephrases equal those of a plain loop over the same chunks, row for row. An
+actor rephrases a chunk and writes its part atomically; a kill loses only the chunks in progress. With vLLM, the engine
+of `ray.data.llm` replaces the actors, and the driver writes parts as rephrases arrive.
 """
 
 from __future__ import annotations
@@ -62,15 +62,15 @@ PART_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What a job leaves behind.
+    """Result of a rephrasing job.
 
     Attributes:
         table: URI or path of the caption table.
-        total: captions.
-        before: of these, dealt with before: they came with a rephrase, or an earlier run saw to them.
-        rephrased: rephrased now.
-        kept: captions that stay as they are, now and before, as no rephrase of them was valid, by the last reason.
-        seconds: from start to end.
+        total: number of captions.
+        before: number of these that had a rephrase before or that an earlier run finished.
+        rephrased: number rephrased by this run.
+        kept: last reason -> count of captions that have no valid rephrase, in this and earlier runs.
+        seconds: duration of the job.
     """
 
     table: str
@@ -81,13 +81,13 @@ class Summary:
     seconds: float
 
     def lines(self) -> list[str]:
-        """The closing words."""
+        """Return the summary as lines of text."""
         rate = self.rephrased / self.seconds
         first = f"rephrased {self.rephrased} of {self.total} captions in {self.seconds:.1f} s, {rate:.1f} captions/s"
         kept = sum(self.kept.values())
         return [
-            f"{first}; {self.before} were there",
-            *([f"{kept} captions stay, as no rephrase was valid"] if kept else []),
+            f"{first}; {self.before} were finished before",
+            *([f"{kept} captions stay unchanged, because no rephrase was valid"] if kept else []),
             *(f"  {count} x {reason}" for reason, count in self.kept.items()),
             self.table,
         ]
@@ -95,7 +95,7 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """What a worker has to know."""
+    """Everything that a worker needs to rephrase captions."""
 
     section: RephraseSection
     out: str
@@ -105,7 +105,7 @@ class _Job:
     key: SecretStr | None
 
     def load(self) -> Rephraser:
-        # Here, as the driver has no use for torch and transformers.
+        # Imported here: the driver does not need torch and transformers.
         from tvilfm.captioning.engines import EndpointRephraser, RuleParaphraser, TransformersRephraser
 
         if self.section.engine == "transformers":
@@ -124,10 +124,10 @@ class _Job:
 
 
 def rephrase(config: Config, *, out: str, captions: str | None = None) -> Summary:
-    """The job of a configuration, with session and progress.
+    """Rephrase a caption table with the engine of a run description, and show the progress.
 
     Args:
-        config: of the run; `caption.rephrase` says how.
+        config: the run; `caption.rephrase` sets the engine.
         out: folder or URI to fill.
         captions: path or URI of a Parquet caption table; None = the dataset's captions.
 
@@ -154,15 +154,17 @@ def rephrase(config: Config, *, out: str, captions: str | None = None) -> Summar
 
 
 def read_rows(config: Config, captions: str | None) -> tuple[pa.Table, list[str]]:
-    """A caption table and each row's modality: from its own column, else from the dataset of the configuration.
+    """Return a caption table and the modality of each row, from the table or from the dataset of the run description.
 
     Raises:
-        ValueError: no caption table, or one with images that are not in the dataset and have no modality.
+        ValueError: there is no caption table, or it has no column `modality` and images that the dataset lacks.
     """
     if captions is not None:
         place = Place(captions)
         if not place.is_file():
-            raise ValueError(f"--captions: expected a Parquet caption table, got {captions}, no file. Check the path.")
+            raise ValueError(
+                f"--captions: expected a Parquet caption table, got {captions}, which is not a file. Check the path."
+            )
         table = pq.read_table(place.path, filesystem=place.filesystem)
         if missing := [name for name in ("image", "caption") if name not in table.column_names]:
             raise ValueError(f"--captions: expected a column {missing[0]}, got {table.column_names} in {captions}.")
@@ -176,7 +178,7 @@ def read_rows(config: Config, captions: str | None) -> tuple[pa.Table, list[str]
     if unknown := [image for image in images if image not in modality_of]:
         raise ValueError(
             f"--captions: expected images of {config.data_root} or a column modality, got {unknown[0]}. "
-            "Set data.name and data.root to the dataset that the captions are of."
+            "Set data.name and data.root to the dataset of the captions."
         )
     return table, [modality_of[image] for image in images]
 
@@ -192,30 +194,30 @@ def rephrase_table(
     dtype: str = "float32",
     progress: ProgressFile | None = None,
 ) -> Summary:
-    """Give every caption of a table a rephrase, asking for what is missing and nothing else.
+    """Rephrase the captions of a table that have no rephrase yet.
 
-    `out/captions.parquet` is the table with its `rephrased` column filled, null where the caption stays, then
-    `rephraser` and `refused`; `out/parts` holds what is written while the job runs.
+    `out/captions.parquet` is the table with a filled column `rephrased` (null where a caption stays unchanged) and the
+    columns `rephraser` and `refused`. `out/parts` holds the parts that the next run resumes from.
 
     Args:
-        captions: `image`, `caption` and perhaps `rephrased`, which is left as it is where it is given; other columns
-            are carried along.
-        modalities: visible or infrared, of each row.
-        out: local path or URI, reached by every worker. One rephraser for ever: another one needs another folder.
-        section: engine, batch and checks.
-        cluster: GPUs of an actor with a model.
-        seed: of sampling.
-        dtype: of a transformers model on CUDA.
-        progress: told of captions done.
+        captions: `image`, `caption` and optionally `rephrased`, whose existing values are kept; other columns are
+            copied.
+        modalities: modality of each row, visible or infrared.
+        out: local path or URI, accessible to all workers. It takes one rephraser; another one needs another folder.
+        section: engine, batch size and checks.
+        cluster: GPUs per actor with a model.
+        seed: seed of sampling.
+        dtype: data type of a transformers model on CUDA.
+        progress: receives the number of finished captions.
 
     Returns:
         Counts.
 
     Raises:
-        ValueError: no engine is chosen or it is not installed, the model cannot be had, rows that are not what they
-            should be, another job fills `out`, or `out` holds rephrases of another engine or of other captions.
+        ValueError: no engine is chosen, or it is not installed; the model cannot be loaded; the rows are invalid;
+            another job fills `out`; or `out` holds rephrases of another engine or of other captions.
         ConnectionError: the endpoint cannot be reached or used.
-        ray.exceptions.RayError: the workers failed; what they wrote stays, and the next run goes on from there.
+        ray.exceptions.RayError: the workers failed. Finished parts are kept, and the next run resumes from them.
     """
     started = time.monotonic()
     _check(captions, modalities, section)
@@ -231,19 +233,19 @@ def rephrase_table(
     with alone(out):
         _introduce(job)
         job.parts.compact()
-        there = _dealt_with(captions, job)
-        done, total = int(there.sum()), captions.num_rows
+        finished = _finished(captions, job)
+        done, total = int(finished.sum()), captions.num_rows
         counts = (
-            _through_vllm(job, rows.filter(~there))
+            _through_vllm(job, rows.filter(~finished))
             if section.engine == "vllm"
-            else _on_actors(job, rows, ~there, cluster)
+            else _on_actors(job, rows, ~finished, cluster)
         )
         for count in counts:
             done += count
             if progress:
                 progress.update(done, total)
         job.parts.compact()
-        return _publish(captions, job, there, time.monotonic() - started)
+        return _publish(captions, job, finished, time.monotonic() - started)
 
 
 def _check(captions: pa.Table, modalities: Sequence[str], section: RephraseSection) -> None:
@@ -255,7 +257,7 @@ def _check(captions: pa.Table, modalities: Sequence[str], section: RephraseSecti
     if section.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ValueError(
             "caption.rephrase.engine: expected vLLM to be installed for engine=vllm, got no such package. "
-            "Install the extra on every node, pip install 'tvilfm[vllm]', or ask a vLLM server: engine=openai."
+            "Install the extra on every node, pip install 'tvilfm[vllm]', or use a vLLM server: engine=openai."
         )
     unknown = sorted(set(modalities) - set(MODALITIES))
     if unknown:
@@ -267,13 +269,13 @@ def _check(captions: pa.Table, modalities: Sequence[str], section: RephraseSecti
 
 
 def _key(section: RephraseSection) -> SecretStr | None:
-    """Read where the user set it: workers of a cluster do not see the driver's environment."""
+    """Return the API key from the environment of the driver, because workers do not have this environment."""
     value = os.environ.get(section.key_variable)
     return SecretStr(value) if value else None
 
 
 def _introduce(job: _Job) -> None:
-    """Note in the output folder who rephrases, or refuse another one."""
+    """Claim the output folder for the rephraser, or refuse another one."""
     producer = {
         "rephraser": job.rephraser,
         "prompt_hash": prompt_hash(),
@@ -288,16 +290,16 @@ def _introduce(job: _Job) -> None:
     )
 
 
-def _dealt_with(captions: pa.Table, job: _Job) -> npt.NDArray[np.bool_]:
-    """Which rows have a rephrase, or a part that says there is none.
+def _finished(captions: pa.Table, job: _Job) -> npt.NDArray[np.bool_]:
+    """Return for each row whether it has a rephrase or a part says that none was valid.
 
     Raises:
-        ValueError: a part is of another caption of that image.
+        ValueError: a part was written for another caption of an image.
     """
-    there = pc.is_valid(captions["rephrased"]).to_numpy() if "rephrased" in captions.column_names else False
+    rephrased = pc.is_valid(captions["rephrased"]).to_numpy() if "rephrased" in captions.column_names else False
     parts = job.parts.read()
     if not parts.num_columns:
-        return np.broadcast_to(there, captions.num_rows)
+        return np.broadcast_to(rephrased, captions.num_rows)
     places = pc.index_in(captions["image"], parts["image"].combine_chunks())
     theirs = parts["caption"].take(places)
     other = pc.fill_null(pc.not_equal(theirs, captions["caption"]), False)
@@ -307,13 +309,13 @@ def _dealt_with(captions: pa.Table, job: _Job) -> npt.NDArray[np.bool_]:
             f"{job.out}: expected rephrases of these captions, got one of another caption for {image}. "
             "Rephrase into another folder."
         )
-    found: npt.NDArray[np.bool_] = pc.is_valid(places).to_numpy() | there
-    return found
+    finished: npt.NDArray[np.bool_] = pc.is_valid(places).to_numpy() | rephrased
+    return finished
 
 
-def _on_actors(job: _Job, rows: pa.Table, wanted: npt.NDArray[np.bool_], cluster: ClusterSection) -> Iterator[int]:
-    """Rephrase on a pool of actors; how many captions each chunk had, as they are done."""
-    chunks = fixed_chunks(rows, wanted, job.section.batch)
+def _on_actors(job: _Job, rows: pa.Table, missing: npt.NDArray[np.bool_], cluster: ClusterSection) -> Iterator[int]:
+    """Rephrase on a pool of actors and yield the number of captions of each finished chunk."""
+    chunks = fixed_chunks(rows, missing, job.section.batch)
     if not chunks.num_rows:
         return
     reports = chunk_dataset(chunks).map_batches(
@@ -332,7 +334,7 @@ def _on_actors(job: _Job, rows: pa.Table, wanted: npt.NDArray[np.bool_], cluster
 
 
 class _Actor:
-    """Loads a rephraser once, then rephrases chunks and writes their parts."""
+    """Actor that loads a rephraser once, then rephrases chunks and writes their parts."""
 
     def __init__(self, job: _Job) -> None:
         self._job = job
@@ -344,11 +346,14 @@ class _Actor:
     def __call__(self, chunk: pa.Table) -> pa.Table:
         (columns,) = chunk.to_pylist()
         name, error = part_name(columns["image"]), None
-        # Ray hands a chunk out again when it did not hear of its end.
+        # Ray may process a chunk again after a failure.
         if not self._job.parts.has(name):
             try:
                 self._job.parts.write(name, self._rephrase(columns))
-            except (ConnectionError, ValueError) as fault:  # users can mend these, but Ray Data would lose their words
+            except (
+                ConnectionError,
+                ValueError,
+            ) as fault:  # users can fix these errors, but Ray Data would lose their messages
                 error = pickle.dumps(fault)
         return pa.table({"done": [len(columns["image"])], "error": pa.array([error], type=pa.binary())})
 
@@ -370,7 +375,7 @@ class _Actor:
 
 
 def _through_vllm(job: _Job, rows: pa.Table) -> Iterator[int]:
-    """Rephrase with the vLLM engine of `ray.data.llm`; how many captions are done, as they come."""
+    """Rephrase with the vLLM engine of `ray.data.llm` and yield numbers of finished captions."""
     for attempt in range(1 + job.section.retries):
         if not rows.num_rows:
             return
@@ -380,7 +385,7 @@ def _through_vllm(job: _Job, rows: pa.Table) -> Iterator[int]:
 def _one_pass(
     job: _Job, rows: pa.Table, processor: Callable[[ray.data.Dataset], ray.data.Dataset], *, last: bool
 ) -> Generator[int, None, pa.Table]:
-    """Write what a pass over the rows got right, on the last pass also what stays; the rest is returned."""
+    """Write the valid rephrases of a pass, on the last pass also the unchanged captions; return the rows to retry."""
     batch = job.section.batch
     blocks = [rows.slice(start, batch) for start in range(0, rows.num_rows, batch)]
     again = []
@@ -398,7 +403,7 @@ def _one_pass(
 
 
 def _vllm_processor(job: _Job, attempt: int) -> Callable[[ray.data.Dataset], ray.data.Dataset]:
-    """The pipeline from rows to judged answers: prompt, vLLM, verdict."""
+    """Return the pipeline from rows to judged rephrases: prompt, vLLM, checks."""
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
     from transformers import AutoTokenizer
 
@@ -441,16 +446,16 @@ def _part(rows: Sequence[Mapping[str, Any]], job: _Job) -> pa.Table:
 
 
 def _publish(captions: pa.Table, job: _Job, before: npt.NDArray[np.bool_], seconds: float) -> Summary:
-    """Write the table that users read."""
+    """Write the caption table and return the summary."""
     parts = job.parts.read()
     parts = parts if parts.num_columns else PART_SCHEMA.empty_table()
     places = pc.index_in(captions["image"], parts["image"].combine_chunks())
-    found = {name: parts[name].take(places) for name in ("rephrased", "rephraser", "refused")}
+    columns = {name: parts[name].take(places) for name in ("rephrased", "rephraser", "refused")}
     for name in ("rephrased", "rephraser"):
         if name in captions.column_names:
-            found[name] = pc.coalesce(found[name], captions[name])
-    table = captions.drop_columns([name for name in found if name in captions.column_names])
-    for name, values in found.items():
+            columns[name] = pc.coalesce(columns[name], captions[name])
+    table = captions.drop_columns([name for name in columns if name in captions.column_names])
+    for name, values in columns.items():
         table = table.append_column(name, values)
     order = [name for name in CAPTION_SCHEMA.names if name in table.column_names]
     table = table.select([*order, *(name for name in table.column_names if name not in order)])

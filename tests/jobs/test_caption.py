@@ -211,7 +211,7 @@ def test_another_captioner_is_refused_on_the_same_folder(
     Image.new("RGB", (20, 20)).save(tmp_path / "new.png")
     rows = pa.table({"image": ["new.png"], "modality": ["visible"]})
     longer = lab.captioner.model_copy(update={"max_new_tokens": 9})
-    with pytest.raises(ValueError, match=r"expected visible captions of one captioner, got settings=.* there, "):
+    with pytest.raises(ValueError, match=r"expected visible captions of one captioner, got settings=.* instead of "):
         caption(lab, done.out, rows=rows, root=tmp_path, captioner=longer)
     nowhere = lab.captioner.model_copy(update={"model": "/nowhere"})
     with pytest.raises(ValueError, match=r"^caption\.visible\.model: expected a transformers"):

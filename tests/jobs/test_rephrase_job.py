@@ -165,7 +165,7 @@ def test_every_caption_gets_a_valid_rephrase_or_stays_and_is_counted(
     assert (third.before, third.rephrased, third.kept) == (12, 12, {})
     assert Counter(pq.read_table(third.table)["rephraser"].to_pylist()) == {None: 1, "m": 11, "rules": 12}
 
-    with pytest.raises(ValueError, match=r"expected rephrases of one engine, got temperature 0\.7 there and 0\.1 here"):
+    with pytest.raises(ValueError, match=r"expected rephrases of one engine, got temperature=0\.1 instead of 0\.7"):
         other = asked.model_copy(update={"temperature": 0.1})
         rephrase_table(captions, ["infrared"] * 24, str(tmp_path), other, ClusterSection(), seed=3)
     with pytest.raises(ValueError, match=r"got one of another caption for cam3/0001\.jpg"):
@@ -224,7 +224,7 @@ def test_after_a_kill_of_the_driver_only_what_is_missing_is_asked_for(endpoint: 
     second = subprocess.run(command, capture_output=True, check=False, **options)
     assert second.returncode == 0, second.stderr
     assert f"rephrased {count - len(written)} of {count} captions" in second.stdout
-    assert f"; {len(written)} were there" in second.stdout
+    assert f"; {len(written)} were finished before" in second.stdout
     images = rows["image"].to_pylist()
     asked_again = endpoint.asked() - before
     assert asked_again == Counter({6 * i: 1 for i in range(count) if images[i] not in written})

@@ -209,7 +209,7 @@ def test_a_trial_keeps_its_name_and_its_folder_whatever_yaml_makes_of_them(name:
 @pytest.mark.parametrize(
     ("ended", "message"),
     [
-        (0, r"expected 5 runs to end, got 0, without 0000-seed0, 0001-seed0, 0002-seed0, \.\.\.\. Continue with --resume"),
+        (0, r"expected 5 runs to end, got 0, without 0000-seed0, 0001-seed0, 0002-seed0, \.\.\.\. Continue with"),
         (4, r"expected 5 runs to end, got 4, without 0004-seed0\. Continue with --resume; `tvilfm report .*/rates`"),
     ],
 )
