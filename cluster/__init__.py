@@ -1,1 +1,1 @@
-"""Ray jobs around `tvilfm`: resources, data movement, restarts. No formulas."""
+"""Ray jobs that run the `tvilfm` library: resources, data transfer and restarts, but no formulas."""

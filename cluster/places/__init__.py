@@ -1,1 +1,1 @@
-"""Local folders and object stores, and what is kept in them."""
+"""Storage in local folders and object stores: check it, and copy the folders of runs to it."""

@@ -1,8 +1,8 @@
-"""What a stage is: the config keys and inputs that decide its result, and how the result is made.
+"""Base class of stages: a stage declares the config keys and inputs that decide its result, and computes the result.
 
-A stage sees nothing but what it declares. `make` receives a view of the config in which every other key raises
-`UndeclaredKeyError`, and inputs by name, of which every other raises `UndeclaredInputError`. So a forgotten key is an
-error in the first run, and not the reuse of an outdated result later.
+A stage can only read what it declares. `make` receives a view of the config in which undeclared keys raise
+`UndeclaredKeyError`, and named inputs, of which undeclared ones raise `UndeclaredInputError`. So a forgotten key is an
+error in the first run instead of an outdated result that is reused later.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from tvilfm.data.manifest import select
 from tvilfm.terms import Split
 
 DATASET, CAPTION_FILES, MODEL, CAPTIONS = "dataset", "caption_files", "model", "captions"
-SOURCES = (DATASET, CAPTION_FILES, MODEL)  # inputs that no stage makes: what users bring
+SOURCES = (DATASET, CAPTION_FILES, MODEL)  # inputs that users provide; no stage computes them
 
-# Where a run works, what it reads, on which machines and how fast: any stage may read these keys, and none of them
-# names a stage. What is in the files of `data.root`, `data.captions` and `model.trained` is an input.
-# Results with other values are equal, or differ only in the rounding of batched arithmetic.
+# Keys for folders, machines and speed. Every stage may read them, and they are not part of its fingerprint: with other
+# values, results are equal or differ only in the rounding of batched arithmetic. The contents of the files at
+# `data.root`, `data.captions` and `model.trained` are inputs.
 PLACEMENT = (
     *("run.dir", "run.stages_dir", "run.trackers", "run.mlflow_uri"),
     *("data.root", "data.captions", "data.decode_batch", "model.trained"),
@@ -50,7 +50,7 @@ def covers(keys: tuple[str, ...], key: str) -> bool:
 
 
 class _SectionView:
-    """A section of the config that shows the declared keys alone."""
+    """View of a config section that contains only the declared keys."""
 
     def __init__(self, section: BaseModel, prefix: str, stage: str, keys: tuple[str, ...]) -> None:
         self._view = section, prefix, stage, keys
@@ -81,7 +81,7 @@ class _SectionView:
         return _SectionView(section.model_copy(update=update), prefix, stage, keys)
 
     def model_dump(self, *, mode: str) -> dict[str, Any]:
-        """Return the declared values of the whole config, nested as there, without those of `PLACEMENT`."""
+        """Return the declared values of the whole config as nested dictionaries, without the keys of `PLACEMENT`."""
         section, prefix, _, keys = self._view
         assert not prefix, "only the whole config is shown"
         values = without_placement(section.model_dump(mode=mode))
@@ -112,9 +112,9 @@ class Stage(ABC):
     """One stage of a run.
 
     Attributes:
-        name: of the stage and its folder.
-        keys: dotted config keys, or whole sections, that decide the result beside the inputs.
-        unit: what the progress line counts; empty = no progress line.
+        name: name of the stage and of its folder.
+        keys: dotted config keys or whole sections that decide the result, in addition to the inputs.
+        unit: unit of the progress line, in plural; empty = no progress line.
     """
 
     name: str
@@ -127,11 +127,11 @@ class Stage(ABC):
 
     @abstractmethod
     def inputs(self, config: Config) -> tuple[str, ...]:
-        """Return the names of the stages whose results this one reads, and of `DATASET` and `CAPTION_FILES`."""
+        """Return the inputs: names of stages whose results this stage reads, and names of `SOURCES`."""
 
     @abstractmethod
     def make(self, folder: Path, job: StageJob) -> None:
-        """Fill the stage's folder, which may hold what an interrupted attempt left."""
+        """Write the result to the folder, which may hold files of an interrupted attempt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,13 +140,13 @@ class StageJob:
 
     Attributes:
         config: view of the declared keys.
-        data_root: the dataset's folder.
-        stages_root: the folder of all stages, which workers find.
+        data_root: folder of the dataset.
+        stages_root: folder of all stages, which workers can read.
         depot: copies of the stages in an object store; None = machines share the folder.
         lock: `StageStore.lock`.
         folders: declared stage -> folder of its result.
         tables: declared table -> function that reads it.
-        fingerprints: of what users bring, by `SOURCES`.
+        fingerprints: name of `SOURCES` -> fingerprint of the input.
     """
 
     stage: str
@@ -170,17 +170,17 @@ class StageJob:
 
     @property
     def manifest(self) -> pa.Table:
-        """The dataset's rows; needs the input `DATASET`."""
+        """Return the rows of the dataset; requires the input `DATASET`."""
         return self._declared(self.tables, DATASET)()
 
     @property
     def caption_files(self) -> pa.Table:
-        """The captions of files, which captioners learn from; needs the input `CAPTION_FILES`."""
+        """Return the captions from files, on which captioners are trained; requires the input `CAPTION_FILES`."""
         return self._declared(self.tables, CAPTION_FILES)()
 
     @property
     def captions(self) -> pa.Table:
-        """The captions of the run: of files, or of the stage that writes them; needs `captions_input`."""
+        """Return the captions of the run, from files or the stage `captions`; requires the input `captions_input`."""
         return self._declared(self.tables, CAPTIONS)()
 
     def _declared(self, inputs: Mapping[str, Any], name: str) -> Any:
@@ -191,30 +191,30 @@ class StageJob:
         return inputs[name]
 
     def share(self, *paths: Path) -> None:
-        """Let workers on other machines find what the driver wrote."""
+        """Copy files of the driver to the depot, so that workers on other machines can read them."""
         if self.depot is not None:
             for path in paths:
                 self.depot.push(path)
 
     def bring(self, *paths: Path) -> None:
-        """Fetch what workers wrote into the copy of the stage's folder."""
+        """Fetch files that workers wrote to the depot into the stage's folder."""
         if self.depot is not None:
             for path in paths:
                 self.depot.pull(path)
 
 
 def captions_input(config: Config) -> str:
-    """Return the input that holds the captions of every image."""
+    """Return the name of the input with the captions of all images."""
     return CAPTION_FILES if config.caption.source == "files" else CAPTIONS
 
 
 def network_stage(config: Config) -> str:
-    """Return the stage that ends with the network that is evaluated."""
+    """Return the name of the stage whose result is the network to evaluate."""
     return "text" if config.model.trained is None else "trained"
 
 
 def evaluated_splits(manifest: pa.Table, config: Config) -> tuple[Split, ...]:
-    """Return the identities that can be evaluated: validation ones only where there are some that nothing learned."""
+    """Return the splits to evaluate: `test`, and `val` if it has identities that were not trained on."""
     if config.model.trained is not None:
         return ("test",)
     learned = config.train.base.use_val or config.train.text.use_val

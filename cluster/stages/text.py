@@ -1,4 +1,4 @@
-"""The text stage: text tower and head, the visual part frozen (IFS)."""
+"""The text stage: train text tower and head with a frozen visual part (IFS)."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ class Text(Stage):
 
 
 def fit_text(folder: Path, config: Config, inputs: dict[str, str], depot: Depot | None = None) -> None:
-    """Train the text stage on Ray Train; arguments as of `fit_network`.
+    """Train the text stage on Ray Train; arguments as in `fit_network`.
 
-    The inputs are `pixels`, `base`, `captions` (a caption table) and, where they are cached, `views`.
+    The inputs are `pixels`, `base`, `captions` (a caption table) and, if views are cached, `views`.
     """
     fit_network(_worker, folder, config, inputs, depot)
 

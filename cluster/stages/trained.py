@@ -1,4 +1,4 @@
-"""The stage that takes a trained model in place of training one."""
+"""The stage that uses a trained model instead of training one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tvilfm.models.opening import open_model
 
 
 class Trained(Stage):
-    """Copy the network of `model.trained`, and note what is known about its training."""
+    """Copy the network of `model.trained`, and write what is known about its training."""
 
     name = "trained"
     keys = ()

@@ -1,4 +1,4 @@
-"""The stage that caches features of the frozen visual part: of augmented training views and of evaluated images."""
+"""The stage that caches features of the frozen visual part, for augmented training views and evaluated images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tvilfm.terms import MODALITIES
 
 
 class Views(Stage):
-    """Extract features of augmented views of the training images, and of the images to be evaluated."""
+    """Extract features of augmented views of the training images, and of the images to evaluate."""
 
     name = "views"
     keys = ("run.seed", "data.pad", "train.text.cache_views", "train.text.use_val")
@@ -49,7 +49,7 @@ class Views(Stage):
 
 
 def evaluated_images(manifest: pa.Table) -> Images:
-    """Return the images that any protocol may evaluate, by modality, with their pixel rows."""
+    """Return modality -> names and pixel rows of the images that any protocol may evaluate."""
     images: dict[str, tuple[list[str], list[int]]] = {}
     for modality in MODALITIES:
         subset = select(manifest, split=("val", *TEST_SPLITS), modality=modality)
@@ -58,7 +58,7 @@ def evaluated_images(manifest: pa.Table) -> Images:
 
 
 def pool_of(job: StageJob, model: str) -> dict[str, Any]:
-    """Return the arguments of an extraction with the model of a stage, see `encode_chunks`."""
+    """Return the arguments of `encode_chunks` for an extraction with the model of a stage."""
     return {
         "model": job.input(model) / "model",
         "pixels": job.input("pixels") / "pixels.npy",

@@ -1,4 +1,4 @@
-"""What is wrong with a dataset on this disk and how to mend it: counts, splits, images, captions."""
+"""What is wrong with a dataset on this disk and how to fix it: counts, splits, images, captions."""
 
 from __future__ import annotations
 
