@@ -1,4 +1,4 @@
-"""Progress of work that runs in other processes: a file that the worker replaces and the driver watches."""
+"""Progress of work in other processes: a worker replaces a file, and the driver watches it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PLAIN_INTERVAL_S = 15.0
 
 
 class ProgressFile:
-    """Written by one worker: how many of how many units are done, and a few words.
+    """A file in which one worker writes how many units are done, and a short note.
 
     A worker on a machine that does not have the file's folder writes nothing.
 

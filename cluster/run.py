@@ -1,4 +1,4 @@
-"""The main job: every stage from a dataset's folder to the report, each skipped when its result is there."""
+"""The main job: all stages from a dataset's folder to the report. Finished stages are skipped."""
 
 from __future__ import annotations
 
@@ -50,18 +50,18 @@ from tvilfm.models.opening import model_fingerprint
 from tvilfm.place import write_whole
 from tvilfm.terms import Record, Split
 
-# What a reader wants of a run folder, the stages apart.
+# Files of a run folder that are copied to an object store; stages have their own copies.
 RUN_FILES = ("config.yaml", "run.json", "events.jsonl", METRICS_FILE, *RESULTS_FILES.values(), "report/index.html")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a run did.
+    """The result of a run.
 
     Attributes:
         path: the run folder.
-        made: stages made now, in order; the rest was there.
-        stages: folders of the wanted stages.
+        made: stages that were computed now, in order; the others were finished before.
+        stages: folders of the requested stages.
         results: the table; None when the run ended before it.
         notes: what is known of a model that was not trained in this run.
     """
@@ -82,18 +82,18 @@ def run(
     listener: Callable[[Record], None] | None = None,
     group: str | None = None,
 ) -> Outcome:
-    """Bring a run up to a stage, making what is missing and nothing else.
+    """Run up to a stage. Finished stages are skipped.
 
     Args:
         config: the run.
-        until: the last stage wanted, a key of `STAGES`.
-        without: a stage before it that it does not need.
-        console: told which stages are made and which were there; None = standard error.
-        listener: told of every epoch of both training stages, also of those that were there.
+        until: the last stage, a key of `STAGES`.
+        without: an earlier stage that is not needed.
+        console: where finished stages are reported; None = standard error.
+        listener: called with every epoch of both training stages, those of earlier attempts included.
         group: the sweep that the run is a trial of.
 
     Returns:
-        What was made, and the results once they are there.
+        The stages that were computed, and the results if they exist.
 
     Raises:
         ValueError: a dataset, caption file or weight file that is not what it should be.
@@ -104,18 +104,18 @@ def run(
 
 
 def evaluator_of(config: Config, split: Split = "test") -> Evaluator:
-    """The evaluator of a run whose features are made."""
+    """Return the evaluator of a run whose features are finished."""
     return _Job(config, Console(quiet=True)).evaluator(split)
 
 
 def learning_of(config: Config) -> list[Record]:
-    """The epochs of a run's training stages so far, wherever it stands."""
+    """Return the epochs of a run's training stages so far; the run may be unfinished."""
     job = _Job(config, Console(quiet=True))
     return Learning(job.store, config).records()
 
 
 class _Job:
-    """One run: its tables, its stage store, and how each stage is made."""
+    """One run: its tables, its stage store, and how each stage is computed."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class _Job:
         self.store = StageStore(config.stages_path, stage_fingerprints(config, self.sources), self.depot)
 
     def _read_caption_files(self) -> pa.Table | None:
-        """Read the captions of files: of every image, or of those that captioners learn from."""
+        """Read captions from files: of all images, or of those that captioners are trained on."""
         source = self.config.caption.source
         if source == "captioner":
             return None
@@ -152,7 +152,7 @@ class _Job:
 
     @cached_property
     def captions(self) -> pa.Table:
-        """The captions that the run works with; generated ones are there after their stage."""
+        """The captions that the run uses. Generated captions exist after their stage."""
         if self.config.caption.source == "files":
             return self.caption_files
         path = captions_path(self.store.path("captions"), self.config)
@@ -198,7 +198,7 @@ class _Job:
         return Outcome(path=path, made=tuple(made), stages=stages, results=results, notes=notes)
 
     def _wanted(self, until: str) -> list[str]:
-        """Stages up to `until`."""
+        """Return the names of the stages up to `until`."""
         last = list(STAGES).index(until)
         return [name for name in stages_of(self.config) if list(STAGES).index(name) <= last]
 
@@ -218,7 +218,7 @@ class _Job:
         return made
 
     def _stage_job(self, name: str) -> StageJob:
-        """What a stage may read: the keys and inputs that it declares."""
+        """Return what a stage may read: the keys and inputs that it declares."""
         stage = STAGES[name]
         inputs = stage.inputs(self.config)
         tables: dict[str, Callable[[], pa.Table]] = {
@@ -261,7 +261,7 @@ class _Job:
 
 
 def make_synthetic(config: Config, console: Console) -> None:
-    """Render the synthetic benchmark into `data.root` when it is asked for and not there."""
+    """Render the synthetic benchmark into `data.root` if the run uses it and the folder does not exist."""
     if config.data.name != "synthetic" or config.data_root.exists():
         return
     size = config.data.synthetic.size

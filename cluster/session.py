@@ -1,4 +1,4 @@
-"""The Ray session of a command: joined when an address is given, else started on this machine."""
+"""The Ray session of a command: it joins the cluster at a given address, or starts Ray on this machine."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tvilfm.config import ClusterSection
 
 
 def address_of(section: ClusterSection) -> str:
-    """The cluster that a command joins; "local" = it starts Ray on this machine."""
+    """Return the address of the cluster to join; "local" = start Ray on this machine."""
     # Without an address Ray would join whatever cluster happens to run on this machine.
     return section.address or os.environ.get("RAY_ADDRESS", "local")
 
 
 @contextmanager
 def session(section: ClusterSection) -> Iterator[None]:
-    """Have Ray while the block runs; one that was running before goes on after it.
+    """Provide a Ray session while the block runs. A session that was running before stays open.
 
     Raises:
         ConnectionError: when no cluster answers at `cluster.address`.
@@ -77,10 +77,10 @@ def _stopped_by_signals() -> Iterator[None]:
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """A worker's word on bad input without Ray's traceback around it.
+    """Raise errors about bad input from workers without Ray's traceback.
 
     Raises:
-        ValueError: with the words of the ValueError or OSError that the worker raised.
+        ValueError: with the message of the ValueError or OSError that the worker raised.
     """
     try:
         yield
@@ -91,7 +91,7 @@ def plain_errors() -> Iterator[None]:
 
 
 def _quiet() -> None:
-    """This program shows its own progress."""
+    """Silence Ray Data's progress; this program shows its own."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

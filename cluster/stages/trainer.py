@@ -37,8 +37,8 @@ def fit_network(
 ) -> None:
     """Train a network on Ray Train and leave the selected one in `folder/model`.
 
-    The run is stored in `folder/train` or its copy; if an interrupted attempt left one there, it goes on from its last
-    checkpoint.
+    The run is stored in `folder/train` or its copy. A run that an interrupted attempt left there continues from its
+    last checkpoint.
 
     Args:
         worker: what every worker runs; returns the records of all epochs.
@@ -97,9 +97,9 @@ def trainer_of(
     workers: int,
     depot: Depot | None,
 ) -> TorchTrainer:
-    """A trainer whose run lives in `folder/train`, keeps its last checkpoint and restarts from it.
+    """Return a trainer whose run is stored in `folder/train`, keeps its last checkpoint and restarts from it.
 
-    It keeps `folder/metrics.jsonl` up with the epochs that are reported.
+    It writes reported epochs to `folder/metrics.jsonl`.
 
     Args:
         worker: what every worker runs.
@@ -132,7 +132,7 @@ def trainer_of(
 
 
 class _Epochs(UserCallback):
-    """On the driver's machine: writes down the epochs that rank 0 reports, from wherever it runs."""
+    """Callback on the driver's machine that writes the epochs that rank 0 reports."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -143,7 +143,7 @@ class _Epochs(UserCallback):
 
 @contextmanager
 def last_checkpoint() -> Iterator[Path | None]:
-    """A worker's checkpoint to go on from; None at the start."""
+    """Yield the checkpoint that a worker continues from; None at the start."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         yield None
@@ -153,14 +153,14 @@ def last_checkpoint() -> Iterator[Path | None]:
 
 
 class Reporter:
-    """A worker's listener: tells Ray Train of epochs, and rank 0 writes its progress beside the run.
+    """A worker's listener: it reports epochs to Ray Train, and rank 0 writes its progress beside the run.
 
-    Every report and checkpoint holds all epochs so far, so that no kill can part the two.
+    Every report and checkpoint holds all epochs so far, so that a kill cannot leave one without the other.
 
     Args:
         folder: of the driver.
         epochs: in all.
-        resume: checkpoint that the training goes on from.
+        resume: checkpoint that the training continues from.
     """
 
     def __init__(self, folder: Path, epochs: int, resume: Path | None) -> None:

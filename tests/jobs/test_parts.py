@@ -14,6 +14,7 @@ import pytest
 
 from cluster.tables import parts as parts_module
 from cluster.tables.parts import Parts, alone, part_name
+from tvilfm.place import Place
 
 
 def rows(first: int, count: int) -> pa.Table:
@@ -33,7 +34,7 @@ def test_an_empty_folder_has_no_image_and_no_column(tmp_path: Path) -> None:
     assert parts.done() == set()
     assert parts.read().num_columns == 0
     parts.compact()
-    parts.publish(str(tmp_path / "table.parquet"), rows(0, 1).schema)
+    parts.publish(Place(str(tmp_path / "table.parquet")), rows(0, 1).schema)
     assert pq.read_table(tmp_path / "table.parquet").equals(rows(0, 1).slice(0, 0))
 
 
@@ -73,7 +74,7 @@ def test_merging_keeps_every_row_once_and_leaves_few_files(
     write(parts, 29, 2)
     parts.compact()
     assert parts.read().equals(rows(0, 31))
-    parts.publish(str(tmp_path / "all" / "table.parquet"), rows(0, 0).schema)
+    parts.publish(Place(str(tmp_path / "all" / "table.parquet")), rows(0, 0).schema)
     assert pq.read_table(tmp_path / "all" / "table.parquet").sort_by("image").equals(rows(0, 31))
 
 
@@ -121,7 +122,7 @@ def test_a_reader_survives_a_merge_between_its_listing_and_its_reading(
 
     monkeypatch.setattr(Parts, "_paths", then_merge)
     if published:
-        parts.publish(str(tmp_path / "out" / "table.parquet"), rows(0, 1).schema)
+        parts.publish(Place(str(tmp_path / "out" / "table.parquet")), rows(0, 1).schema)
         assert pq.read_table(tmp_path / "out" / "table.parquet").sort_by("image").equals(rows(0, 16))
     else:
         assert parts.read().equals(rows(0, 16))
