@@ -1,8 +1,8 @@
-"""From what a client has of a person to the vectors that are searched with.
+"""Encode a client's query (infrared crop, sentence, or both) into search vectors.
 
-An infrared crop, a sentence, or both, of which fusion wants one thing more: a text that says what the infrared image
-shows anyway, to be subtracted (METHOD 2). The client may give it; else the service's captioner writes it; else fusion
-goes without, and the answer says which it was.
+A query with both is fused. Fusion subtracts a filter text: a caption of what the infrared image already shows
+(METHOD 2). The client may send this caption. Otherwise the service's captioner writes it. Without either, nothing is
+subtracted. The answer says which of the three applied.
 
 Shapes: Q questions, N rows, D feature.
 """
@@ -27,12 +27,12 @@ from tvilfm.terms import FilterTextSource
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What a client has; an image, a sentence, or both.
+    """A client's query before encoding: an infrared image, a sentence, or both.
 
     Attributes:
         infrared: uint8 (H, W, 3) of any size, one channel repeated.
-        sentence: how somebody describes the person.
-        infrared_caption: what the infrared image shows; used when there are an image and a sentence to fuse.
+        sentence: description of the person.
+        infrared_caption: what the infrared image shows; used only when an image and a sentence are fused.
     """
 
     infrared: Pixels | None = None
@@ -46,14 +46,14 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """A question in vectors.
+    """An encoded question.
 
     Attributes:
-        parts: modality -> (D,) float32 unit vector on the CPU. `infrared`, `text` and `fusion` of a question that has
-            both, else the one there is.
-        base: compared through the base stage's head: infrared alone is.
-        space_id: of the model.
-        filter_text_source: where the text came from that fusion subtracts; none also where nothing is fused.
+        parts: modality -> (D,) float32 unit vector on the CPU. Keys are `infrared`, `text` and `fusion` if the question
+            has an image and a sentence, otherwise only `infrared` or only `text`.
+        base: whether the vectors are compared through the base stage's head; true for infrared alone.
+        space_id: space of the model that encoded the question.
+        filter_text_source: source of the filter text that fusion subtracts; "none" also if nothing is fused.
     """
 
     parts: Mapping[str, Tensor]
@@ -66,13 +66,13 @@ class Query:
 def query_parts(
     model: TVILFM, infrared_D: Tensor | None, text_D: Tensor | None, filter_D: Tensor | None
 ) -> dict[str, Tensor]:
-    """The unit vectors that a question is compared by.
+    """Return the unit vectors that a question is compared by.
 
     Args:
         model: in eval mode.
-        infrared_D: raw feature of the infrared image; None without one.
-        text_D: raw feature of the sentence; None without one.
-        filter_D: raw feature of the text that fusion subtracts; None fuses without.
+        infrared_D: raw feature of the infrared image; None without an image.
+        text_D: raw feature of the sentence; None without a sentence.
+        filter_D: raw feature of the filter text; None = fusion subtracts nothing.
 
     Returns:
         Modality -> (D,) float32 on the CPU, see `Query.parts`.
@@ -89,13 +89,13 @@ def query_parts(
 
 
 class QueryEncoder:
-    """Encodes questions, many at once; each as it would be alone, up to rounding.
+    """Encode questions in batches; each gets the same vectors as if encoded alone, up to rounding.
 
     Args:
         model: in eval mode, on its device.
-        height, width: pixels that the model was trained at.
-        filter_text: `loss.filter_text` of the training: SFF, or fusion without a filter for its ablation.
-        captioner: infrared pictures (uint8, H x W x 3, as they came) to sentences; None = there is none.
+        height, width: image size in pixels that the model was trained at.
+        filter_text: `loss.filter_text` of the training: True for SFF, False for its ablation (fusion without a filter).
+        captioner: function from infrared images (uint8, H x W x 3, original size) to sentences; None = no captioner.
     """
 
     def __init__(
@@ -112,10 +112,10 @@ class QueryEncoder:
         self.space_id = space_id(model, height=height, width=width)
 
     def encode(self, questions: Sequence[Question]) -> list[Query]:
-        """The vectors of questions, in their order; an image is encoded once and a sentence once.
+        """Return the vectors of the questions, in order. Each image and each distinct sentence is encoded once.
 
         Raises:
-            ValueError: a sentence for a model without text tower.
+            ValueError: a question has a sentence and the model has no text tower.
         """
         raw_infrared = self._images([one.infrared for one in questions])
         filters = self._filter_texts(questions)
@@ -140,7 +140,9 @@ class QueryEncoder:
         if not sentences:
             return {}
         if self._model.text is None:
-            raise ValueError("sentence: expected none, as the model is of the base stage, without a text tower.")
+            raise ValueError(
+                "sentence: expected none, because the model is from the base stage and has no text tower, got one."
+            )
         ordered = sorted(sentences)
         return dict(zip(ordered, self._raw(encode_texts(self._model, ordered)), strict=True))
 
@@ -148,19 +150,19 @@ class QueryEncoder:
         return torch.from_numpy(features_ND).to(next(self._model.parameters()).device)
 
     def _filter_texts(self, questions: Sequence[Question]) -> list[tuple[str | None, FilterTextSource]]:
-        """What fusion subtracts of each question, and who said it."""
-        found: list[tuple[str | None, FilterTextSource]] = [(None, "none")] * len(questions)
+        """Return the filter text of each question and the source of that text."""
+        filters: list[tuple[str | None, FilterTextSource]] = [(None, "none")] * len(questions)
         silent, images = [], []
         for row, question in enumerate(questions):
             if not self._filter_text or question.infrared is None or not question.sentence:
                 continue
             if question.infrared_caption:
-                found[row] = (question.infrared_caption, "given")
+                filters[row] = (question.infrared_caption, "given")
             else:
                 silent.append(row)
                 images.append(question.infrared)
         if self._captioner is not None and silent:
             for row, text in zip(silent, self._captioner(images), strict=True):
                 if text:
-                    found[row] = (text, "captioner")
-        return found
+                    filters[row] = (text, "captioner")
+        return filters

@@ -1,7 +1,7 @@
-"""Search: one look at the gallery for all modalities, and the answer that the evaluation would give.
+"""Search a gallery once for all modalities of a query, with the ranking of the evaluation.
 
-Small galleries are searched exactly, in memory; large ones by Lance's index, which reads a part of the table and looks
-at its best candidates again with the vectors themselves.
+Small galleries are searched exactly, in memory. Large galleries are searched with Lance's index, which reads part of
+the table and re-scores its best candidates with the full vectors.
 
 Shapes: Q queries, K hits, M modalities, D feature.
 """
@@ -24,18 +24,18 @@ from tvilfm.retrieval.query import Query
 from tvilfm.retrieval.rows import Where, column_of
 from tvilfm.terms import SearchKind
 
-MORE = 4  # times as many rows are ranked when those found show too few people
+MORE = 4  # growth of the number of ranked rows when they contain too few identities
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """How a query is to be answered.
+    """Search options of a query.
 
     Attributes:
-        weights: of the modalities in the ensemble; a question with one modality is answered by that one.
-        k: hits wanted, at least 1.
-        where: which rows take part.
-        by_identity: the best row of each identity alone; rows without one stand for themselves.
+        weights: ensemble weight of each modality; ignored for a query with one modality.
+        k: number of hits to return, at least 1.
+        where: filter on the gallery rows.
+        by_identity: return only the best row of each identity; a row without an identity counts as its own.
     """
 
     weights: Mapping[str, float]
@@ -46,11 +46,11 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Hit:
-    """One row of the gallery.
+    """One ranked row of the gallery.
 
     Attributes:
-        score: similarity; of an ensemble, the weighted sum of its modalities'.
-        shares: what each modality adds to the score, its weight included.
+        score: similarity; for an ensemble, the weighted sum of the similarities of its modalities.
+        shares: modality -> its contribution to the score, weight included.
     """
 
     id: str
@@ -64,7 +64,7 @@ class Hit:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """Hits, best first, ties in the order of writing; `version` is that of the gallery that was searched."""
+    """Hits, best first, ties in the order of writing. `version` is the gallery version that was searched."""
 
     hits: list[Hit]
     version: int
@@ -72,19 +72,19 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class _State:
-    """A version, and its rows in memory if they are few enough."""
+    """A gallery version, and its in-memory index if the gallery is small enough."""
 
     gallery: Gallery
     exact: ExactIndex | None
 
 
 class Searcher:
-    """Answers queries from one gallery.
+    """Answer queries from one gallery.
 
     Args:
-        gallery: followed as it is written, by `refresh`.
-        section: up to which size the search is exact, and how an index is used.
-        device: of the first pass of an exact search; half precision on CUDA.
+        gallery: the gallery to search; `refresh` picks up new versions.
+        section: largest size that is searched exactly, and the settings of the index.
+        device: device of the first pass of an exact search; half precision on CUDA.
     """
 
     def __init__(self, gallery: Gallery, section: GallerySection, *, device: str = "cpu") -> None:
@@ -93,23 +93,23 @@ class Searcher:
 
     @property
     def gallery(self) -> Gallery:
-        """The version that is searched now."""
+        """The gallery version that is currently searched."""
         return self._state.gallery
 
     @property
     def kind(self) -> SearchKind:
-        """How that version is searched: in memory, by its index, or, for want of one, by reading every row."""
+        """How that version is searched: in memory, with its index, or by reading every row if it has no index."""
         if self._state.exact is not None:
             return "exact"
         return "index" if self._state.gallery.indexed else "scan"
 
     def refresh(self) -> bool:
-        """Search the latest version from now on, loading the rows that it adds; true if there was a new one.
+        """Load the rows that the latest version adds and search it from now on. Return whether it was new.
 
-        A search that is under way ends on the version it began with.
+        A running search finishes on the version that it started with.
         """
         self._gallery.refresh()
-        searched = self._state.gallery  # behind also where the last load failed
+        searched = self._state.gallery  # also outdated if the last load failed
         same_table = self._gallery.space_id == searched.space_id
         if same_table and self._gallery.version == searched.version:
             return False
@@ -120,14 +120,14 @@ class Searcher:
         """Answer queries together.
 
         Args:
-            queries: of the gallery's space.
-            requests: one a query.
+            queries: queries in the gallery's space.
+            requests: one per query.
 
         Returns:
-            One answer a query, with k hits or as many as take part.
+            One answer per query, with k hits, or fewer if fewer rows match the filter.
 
         Raises:
-            ValueError: a query of another space, or no weight above 0 for any of its modalities.
+            ValueError: a query is from another space, or no weight of its modalities is above 0.
 
         Source: METHOD 7, one search with the weighted sum; METHOD 8, ties. Differs: none known.
         """
@@ -166,7 +166,7 @@ class Searcher:
     def _rank(
         self, state: _State, vectors_QD: Tensor, wheres: Sequence[Where], count: int, *, base: bool
     ) -> Iterator[Ranked]:
-        """One a query; those by the index when they are asked for, as each comes with vectors of its own."""
+        """Yield one ranking per query. Index searches run lazily, because each loads its own vectors."""
         if state.exact is not None:
             yield from state.exact.rank(vectors_QD, wheres, count, base=base)
             return
@@ -182,7 +182,7 @@ class Searcher:
 
 
 def _weights(query: Query, request: Request) -> dict[str, float]:
-    """Weight of each modality that takes part."""
+    """Return the weight of each modality that takes part."""
     if len(query.parts) == 1:
         return dict.fromkeys(query.parts, 1.0)
     return {name: request.weights[name] for name in query.parts if request.weights.get(name, 0.0) > 0}

@@ -1,7 +1,7 @@
-"""The two spaces that a model's vectors live in, and their common name.
+"""The two vector spaces of a model and their common name.
 
-The evaluation compares an infrared image alone through the base stage's head, and everything that a text takes part in
-through the current one. So whoever is searched has a vector in both, and both are named by the model that made them.
+The evaluation compares queries of infrared alone through the base stage's head and queries with text through the
+current head. So each gallery image has one vector in each space. One space id, derived from the model, names both.
 
 Shapes: N rows, D feature.
 """
@@ -19,18 +19,18 @@ Vectors = npt.NDArray[np.float32]
 
 
 def space_id(model: TVILFM, *, height: int, width: int) -> str:
-    """The name of a model's spaces: a hash of all its weights, and the size that it sees pictures at.
+    """Return the name of a model's spaces: a hash of all its weights and its input image size.
 
     Args:
-        model: both heads take part in the hash.
-        height, width: pixels.
+        model: the hash covers both heads.
+        height, width: input image size in pixels.
     """
     return f"{parameter_digest(model)}-{height}x{width}"
 
 
 @torch.inference_mode()
 def gallery_vectors(model: TVILFM, raw_ND: Vectors) -> dict[str, Vectors]:
-    """What a gallery keeps of visible images: `vector` and `vector_base` of `gallery.row_schema`.
+    """Return the gallery vectors of visible images: columns `vector` and `vector_base` of `rows.row_schema`.
 
     Args:
         model: in eval mode.
