@@ -134,15 +134,15 @@ def _sign_in_and_search(page: Page, token: str, picture: Path) -> None:
         if key != token:
             expect(page.get_by_role("alert")).to_contain_text("got a wrong one")
     expect(page.get_by_role("dialog")).to_be_hidden()
-    expect(page.locator("#status")).to_contain_text("16 pictures")
+    expect(page.locator("#status")).to_contain_text("16 images")
 
     page.locator("#image").set_input_files(picture)
     page.get_by_label("Description", exact=True).fill("a woman in a red coat with a backpack")
-    page.get_by_label("What the picture shows anyway").fill("a woman in a coat with a backpack")
+    page.get_by_label("What the infrared image already shows").fill("a woman in a coat with a backpack")
     page.get_by_role("button", name="Search").click()
     hits = page.locator("#hits li")
     expect(hits).to_have_count(16)
-    expect(page.locator("#told")).to_contain_text("your words for the picture were subtracted")
+    expect(page.locator("#told")).to_contain_text("your caption of the image was subtracted")
     expect(page.locator("#hits img")).to_have_count(16)
     first = hits.first
     assert first.locator(".bar i").count() == 3

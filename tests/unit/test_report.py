@@ -366,7 +366,7 @@ def test_verdict_says_when_mAP_disagrees() -> None:
     rows = [make_row("infrared", 0.4), make_row("fusion", 0.5, mAP=0.3), make_row("ensemble", 0.6, mAP=0.35)]
     found = tables.verdict(replace(make_results(), rows=rows))
     assert found.outcome == "partly"
-    words = "mAP moves otherwise: 37.20% with infrared alone, 30.00% with infrared + text (fusion) (lower)."
+    words = "mAP changes differently: 37.20% with infrared alone, 30.00% with infrared + text (fusion) (lower)."
     assert found.sentence.count("mAP") == 1
     assert words in found.sentence
 
@@ -455,7 +455,7 @@ def test_published_rows_stand_beside_real_datasets(dataset: str) -> None:
     assert {"infrared", "ensemble"} <= {row.query for row in rows}
     assert all(0 < row.rank1 < 1 for row in rows)
     text = read_page(page.render_report(ReportData(results=replace(infrared_only(), dataset=dataset)))).text
-    assert "Beside the literature" in text
+    assert "Comparison with published results" in text
     assert "published, single run, test-selected" in text
 
 
@@ -474,7 +474,7 @@ def test_published_numbers_of_the_full_method() -> None:
 
 def test_published_rows_are_absent_for_synthetic(full_page: str) -> None:
     assert published_rows("synthetic") == ()
-    assert "Beside the literature" not in full_page
+    assert "Comparison with published results" not in full_page
 
 
 def test_tables_print_the_same_figures() -> None:

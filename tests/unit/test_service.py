@@ -528,7 +528,7 @@ def test_the_pictures_of_a_request_are_counted_before_any_is_decoded(
     assert ask(316).status_code == 200 and len(decoded) == 4
     answer = ask(190, 190, 190)  # each of them is allowed
     assert answer.status_code == 422 and len(decoded) == 4
-    assert "expected at most 100000 pixels in the pictures of a request, got 108300" in answer.json()["error"]
+    assert "expected at most 100000 pixels in the images of a request, got 108300" in answer.json()["error"]
     rows = [{"id": str(n), "camid": 1, "image": text(encoded(Image.new("RGB", (240, 240))))} for n in range(2)]
     assert service.client.post("/v1/gallery/bulk", json={"rows": rows}).status_code == 422 and len(decoded) == 4
 
@@ -575,7 +575,7 @@ def test_a_full_queue_and_a_part_that_is_replaced_say_when_to_try_again(service:
     assert service.client.get("/readyz").status_code == 503
     service.backend.fails = KeyError("a fault")
     answer = service.client.post("/v1/search", json={"sentence": "a coat"})
-    assert answer.status_code == 500 and "a fault" not in answer.text.replace("a fault of ours", "")
+    assert answer.status_code == 500 and "a fault" not in answer.text
 
 
 def png_bomb(width: int, height: int) -> bytes:

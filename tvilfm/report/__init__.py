@@ -1,4 +1,5 @@
-"""The result page of one run: `tables` (numbers and their wording), `figures` (charts), `page` (the HTML file).
+"""The result pages of runs and sweeps.
 
-Nothing is re-exported here, so that `tvilfm.report.tables` stays importable without matplotlib.
+`tables` formats numbers and sentences, `charts` draws figures, and `page` and `sweep` write the HTML files. Nothing is
+re-exported here, so that `tvilfm.report.tables` stays importable without matplotlib.
 """

@@ -1,4 +1,4 @@
-"""From an evaluator to the result table and the page's panels."""
+"""Collect the result table and the data of the result page from an evaluator."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ NUM_TSNE_IDENTITIES = 20
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What the page says of the run apart from its numbers.
+    """Facts about the run for the page, apart from its results.
 
     Attributes:
         versions: package -> version.
-        dataset_fingerprint: of rows and images.
-        seconds: stage -> seconds it took.
-        learning: records of all epochs; none where nothing was trained.
+        dataset_fingerprint: fingerprint of the dataset's rows and images.
+        seconds: stage -> duration in seconds.
+        learning: records of all epochs; empty if nothing was trained.
         provenance: notes about a model that was not trained in this run.
     """
 
@@ -48,7 +48,7 @@ class RunFacts:
 
 
 def build_results(evaluator: Evaluator, config: Config) -> Results:
-    """Evaluate every case and gather the table."""
+    """Evaluate every case and return the table of results."""
     cases = evaluator.evaluate()
     return Results(
         dataset=config.data.name,
@@ -84,16 +84,16 @@ def build_report(
     marks: Mapping[str, Marks],
     facts: RunFacts,
 ) -> ReportData:
-    """Gather everything on the page for the default protocol and text source, gallery draw 0.
+    """Collect everything on the page for the default protocol, the default text source and gallery draw 0.
 
     Args:
-        results: of `build_results`.
-        evaluator: the same.
-        config: the run.
+        results: result of `build_results`.
+        evaluator: the evaluator that `build_results` used.
+        config: config of the run.
         manifest, captions: the dataset's tables.
         pixels: uint8 (N, H, W, 3), in manifest order.
         marks: modality -> marks of the captioner that the run trained.
-        facts: of the run.
+        facts: facts about the run.
     """
     protocol = get_protocol(config.evaluate.protocols[0])
     query, gallery = evaluator.query(protocol), evaluator.gallery(protocol, 0)
@@ -143,7 +143,7 @@ def _examples(
     pixels: npt.NDArray[np.uint8],
     protocol: Protocol,
 ) -> list[RankedExample]:
-    """Queries evenly spread over the query list, whatever came out for them: chosen, they would flatter."""
+    """Return examples of queries that are evenly spaced in the query list, so that good results are not preferred."""
     rows = kept[protocol.query_modality] if texts is None else texts.kept
     chosen = rows[np.linspace(0, len(rows) - 1, min(NUM_EXAMPLES, len(rows))).round().astype(int)]
     query_pixels, gallery_pixels = rows_of(manifest, query), rows_of(manifest, gallery)
@@ -183,13 +183,13 @@ def _features(
     alone: str,
 ) -> dict[str, RetrievalFeatures]:
     gallery_pids, query_pids = column(gallery, "pid"), column(query, "pid")
-    found = {}
+    features = {}
     for kind in QUERIES:
         if kind in vectors:
             unit = torch.nn.functional.normalize(vectors[kind], dim=1).cpu().numpy()
             images = evaluator.image_vectors(gallery, base=kind == alone).cpu().numpy()
-            found[kind] = RetrievalFeatures(unit, query_pids[kept[kind]], images, gallery_pids)
-    return found
+            features[kind] = RetrievalFeatures(unit, query_pids[kept[kind]], images, gallery_pids)
+    return features
 
 
 def _caption_samples(
@@ -220,7 +220,7 @@ def _facts(config: Config, facts: RunFacts, manifest: pa.Table, query: pa.Table,
         ),
         **counts,
         "test": f"{len(set(column(query, 'pid')))} identities, {query.num_rows} queries, "
-        f"{gallery.num_rows} gallery images a draw",
+        f"{gallery.num_rows} gallery images per draw",
         "dataset fingerprint": facts.dataset_fingerprint,
         **_network(config),
         "seed": str(config.run.seed),
@@ -246,28 +246,29 @@ def _notes(config: Config) -> list[str]:
     trains = config.model.trained is None
     if trains and "test" in (config.train.base.select, config.train.text.select):
         notes.append(
-            "A checkpoint was selected on the test identities, as the published numbers were: these numbers flatter."
+            "A checkpoint was selected on the test identities, as for the published numbers. So these results are "
+            "optimistic."
         )
     if config.evaluate.rerank.method != "none":
         notes.append(
-            f"Every ranking had a second look ({config.evaluate.rerank.method}), which uses the other queries or the "
-            "gallery: compare with methods that do the same."
+            f"Every ranking was re-ranked ({config.evaluate.rerank.method}), which uses other queries or the gallery. "
+            "Compare only with methods that do the same."
         )
     if config.data.name == "synthetic":
         notes.append(
-            "Synthetic benchmark: rendered people, and captions written from what was drawn, with deliberate faults. "
-            "It shows that the method and this program work; its numbers say nothing about real cameras."
+            "Synthetic benchmark: rendered people, with captions that describe the drawing and contain deliberate "
+            "errors. It shows that the method and this program work; its numbers say nothing about real cameras."
         )
     if config.caption.source == "finetuned":
         notes.append(
-            "Captions were written by captioners that learned from the training identities' captions; test images "
-            "were described by what was seen in them."
+            "Captions were written by captioners that were trained on the captions of the training identities. The "
+            "captions of test images depend only on the images."
         )
     if config.caption.rephrase.engine == "rules" and config.caption.source != "files":
         notes.append("Rephrases come from a rule-based paraphraser, not from a language model.")
     if trains and config.model.weights == "attributes":
         notes.append(
-            "The backbone was pre-trained on attributes of a disjoint synthetic split, the offline stand-in for "
+            "The backbone was pre-trained on attributes of a disjoint synthetic split, an offline replacement for "
             "ImageNet weights."
         )
     return notes

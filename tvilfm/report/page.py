@@ -1,8 +1,8 @@
-"""The result page: one self-contained HTML file that shows what a run found, and on what it rests.
+"""The result page: one self-contained HTML file with the results of a run and how they were obtained.
 
-`ReportData` holds everything the page shows, as arrays and plain text; `write_report` draws it. Nothing is
-loaded from the network: charts are inline SVG, photographs are base64 JPEG, the style is in the file, and
-the numbers are there once more as JSON. Parts that are empty are left out together with their heading.
+`ReportData` holds everything that the page shows, as arrays and plain text; `write_report` draws it. The page loads
+nothing from the network: charts are inline SVG, images are base64 JPEG, and the style is in the file. The numbers are
+also embedded as JSON. Empty parts are left out, including their headings.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tvilfm.terms import METRICS, QUERIES, TEXT_SOURCES
 
 ImageArray: TypeAlias = npt.NDArray[np.uint8]
 
-# Thumbnails are shown 96 pixels high; twice that keeps them sharp on dense screens.
+# Thumbnails are shown 96 pixels high; twice this height keeps them sharp on high-density screens.
 THUMBNAIL_HEIGHT = 192
 DATASET_LABELS: Mapping[str, str] = {"sysu_mm01": "SYSU-MM01", "regdb": "RegDB", "llcm": "LLCM"}
 
@@ -59,15 +59,15 @@ class CaptionSample(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RankedRow:
-    """The first gallery images one query modality found, best first.
+    """The top gallery images for one query modality, best first.
 
     Args:
-        images: uint8 HxWx3 each; 10, or fewer where the gallery is smaller.
-        correct: whether each shows the query's person.
-        similarity: higher is closer; comparable within one row only.
+        images: uint8 HxWx3 each; 10, or fewer if the gallery is smaller.
+        correct: whether each image shows the query's person.
+        similarity: higher is closer; only comparable within one row.
 
     Raises:
-        ValueError: the three differ in length.
+        ValueError: the three sequences differ in length.
     """
 
     images: Sequence[ImageArray]
@@ -78,20 +78,21 @@ class RankedRow:
         sizes = (len(self.images), len(self.correct), len(self.similarity))
         if len(set(sizes)) != 1:
             raise ValueError(
-                f"ranked_row: expected as many images as marks and similarities, got {sizes}. Cut all three alike."
+                f"ranked_row: expected as many images as marks and similarities, got {sizes}. "
+                "Cut all three to the same length."
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankedExample:
-    """One query and what each query modality found for it.
+    """One query and its ranked lists.
 
     Args:
         image: uint8, HxWx3: the infrared query.
         pid: its identity.
         query_text: the visible-style description used as query text; None without text.
         filter_text: the query image's own infrared caption, which SFF subtracts; None without SFF.
-        rankings: query modality -> what it found.
+        rankings: query modality -> its top gallery images.
     """
 
     image: ImageArray
@@ -103,21 +104,21 @@ class RankedExample:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """Everything on the page. Only `results` is needed; every other part may be empty.
+    """Everything on the page. Only `results` is required; every other part may be empty.
 
     Args:
         results: the numbers, as in results.json.
-        name: of the run, for the title.
+        name: name of the run, for the title.
         cmc: query -> fractions at ranks 1-20, for the default protocol and text source.
         examples: ranked lists of a few queries.
         features: query -> unit vectors and identities of both sides.
         learning: metric records, see `learning_chart`.
         captions: samples of the captions.
-        marks: modality -> marks of its captioner, where the run trained one.
-        facts: facts of the run in the order to show, e.g. dataset, seed, versions, time by stage.
+        marks: modality -> marks of its captioner, if the run trained one.
+        facts: facts of the run in display order, e.g. dataset, seed, versions, time by stage.
         config_yaml: the resolved config.
         notes: warnings shown under the verdict, e.g. "selected on the test set".
-        seed: of the choices t-SNE makes.
+        seed: seed of t-SNE and of the choice of its identities and images.
     """
 
     results: Results
@@ -135,7 +136,7 @@ class ReportData:
 
 
 def write_report(data: ReportData, path: Path) -> None:
-    """Write the page to `path` atomically; its folder is created.
+    """Write the page to `path` atomically; its folder is created if missing.
 
     Args:
         data: what to show.
@@ -145,10 +146,10 @@ def write_report(data: ReportData, path: Path) -> None:
 
 
 def render_report(data: ReportData) -> str:
-    """Return the page as HTML text. Every text of a caption, config or fact is escaped.
+    """Return the page as HTML. Captions, config and facts are escaped.
 
     Raises:
-        ValueError: `cmc`, `features` or a ranked list names a query modality that does not exist.
+        ValueError: `cmc`, `features` or a ranked list has an unknown query modality.
     """
     named = {"cmc": data.cmc, "features": data.features}
     named |= {f"examples[{index}].rankings": example.rankings for index, example in enumerate(data.examples)}
@@ -209,7 +210,7 @@ def _marks(modality: str, marks: Marks) -> dict[str, Any]:
 
 
 def page_template(name: str) -> Template:
-    """A page of this folder, escaping every text and refusing names that are not given."""
+    """Return a template of this folder that escapes all text and fails on undefined names."""
     environment = Environment(
         loader=PackageLoader("tvilfm", "report"),
         autoescape=True,
@@ -221,12 +222,12 @@ def page_template(name: str) -> Template:
 
 
 def markup(svg: str | None) -> Markup | None:
-    """A chart, or nothing, as it stands on a page."""
+    """Mark a chart as safe HTML; None stays None."""
     return None if svg is None else Markup(svg)
 
 
 def _script_json(results: Results) -> Markup:
-    """Return results.json for a <script type="application/json">, with the characters that could end it escaped."""
+    """Return results.json for a <script type="application/json">; characters that could end the element are escaped."""
     text = json.dumps(results.to_dict(), allow_nan=False)
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -253,13 +254,13 @@ def _default_table(results: Results) -> list[dict[str, Any]]:
 
 
 def _full_table(results: Results) -> list[dict[str, Any]]:
-    """Group every row by protocol, the default protocol first, queries in the order of the headline table."""
+    """Group all rows by protocol, the default protocol first; queries are in the order of the headline table."""
     first = results.default_protocol
     protocols = [first, *(name for name in results.protocols if name != first)]
     groups = []
     for protocol in protocols:
         rows = [row for row in results.rows if row.protocol == protocol]
-        # "none" beside "witness": infrared alone opens the block of the first text source.
+        # "none" sorts with "witness", so that infrared alone comes first in the block of the first text source.
         rows.sort(key=lambda row: (TEXT_SOURCES.index(row.text_source) % 3, QUERIES.index(row.query)))
         chance = results.chance.get(protocol)
         groups.append(
@@ -282,7 +283,7 @@ def _full_table(results: Results) -> list[dict[str, Any]]:
 
 
 def _published_table(results: Results) -> list[dict[str, Any]]:
-    """Group the published numbers by how they were obtained, in the order of their first row."""
+    """Group the published numbers by how they were obtained; groups are in the order of their first rows."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in published_rows(results.dataset):
         cells = ["" if value is None else tables.percent(value) for value in (row.rank1, row.mAP, row.mINP)]
@@ -304,7 +305,7 @@ def _example(example: RankedExample) -> dict[str, Any]:
         rankings.append(
             {
                 "query": query,
-                "summary": f"first right at rank {hits[0]}" if hits else f"none right in {len(row.correct)}",
+                "summary": f"first match at rank {hits[0]}" if hits else f"no match in the top {len(row.correct)}",
                 "found": [
                     {
                         "rank": rank,
@@ -328,7 +329,7 @@ def _example(example: RankedExample) -> dict[str, Any]:
 
 
 def _jpeg(image: ImageArray) -> str:
-    """Return a `data:` address of the image as JPEG, at most `THUMBNAIL_HEIGHT` high."""
+    """Return the image as a `data:` URL with a JPEG of at most `THUMBNAIL_HEIGHT` pixels height."""
     picture = Image.fromarray(np.ascontiguousarray(image)).convert("RGB")
     if picture.height > THUMBNAIL_HEIGHT:
         width = max(1, round(picture.width * THUMBNAIL_HEIGHT / picture.height))

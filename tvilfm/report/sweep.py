@@ -1,6 +1,6 @@
-"""The report of a sweep: a table of settings beside the paper's, and the page.
+"""The report of a sweep: a table of settings with the paper's numbers, and the HTML page.
 
-Fractions are percent only in the strings made here.
+Metrics are fractions; they are converted to percent only for output.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MINUS = "\N{MINUS SIGN}"
 
 
 def verdict_sentence(data: SweepData) -> str:
-    """Say what the table shows: which settings differ from the reference beyond chance, or which one is best."""
+    """Return a sentence that says which settings differ significantly from the reference, or which one is best."""
     summaries = summarise(data)
     space, label = data.space, _metric_label(data.space.metric)
     best = max(summaries, key=lambda one: mean_or_last(one.metrics[space.metric]), default=None)
@@ -48,36 +48,44 @@ def verdict_sentence(data: SweepData) -> str:
     if space.reference is None:
         return f"Best {label}: {_spread(best.metrics[space.metric])} with {best.setting}."
     reference = next(one for one in summaries if one.setting == space.reference)
-    sides: dict[str, list[str]] = {"below": [], "above": [], "not told apart from": []}
+    sides: dict[str, list[str]] = {"lower": [], "higher": [], "no clear difference": []}
     for one in summaries:
         gap = one.differences.get("mAP")
         if gap is not None and gap.low is not None and gap.high is not None:
-            side = "below" if gap.high < 0 else "above" if gap.low > 0 else "not told apart from"
+            side = "lower" if gap.high < 0 else "higher" if gap.low > 0 else "no clear difference"
             sides[side].append(one.setting)
-    found = [f"{side} it: {', '.join(names)}" for side, names in sides.items() if names]
-    return (
-        f"Row “{reference.setting}” reaches mAP {_spread(reference.metrics['mAP'])}. By the 95 % interval of the "
-        f"paired difference in mAP, {'; '.join(found) if found else 'nothing can be said with one seed'}."
+    groups = "; ".join(f"{side}: {', '.join(names)}" for side, names in sides.items() if names)
+    comparison = (
+        f"Compared with it by the 95 % interval of the paired difference in mAP: {groups}."
+        if groups
+        else "One seed is not enough to compare the other rows with it."
     )
+    return f"Row “{reference.setting}” reaches mAP {_spread(reference.metrics['mAP'])}. {comparison}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Cells as every format prints them; the first columns name the setting, the last says what its seeds came to."""
+    """Cells as printed in every format. The first columns name the setting; the last one shows its trials' status.
+
+    Args:
+        header: column titles.
+        rows: cells of each setting.
+        num_names: number of columns that name the setting.
+    """
 
     header: list[str]
     rows: list[list[str]]
     num_names: int
 
     def is_number(self, column: int) -> bool:
-        """Whether a column is set flush right."""
+        """Return whether a column holds numbers and is aligned right."""
         return self.num_names <= column < len(self.header) - 1
 
 
 def settings_table(data: SweepData) -> Table:
-    """The table of settings, percent: rows with their query, or a column for each parameter."""
+    """Return the table of settings in percent: named rows with their query, or one column per parameter."""
     space, summaries = data.space, summarise(data)
-    # The validation metric chose a setting; of rows, which nobody chooses, the paper's three are shown.
+    # A search selects settings by its metric, so this metric comes first. Rows only show the paper's three metrics.
     shown = SHOWN if space.rows else tuple(dict.fromkeys((space.metric, *SHOWN)))
     names = ["row", "query"] if space.rows else [_title(key) for key in space.parameters]
     with_gaps = len(space.seeds) > 1
@@ -98,7 +106,7 @@ def settings_table(data: SweepData) -> Table:
 
 
 def markdown_table(data: SweepData) -> str:
-    """The table as Markdown, with the sentence that says what its columns are."""
+    """Return the table as Markdown, followed by a sentence that explains its columns."""
     table = settings_table(data)
     marks = ["---:" if table.is_number(column) else "---" for column in range(len(table.header))]
     lines = [
@@ -109,7 +117,7 @@ def markdown_table(data: SweepData) -> str:
 
 
 def latex_table(data: SweepData) -> str:
-    """The table as LaTeX with booktabs rules, ready to be pasted."""
+    """Return the table as LaTeX with booktabs rules, ready to paste."""
     table = settings_table(data)
     columns = "".join("r" if table.is_number(column) else "l" for column in range(len(table.header)))
     header, *body = (" & ".join(_latex(cell) for cell in cells) + r" \\" for cells in (table.header, *table.rows))
@@ -123,7 +131,7 @@ def latex_table(data: SweepData) -> str:
 
 
 def csv_table(data: SweepData) -> str:
-    """The table as CSV with full precision: fractions, one column a number."""
+    """Return the table as CSV with full precision: fractions, one column per number."""
     metrics = tuple(dict.fromkeys((*SHOWN, data.space.metric)))
     parameters = list(data.space.parameters)
     header = ["setting", "query", *parameters]
@@ -147,7 +155,7 @@ def csv_table(data: SweepData) -> str:
 
 
 def table_sentence(data: SweepData) -> str:
-    """Say what ±, Δ and the paper's columns of the table are."""
+    """Return a sentence that explains ±, Δ and the paper's column of the table."""
     space = data.space
     sentence = f"Percent, training seed {space.seeds[0]}."
     if len(space.seeds) > 1:
@@ -172,7 +180,7 @@ def write_sweep_report(data: SweepData, folder: Path) -> None:
 
 
 def render_sweep(data: SweepData) -> str:
-    """Return the page as HTML text; every text of a setting, reason, config or fact is escaped."""
+    """Return the page as HTML. Settings, reasons, config and facts are escaped."""
     space = data.space
     importance = parameter_importance(space, data.records)
     return page_template("sweep.html.j2").render(
@@ -207,7 +215,7 @@ def _metric_label(metric: str) -> str:
 
 
 def _title(key: str) -> str:
-    """A parameter's short name, which may be broken into lines."""
+    """Return a parameter's short name, with spaces so that it can wrap."""
     return key.rpartition(".")[2].replace("_", " ")
 
 
@@ -243,7 +251,7 @@ def _latex(text: str) -> str:
 
 
 def _axis(title: str, parameter: Parameter) -> tuple[ParallelAxis, float, float]:
-    """An axis of the parallel coordinates, and the places of its two ends."""
+    """Return an axis of the parallel coordinates and the positions of its two ends."""
     if parameter.range is None:
         names = [word(value) for value in parameter.options]
         top = max(1, len(names) - 1)
@@ -277,7 +285,7 @@ def _parallel(space: Space, records: Sequence[TrialRecord]) -> str | None:
 
 
 def _learning(space: Space, records: Sequence[TrialRecord]) -> str | None:
-    """Curves of every training; of rows that read another query of the same training, the first stands for all."""
+    """Return the learning curves. Rows that share a training (they only differ in the query) are drawn once."""
     seen: list[dict[str, Any]] = []
     trained = []
     for name, row in space.rows.items():

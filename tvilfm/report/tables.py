@@ -1,4 +1,4 @@
-"""How results are worded: labels, sentences, and tables for the terminal and for Markdown."""
+"""Format results as labels, sentences, and tables for the terminal and for Markdown."""
 
 from __future__ import annotations
 
@@ -29,21 +29,20 @@ METRIC_LABELS: Mapping[str, str] = {
 }
 TEXT_SOURCE_MEANINGS: Mapping[str, str] = {
     "witness": (
-        "a visible-light caption of the query's true identity, drawn at random with the ground truth. It measures "
-        "what a witness description adds, not what can be read from the infrared image alone. This is the "
-        "published protocol."
+        "a visible-light caption of the query's true identity, chosen at random using the ground truth. It measures "
+        "what a witness description adds, not what the infrared image alone shows. This is the published protocol."
     ),
     "witness-heldout": (
-        "a visible-light caption of the query's true identity, taken from a camera that is not in the gallery. It "
-        "is still chosen with the ground truth: a witness description, but never the caption of a gallery image."
+        "a visible-light caption of the query's true identity, from a camera that is not in the gallery. It is also "
+        "chosen using the ground truth: a witness description, but never the caption of a gallery image."
     ),
     "own": (
         "the caption generated from the query image itself. No ground truth is used, so it measures what the system "
-        "can do with the infrared image and nothing else."
+        "achieves with the infrared image and nothing else."
     ),
-    "none": "no text; the infrared image is the whole query.",
+    "none": "no text; the query is only the infrared image.",
 }
-# How a sentence names the text that fusion used.
+# Names of the text that fusion used, for use in sentences.
 _TEXT_WORDS: Mapping[str, str] = {
     "witness": "a witness description",
     "witness-heldout": "a witness description from a camera outside the gallery",
@@ -51,18 +50,17 @@ _TEXT_WORDS: Mapping[str, str] = {
     "none": "a text",
 }
 _MOVES: Mapping[int, str] = {1: "higher", 0: "no change", -1: "lower"}
-# Two fractions closer than this print the same with two decimals of a percent.
+# Fractions that differ by less than this count as equal: they print alike with two decimals of a percent.
 _SAME = 5e-5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """One or more sentences that compare infrared, fusion and ensemble, and a word for their outcome.
+    """The comparison of infrared, fusion and ensemble: an outcome and one or more sentences.
 
     Args:
-        outcome: "holds" (infrared < fusion < ensemble in rank-1 and mAP), "partly", "fails" (fusion is not
-        above
-            infrared in rank-1) or "incomplete" (the comparison lacks rows).
+        outcome: "holds" (infrared < fusion < ensemble in rank-1 and mAP), "partly", "fails" (fusion is not above
+            infrared in rank-1) or "incomplete" (rows are missing).
         sentence: plain text, percent with two decimals.
     """
 
@@ -71,44 +69,44 @@ class Verdict:
 
 
 def percent(fraction: float) -> str:
-    """Print a fraction as percent with two decimals and no sign: 0.849 -> "84.90"."""
+    """Format a fraction as percent with two decimals and no percent sign: 0.849 -> "84.90"."""
     return f"{100 * fraction:.2f}"
 
 
 def metric_cell(row: ResultRow, metric: str) -> str:
-    """Print "mean ± std" of one metric in percent; a single trial has no spread, so none is printed."""
+    """Format one metric in percent as "mean ± std", or as "mean" for a single trial."""
     mean = percent(row.metric(metric))
     return mean if row.num_trials == 1 else f"{mean} ± {percent(row.std[metric])}"
 
 
 def text_source_sentence(results: Results) -> str:
-    """Say in one or two sentences what the query text of the headline rows is, or that there is none."""
+    """Return sentences that explain the query text of the headline rows, or say that there is none."""
     sources = {row.text_source for row in results.default_rows}
     source = results.default_text_source if results.default_text_source in sources else "none"
     return f"Query text “{source}”: {TEXT_SOURCE_MEANINGS[source]}"
 
 
 def spread_sentence(rows: Sequence[ResultRow]) -> str:
-    """Say what the ± of these rows is over, or that there is none."""
+    """Return a sentence that explains the ± of these rows, or says that there is none."""
     trials = sorted({row.num_trials for row in rows})
     if trials == [1]:
-        return "One trial: no spread is given."
+        return "One trial, so no standard deviation is shown."
     counts = " or ".join(str(count) for count in trials)
     return f"± is the standard deviation over {counts} trials of the protocol, not over training seeds."
 
 
 def chance_sentence(results: Results) -> str | None:
-    """Say the expected rank-1 of a random ranking under the default protocol; None where it is not known."""
+    """Return a sentence with the expected rank-1 of a random ranking (default protocol); None if it is unknown."""
     value = results.chance.get(results.default_protocol)
     return None if value is None else f"Chance: a random ranking has an expected rank-1 of {percent(value)}%."
 
 
 def verdict(results: Results) -> Verdict:
-    """Say whether infrared < fusion < ensemble on the headline rows, from the numbers alone.
+    """Judge whether infrared < fusion < ensemble holds on the headline rows.
 
-    The order is judged on rank-1 and mAP as printed (two decimals of a percent). A step that is smaller
-    than the spread between trials, and a text that does as well alone, are said too: both change what the
-    order means.
+    The order is judged on rank-1 and mAP as printed (two decimals of a percent). The sentences also mention steps that
+    are smaller than the standard deviation over trials, and text that reaches fusion's result alone, because both
+    change what the order means.
     """
     rows = {row.query: row for row in results.default_rows}
     infrared, fusion, ensemble = rows.get("infrared"), rows.get("fusion"), rows.get("ensemble")
@@ -121,14 +119,14 @@ def verdict(results: Results) -> Verdict:
         else:
             missing = [QUERY_LABELS[query] for query in ("infrared", "fusion", "ensemble") if query not in rows]
             what = f"The comparison is incomplete, without numbers for {_join(missing)}"
-        found = _join([f"{percent(row.rank1)}% with {QUERY_LABELS[row.query]}" for row in rows.values()])
-        found_words = f": rank-1 is {found}." if found else " under the default protocol and text source."
-        return Verdict(outcome="incomplete", sentence=what + found_words + chance_words)
+        values = _join([f"{percent(row.rank1)}% with {QUERY_LABELS[row.query]}" for row in rows.values()])
+        value_words = f": rank-1 is {values}." if values else " under the default protocol and text source."
+        return Verdict(outcome="incomplete", sentence=what + value_words + chance_words)
 
     steps = [(infrared, fusion)] + ([(fusion, ensemble)] if ensemble is not None else [])
     rank1_moves = [_direction(low, high, "rank1") for low, high in steps]
     mAP_moves = [_direction(low, high, "mAP") for low, high in steps]
-    # Where every step is up, "rises" says so once; otherwise each step says its own direction.
+    # If every step goes up, "rises" is said once; otherwise each step states its own direction.
     rising = all(move > 0 for move in rank1_moves)
     than = ("than infrared", "than fusion")
     signs = ["" if rising else f" ({_MOVES[m]}{f' {t}' if m else ''})" for m, t in zip(rank1_moves, than, strict=False)]
@@ -146,7 +144,7 @@ def verdict(results: Results) -> Verdict:
     elif not rising or min(mAP_moves) <= 0:
         outcome, opening = "partly", "The paper's claim holds only in part: "
     elif ensemble is None:
-        outcome, opening = "incomplete", "Text helps, and the ensemble was not evaluated: "
+        outcome, opening = "incomplete", "Text helps, but the ensemble was not evaluated: "
     else:
         outcome, opening = "holds", "The paper's claim holds in this run: "
     sentence = f"{opening}{sentence}.{chance_words}"
@@ -154,7 +152,7 @@ def verdict(results: Results) -> Verdict:
     for (low, high), rank1_move, mAP_move in zip(steps, rank1_moves, mAP_moves, strict=True):
         if mAP_move != rank1_move:
             sentence += (
-                f" mAP moves otherwise: {percent(low.mAP)}% with {QUERY_LABELS[low.query]}, "
+                f" mAP changes differently: {percent(low.mAP)}% with {QUERY_LABELS[low.query]}, "
                 f"{percent(high.mAP)}% with {QUERY_LABELS[high.query]} ({_MOVES[mAP_move]})."
             )
     for low, high in steps:
@@ -171,10 +169,10 @@ def verdict(results: Results) -> Verdict:
 
 
 def terminal_table(results: Results) -> RenderableType:
-    """Return the headline table for a terminal, with the verdict, chance and what the query text is.
+    """Return the headline table for a terminal, followed by the verdict, chance and the query text.
 
-    It fits 80 columns: the standard deviation stands under its mean, and the text source, one for all rows with
-    text, in the sentence below.
+    The table fits 80 columns: the standard deviation is printed below its mean, and the text source, which all rows
+    with text share, is given in a sentence below the table.
 
     Returns:
         A rich renderable: a table of the headline rows, percent with two decimals, mean ± std over trials.
@@ -196,7 +194,7 @@ def terminal_table(results: Results) -> RenderableType:
 
 
 def markdown_table(results: Results) -> str:
-    """Return every row as a Markdown table (percent), the headline rows first, then chance and the text source."""
+    """Return all rows as a Markdown table (percent), headline rows first, followed by chance and the text source."""
     header = ["protocol", "query", "text", *(METRIC_LABELS[metric] for metric in METRICS), "trials"]
     lines = [
         "| " + " | ".join(header) + " |",
@@ -213,7 +211,7 @@ def markdown_table(results: Results) -> str:
 
 
 def _direction(low: ResultRow, high: ResultRow, metric: str) -> int:
-    """Return 1, 0 or -1 as `high` is above, equal to (as printed) or below `low`."""
+    """Return 1, 0 or -1 if `high` is above, equal to (as printed) or below `low`."""
     gain = high.metric(metric) - low.metric(metric)
     return 0 if abs(gain) < _SAME else (1 if gain > 0 else -1)
 

@@ -1,1 +1,1 @@
-"""Search: the ensemble query."""
+"""Galleries, queries and search."""

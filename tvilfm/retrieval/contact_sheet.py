@@ -1,4 +1,4 @@
-"""The ranking of a folder as one HTML file that needs nothing else: images inside, names escaped."""
+"""Write a folder's ranking as one self-contained HTML file: images are embedded, names are escaped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tvilfm.data.images import thumbnail
 from tvilfm.data.pixels import decode
 from tvilfm.retrieval.find import Found, printable
 
-HEIGHT = 224  # pixels of an image
+HEIGHT = 224  # of an image, in pixels
 _STYLE = (
     "body{font:14px system-ui,sans-serif;margin:2em}"
     "main,header{display:flex;flex-wrap:wrap;gap:1em}"
@@ -27,11 +27,11 @@ def write_contact_sheet(
     """Write the images of a ranking with their names, scores and shares.
 
     Args:
-        ranking: of `find`.
-        folder: that it ranks.
-        path: of the HTML file.
-        images: the query's, shown first.
-        sentence: the query's.
+        ranking: result of `find`.
+        folder: the ranked folder.
+        path: the HTML file.
+        images: images of the query, shown first.
+        sentence: sentence of the query.
     """
     query = [_figure(image, escape(printable(image.name))) for image in images]
     if sentence:
@@ -54,6 +54,6 @@ def _figure(image: Path, caption: str) -> str:
     try:
         pixels = decode(image.read_bytes(), height=None, width=None, name=str(image))
         source = base64.b64encode(thumbnail(pixels, height=HEIGHT)).decode()
-    except (OSError, ValueError):  # removed since it was encoded
+    except (OSError, ValueError):  # removed or changed since it was encoded
         source = ""
     return f'<figure><img alt="" src="data:image/jpeg;base64,{source}"><figcaption>{caption}</figcaption></figure>'

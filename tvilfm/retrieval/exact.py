@@ -1,14 +1,13 @@
-"""Exact search in memory, with the evaluation's own arithmetic.
+"""Exact search in memory, with the same arithmetic as the evaluation.
 
-A first pass, one matrix product in the fastest arithmetic there is (half precision on a GPU), finds everything that
-could be among the best; a second computes these few by `similarity`, as the evaluation does. A bound on the rounding of
-both makes the result that of the second alone.
+The first pass is one matrix product in the fastest available arithmetic (half precision on a GPU). It selects all rows
+that could be among the best. The second pass scores these rows with `similarity`, as the evaluation does. The selection
+allows for the rounding errors of both passes, so the result equals that of the second pass over all rows.
 
-The table's rows lie in chunks that are never changed: a new version adds one and marks what is gone, so that loading
-it costs what it brings, and a search that is under way is not disturbed.
+The rows are stored in immutable chunks. A new version adds a chunk and replaces the masks of deleted rows. So loading a
+version costs only as much as its new rows, and does not disturb running searches.
 
-Shapes: Q queries, N rows of a chunk, R of them that are looked at twice, K ranked rows, P pairs of
-a query and a row, D feature.
+Shapes: Q queries, N rows of a chunk, R rows of the second pass, K ranked rows, P (query, row) pairs, D feature.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ from tvilfm.retrieval.rows import Where, column_of, vectors_of
 
 FACTS = ("id", "pid", "camid", "time", "image", "position")
 CHUNK_ROWS = 1 << 18
-SPARE = 64  # rows that the first pass ranks beyond those wanted
-# Rounding of a product with a unit vector, over the length of the other: of inputs and sums in half precision (four
-# roundings of 2^-11 and a reserve for sums split over a GPU), and of float32 sums per summand.
+SPARE = 64  # extra rows that the first pass ranks
+# Rounding error of a product with a unit vector, relative to the length of the other vector. Half precision: four
+# roundings of 2^-11 of inputs and sums, with a reserve for sums that a GPU splits. float32: per summand.
 HALF_ERROR, FLOAT_ERROR = 2.0**-8, 2.0**-24
 Mask = npt.NDArray[np.bool_]
 
@@ -40,13 +39,13 @@ Mask = npt.NDArray[np.bool_]
 class Ranked:
     """Rows in the order of their scores, ties in the order of writing.
 
-    Queries that are ranked together share the candidates, as each may rank the whole gallery.
+    Queries that are ranked together share their candidates, because each may rank the whole gallery.
 
     Attributes:
         candidates: (R) columns of `FACTS`.
-        vectors_RD: float32, theirs, of the space that was searched.
-        rows_K: which of them rank.
-        scores_K: float32.
+        vectors_RD: float32 vectors of the candidates, in the searched space.
+        rows_K: candidate index of each ranked row.
+        scores_K: float32 scores of the ranked rows.
     """
 
     candidates: pa.Table
@@ -56,7 +55,7 @@ class Ranked:
 
     @property
     def facts(self) -> pa.Table:
-        """(K) columns of `FACTS`."""
+        """Columns of `FACTS` for the K ranked rows."""
         return self.candidates.take(self.rows_K)
 
     @property
@@ -67,13 +66,13 @@ class Ranked:
         return replace(self, rows_K=self.rows_K[places], scores_K=self.scores_K[places])
 
     def head(self, count: int) -> Ranked:
-        """The best, without the other candidates."""
+        """Return the first `count` rows, without the other candidates."""
         best = self.take(np.arange(min(count, len(self.rows_K))))
         rows_K = np.arange(len(best.rows_K))
         return replace(best, candidates=best.facts, vectors_RD=best.vectors_KD, rows_K=rows_K)
 
     def first_of_each_identity(self) -> Ranked:
-        """The best row of each identity; rows without one stand for themselves."""
+        """Return the best row of each identity; a row without an identity counts as its own."""
         seen: set[int] = set()
         first = []
         for row, pid in enumerate(self.candidates["pid"].take(self.rows_K).to_pylist()):
@@ -85,20 +84,28 @@ class Ranked:
 
 
 def tensor_of(column: pa.ChunkedArray) -> Tensor:
-    """A column of vectors as (N, D) float32 without a copy, for reading."""
+    """Return a column of vectors as a read-only (N, D) float32 tensor, without a copy."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         return torch.from_numpy(vectors_of(column))
 
 
 def best_first(scores: npt.NDArray[np.float32], position: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The order of rows by score, and by position where that is equal."""
+    """Return the order of the rows by descending score; ties are in the order of position."""
     return np.lexsort((position, -scores))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Chunk:
-    """Some rows; `vectors` by whether of the base space, `coarse` the same for the first pass."""
+    """Some rows of the table.
+
+    Attributes:
+        stamps: see `Gallery.stamps`.
+        facts: columns of `FACTS`.
+        vectors: whether of the base space -> (N, D) float32.
+        coarse: the same vectors in the arithmetic and on the device of the first pass.
+        alive: which rows exist in this version.
+    """
 
     stamps: npt.NDArray[np.void]
     facts: pa.Table
@@ -120,12 +127,12 @@ class _Chunk:
 
 
 class ExactIndex:
-    """All rows of one version; see `load`.
+    """All rows of one version. Create it with `load`.
 
     Args:
         chunks: the rows.
-        device: of the first pass.
-        half: whether that is in half precision.
+        device: device of the first pass.
+        half: whether the first pass uses half precision.
     """
 
     def __init__(self, chunks: Sequence[_Chunk], *, device: torch.device, half: bool) -> None:
@@ -135,13 +142,13 @@ class ExactIndex:
     def load(
         cls, gallery: Gallery, *, device: torch.device, half: bool, before: ExactIndex | None = None
     ) -> ExactIndex:
-        """Load what a version has and an earlier one has not.
+        """Load the rows of a version that an earlier load does not have.
 
         Args:
-            gallery: at that version.
-            device: of the first pass.
-            half: whether that is in half precision.
-            before: any earlier load of the same table; it stays as it is.
+            gallery: the version to load.
+            device: device of the first pass.
+            half: whether the first pass uses half precision.
+            before: an earlier load of the same table, which is not modified; None = load all rows.
         """
         index = cls((), device=device, half=half)
         stamps = gallery.stamps()
@@ -152,7 +159,7 @@ class ExactIndex:
             known |= _among(stamps, chunk.stamps[chunk.alive])
         columns = (*FACTS, column_of(False), column_of(True))
         table = gallery.load(None if not known.any() else np.flatnonzero(~known), columns)
-        for start in range(0, max(1, table.num_rows), CHUNK_ROWS):  # an empty gallery is an empty chunk
+        for start in range(0, max(1, table.num_rows), CHUNK_ROWS):  # an empty gallery gets one empty chunk
             part = table.slice(start, CHUNK_ROWS)
             vectors = {base: tensor_of(part[column_of(base)]) for base in (False, True)}
             facts = part.select(FACTS).combine_chunks()
@@ -165,13 +172,13 @@ class ExactIndex:
 
     @torch.inference_mode()
     def rank(self, vectors_QD: Tensor, wheres: Sequence[Where], count: int, *, base: bool) -> list[Ranked]:
-        """The best rows of each query, `count` or as many as take part.
+        """Return the best `count` rows of each query, or fewer if fewer rows match the filter.
 
         Args:
             vectors_QD: float32 on the CPU, not necessarily unit.
-            wheres: which rows take part, one a query.
-            count: rows wanted, at least 1.
-            base: which vectors are compared.
+            wheres: filter on the rows, one per query.
+            count: number of rows, at least 1.
+            base: whether the base stage's vectors are compared.
         """
         keep, facts, vectors, scores = [], [], [], []
         for chunk in self._chunks:
@@ -185,35 +192,38 @@ class ExactIndex:
             scores.append(similarity(vectors_QD, vectors_RD).numpy())
         candidates, candidates_RD = pa.concat_tables(facts), torch.cat(vectors)
         position_R = candidates["position"].to_numpy()
-        found = []
+        ranked = []
         for keep_R, scores_R in zip(np.concatenate(keep, axis=1), np.concatenate(scores, axis=1), strict=True):
             own_K = np.flatnonzero(keep_R)
             best_K = own_K[best_first(scores_R[own_K], position_R[own_K])[:count]]
-            found.append(
+            ranked.append(
                 Ranked(candidates=candidates, vectors_RD=candidates_RD, rows_K=best_K, scores_K=scores_R[best_K])
             )
-        return found
+        return ranked
 
     def _first_pass(
         self, chunk: _Chunk, vectors_QD: Tensor, wheres: Sequence[Where], count: int, *, base: bool
     ) -> tuple[Tensor, Tensor]:
-        """(R) rows that may be among the best of a query, and (Q, R) bool of which: none that ranks is missing."""
+        """Return (R) rows that may be among the best of a query, and a (Q, R) mask of the queries they may rank for.
+
+        No row that belongs in the result is missing.
+        """
         coarse = chunk.coarse[base]
         coarse_QN = (vectors_QD.to(coarse) @ coarse.T).float()
         masks = {where: torch.from_numpy(chunk.allowed(where)) for where in set(wheres)}
         if not all(mask.all() for mask in masks.values()):
-            # One mask for all queries, if they agree, is read from the cache.
+            # If all queries share one mask, use a single row: it stays in the CPU cache.
             masks_QN = torch.stack([masks[where] for where in (wheres if len(masks) > 1 else wheres[:1])])
             coarse_QN.masked_fill_(~masks_QN.to(coarse.device), -torch.inf)
-        lowest = torch.finfo(torch.float32).min  # above minus infinity
+        lowest = torch.finfo(torch.float32).min  # still above the minus infinity of masked rows
         least_Q1 = torch.full((len(vectors_QD), 1), lowest, device=coarse.device)
         best = coarse_QN.topk(min(count + SPARE, len(chunk)), dim=1)
         if count < len(chunk):
-            # Either pass may be off by its error, for the row in question and for the last of the best.
+            # Each pass may be off by its error, both for the candidate row and for the last of the best rows.
             error = 2 * FLOAT_ERROR * vectors_QD.shape[1] + (HALF_ERROR if self._half else 0.0)
             slack_Q = (2 * error * vectors_QD.norm(dim=1)).to(coarse.device)
             least_Q1 = (best.values[:, count - 1] - slack_Q).clamp(min=lowest)[:, None]
-        if best.values.shape[1] < len(chunk) and (best.values[:, -1:] >= least_Q1).any():  # more near ties than spare
+        if best.values.shape[1] < len(chunk) and (best.values[:, -1:] >= least_Q1).any():  # more near ties than SPARE
             query_P, row_P = torch.nonzero(coarse_QN >= least_Q1, as_tuple=True)
         else:
             query_P, place_P = torch.nonzero(best.values >= least_Q1, as_tuple=True)
@@ -232,9 +242,9 @@ class ExactIndex:
         )
 
     def _settled(self, chunks: Sequence[_Chunk]) -> list[_Chunk]:
-        """Few chunks, little waste: neighbours of like size are joined, and what is half gone is written anew.
+        """Keep the chunks few and dense: join neighbours of similar size, and rewrite chunks that are half deleted.
 
-        As in a binary counter, a row is copied once each time that its chunk doubles.
+        As in a binary counter, a row is copied once each time its chunk doubles in size.
         """
         settled: list[_Chunk] = []
         for chunk in chunks:
@@ -260,7 +270,7 @@ class ExactIndex:
 
 
 def _among(stamps: npt.NDArray[np.void], others: npt.NDArray[np.void]) -> Mask:
-    """Which stamps are among others; a row occurs once in either."""
+    """Return a mask of the stamps that are in `others`; each row occurs at most once in either array."""
     if not len(others):
         return np.zeros(len(stamps), dtype=bool)
     order = np.argsort(others["row"])

@@ -1,11 +1,11 @@
-"""Find a person in a folder of loose images, without labels, cameras, splits, a gallery or a service.
+"""Find a person in a folder of images, without labels, cameras, splits, a gallery or a service.
 
-Every image of the folder is taken for a visible one and encoded once. Its vectors are kept in a store, under the
-hash of its content, and so are those of the query. A later question encodes only what is new, and does not even read
-the model if nothing is. Ranking is the evaluation's: the same spaces, the same ensemble, the same similarity.
+Every image of the folder is treated as visible and encoded once. Its vectors are stored under the hash of its content,
+and so are the vectors of the query. A later call encodes only new images and queries; if nothing is new, it does not
+load the model. The ranking is that of the evaluation: the same spaces, ensemble and similarity.
 
-The store is a folder of FeatureTables, one for each batch that was encoded. Files are only added, each written whole
-and then renamed, so calls at the same time do not disturb each other.
+The store is a folder of FeatureTables, one per encoded batch. Files are only added. Each is written completely and then
+renamed, so concurrent calls do not interfere.
 
 Shapes: N images of the folder, D feature.
 """
@@ -41,8 +41,8 @@ from tvilfm.retrieval.spaces import gallery_vectors
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 SYSTEM_NAMES = ("Thumbs.db", ".DS_Store", "__MACOSX", "@eaDir")  # files and folders
 BATCH = 32
-SAVED = 1024  # images between two writes of the store: what an interrupted call loses at most
-NAMED = 5  # unreadable images that the warning names
+SAVED = 1024  # images per write to the store: an interrupted call loses at most this many
+NAMED = 5  # unreadable images that are named in the warning
 Vectors = npt.NDArray[np.float32]
 
 
@@ -51,11 +51,11 @@ class FolderFeatures:
     """Unit vectors of the readable images of a folder.
 
     Attributes:
-        names: paths in the folder, sorted, with /.
-        vectors_ND: float32, through the current head.
-        base_vectors_ND: float32, through the base stage's head.
-        unreadable: paths that could not be decoded.
-        encoded: images that were encoded; the others were in the store.
+        names: paths relative to the folder, sorted, with / as separator.
+        vectors_ND: float32, from the current head.
+        base_vectors_ND: float32, from the base stage's head.
+        unreadable: paths of images that could not be decoded.
+        encoded: number of newly encoded images; the vectors of the others were in the store.
     """
 
     names: tuple[str, ...]
@@ -71,9 +71,9 @@ class Found:
 
     Attributes:
         rank: from 1.
-        path: in the folder.
+        path: relative to the folder.
         score: similarity; higher is closer.
-        shares: modality -> its summand of the score.
+        shares: modality -> its contribution to the score.
     """
 
     rank: int
@@ -83,10 +83,10 @@ class Found:
 
 
 def list_images(folder: Path) -> list[str]:
-    """Paths in the folder of all images below it, sorted; linked folders are not entered.
+    """Return the sorted relative paths of all images in a folder and its subfolders; symbolic links are not followed.
 
     Raises:
-        ValueError: no such folder, or no image in it.
+        ValueError: the folder does not exist or contains no image.
     """
     if not folder.is_dir():
         raise ValueError(f"--in: expected a folder of images, got {folder}. Check the path.")
@@ -108,34 +108,34 @@ def _is_system(name: str) -> bool:
 
 
 def store_folders(opened: OpenedModel) -> list[Path]:
-    """Where features may be kept, best first: beside the model, or in the user's cache."""
+    """Return the folders that may store features, preferred first: beside the model, then in the user's cache."""
     path = opened.path.absolute()
     beside = path / "find" if path.is_dir() else path.with_name(f"{path.name}.find")
     return [beside, cache_folder() / "find"]
 
 
 class Store:
-    """Vectors that earlier calls left.
+    """Vectors that earlier calls have stored.
 
     Args:
-        folders: those that are read; the first that can be written to is.
-        space: folder in each of them, named after the model and its image size.
+        folders: all are read; new files go to the first writable one.
+        space: subfolder of each, named after the model and its image size.
     """
 
     def __init__(self, folders: Sequence[Path], space: str) -> None:
         self._folders, self._space = tuple(folders), space
 
     def load(self, keys: set[str]) -> dict[str, Vectors]:
-        """Return the vectors of those keys that are stored. A damaged file is left out."""
-        found: dict[str, Vectors] = {}
+        """Return the stored vectors of the given keys. Damaged files are skipped."""
+        vectors: dict[str, Vectors] = {}
         for folder in self._folders:
             for path in sorted((folder / self._space).glob("*.parquet")):
                 try:
                     table = FeatureTable.read(path)
                 except (OSError, ValueError, KeyError):
                     continue
-                found |= {key: row for key, row in zip(table.keys, table.vectors_ND, strict=True) if key in keys}
-        return found
+                vectors |= {key: row for key, row in zip(table.keys, table.vectors_ND, strict=True) if key in keys}
+        return vectors
 
     def add(self, features: Mapping[str, Vectors]) -> None:
         table = FeatureTable(keys=tuple(features), vectors_ND=np.stack(list(features.values())))
@@ -151,12 +151,12 @@ class Store:
                     write(Path(partial) / "file")
                     os.replace(Path(partial) / "file", path)
             except OSError:
-                continue  # read-only or full: the next folder, or no store, which costs time alone
+                continue  # read-only or full: use the next folder, or store nothing, which only costs time
             return
 
 
 def hash_files(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """Return path -> digest of the content, of the files that can be read."""
+    """Return path -> digest of the content, for all readable files."""
     readable = [name for name in names if os.access(folder / name, os.R_OK)]
     digests = content_digests(folder, readable)
     return {name: digest.hex() for name, digest in zip(readable, digests, strict=True)}
@@ -165,39 +165,41 @@ def hash_files(folder: Path, names: Sequence[str]) -> dict[str, str]:
 def folder_features(
     opened: OpenedModel, folder: Path, store: Store, *, progress: Callable[[int, int], None] | None = None
 ) -> FolderFeatures:
-    """The features of a folder's images; what the store has is not encoded again.
+    """Return the features of a folder's images; encode only images that are not in the store.
 
     Args:
-        opened: its model is read when an image is to be encoded.
-        folder: walked down to the last level.
-        store: read and added to.
+        opened: its model is loaded only if an image has to be encoded.
+        folder: searched with all subfolders.
+        store: source of known vectors; new vectors are added to it.
         progress: called with (images done, images to encode).
 
     Raises:
-        ValueError: no folder, no image, or no readable one.
+        ValueError: the folder does not exist, or it contains no image or no readable image.
     """
     names = list_images(folder)
     key_of = hash_files(folder, names)
     vectors = store.load(set(key_of.values()))
-    wanted = {key: name for name, key in reversed(key_of.items()) if key not in vectors}
+    missing = {key: name for name, key in reversed(key_of.items()) if key not in vectors}
     waiting: dict[str, Vectors] = {}
     done = 0
-    for keys, pixels in _decoded(folder, list(wanted.items()), opened.height, opened.width):
+    for keys, pixels in _decoded(folder, list(missing.items()), opened.height, opened.width):
         spaces = gallery_vectors(_on_device(opened), encode_pixels(_on_device(opened), pixels, "visible"))
         waiting |= dict(zip(keys, np.hstack([spaces["vector"], spaces["vector_base"]]), strict=True))
         done += len(keys)
-        if len(waiting) >= SAVED or done == len(wanted):
+        if len(waiting) >= SAVED or done == len(missing):
             vectors |= waiting
             store.add(waiting)
             waiting = {}
         if progress is not None:
-            progress(done, len(wanted))
+            progress(done, len(missing))
     if waiting:
         vectors |= waiting
         store.add(waiting)
     readable = tuple(name for name in names if key_of.get(name) in vectors)
     if not readable:
-        raise ValueError(f"--in: expected readable images in {folder}, got {len(names)} that cannot be decoded.")
+        raise ValueError(
+            f"--in: expected readable images in {folder}, got {len(names)} that cannot be decoded. Check the files."
+        )
     both_ND = np.stack([vectors[key_of[name]] for name in readable])
     return FolderFeatures(
         names=readable,
@@ -209,12 +211,12 @@ def folder_features(
 
 
 def _decoded(
-    folder: Path, wanted: Sequence[tuple[str, str]], height: int, width: int
+    folder: Path, files: Sequence[tuple[str, str]], height: int, width: int
 ) -> Iterator[tuple[list[str], npt.NDArray[np.uint8]]]:
-    """Batches of (keys, (B, H, W, 3) uint8) of (key, path) pairs; invalid images are left out."""
+    """Decode (key, path) pairs and yield batches of (keys, (B, H, W, 3) uint8); skip invalid images."""
     keys: list[str] = []
     pixels: list[npt.NDArray[np.uint8]] = []
-    for key, name in wanted:
+    for key, name in files:
         try:
             pixels.append(decode((folder / name).read_bytes(), height=height, width=width, name=name))
         except (ValueError, OSError):
@@ -230,10 +232,11 @@ def _decoded(
 def encode_query(
     opened: OpenedModel, images: Sequence[Path], sentence: str | None, infrared_caption: str | None
 ) -> dict[str, Tensor]:
-    """Unit vectors of what is known of the person, as `query.query_parts`; several images count as their mean.
+    """Return the query's unit vectors as `query.query_parts` does; several images are averaged.
 
     Raises:
-        ValueError: neither image nor sentence, an unreadable image, or a sentence for a model without text tower.
+        ValueError: there is neither an image nor a sentence, an image is unreadable, or there is a sentence and the
+            model has no text tower.
     """
     if not images and not sentence:
         raise ValueError("query: expected an infrared image, a sentence, or both, got neither. Give --image or --text.")
@@ -241,8 +244,8 @@ def encode_query(
     device = next(model.parameters()).device
     if sentence and model.text is None:
         raise ValueError(
-            f"--text: expected a model with a text tower, got {opened.path}, which is of the base stage. "
-            "Ask with --image alone, or give a model of the text stage."
+            f"--text: expected a model with a text tower, got {opened.path}, which is from the base stage. "
+            "Use only --image, or a model from the text stage."
         )
     infrared_D = text_D = filter_D = None
     if images:
@@ -267,7 +270,7 @@ def _content(path: Path) -> bytes:
 def _query(
     opened: OpenedModel, images: Sequence[Path], sentence: str | None, infrared_caption: str | None, store: Store
 ) -> tuple[dict[str, Tensor], str]:
-    """Return the vectors of `encode_query`, from the store where they are, and their key there; "" if they are new."""
+    """Return the vectors of `encode_query` and the key to store them under; the key is "" if the store has them."""
     asked = (*(hashlib.sha256(_content(path)).hexdigest() for path in images), sentence, infrared_caption)
     key = hashlib.sha256(json.dumps([opened.config.loss.filter_text, *asked]).encode()).hexdigest()
     stored = store.load({f"{key}/{name}" for name in ("infrared", "text", "fusion")})
@@ -282,15 +285,15 @@ def _on_device(opened: OpenedModel) -> TVILFM:
 
 @torch.inference_mode()
 def rank(parts: Mapping[str, Tensor], features: FolderFeatures, ensemble: EnsembleWeights, count: int) -> list[Found]:
-    """The best images of a folder, ties in the order of their paths.
+    """Rank the images of a folder; ties are in the order of their paths.
 
-    Infrared alone is compared through the base stage's head, everything else through the current one.
+    Infrared alone is compared through the base stage's head, everything else through the current head.
 
     Args:
-        parts: of `encode_query`.
-        features: of the folder.
-        ensemble: weights of the modalities and the temperature of their votes; of no effect with one modality.
-        count: rows wanted, at least 1.
+        parts: result of `encode_query`.
+        features: features of the folder.
+        ensemble: weights of the modalities and the temperature of their votes; ignored with one modality.
+        count: number of rows to return, at least 1.
 
     Source: METHOD 7. Differs: as `evaluation.evaluator`.
     """
@@ -323,27 +326,27 @@ def rank(parts: Mapping[str, Tensor], features: FolderFeatures, ensemble: Ensemb
 
 
 def remarks(opened: OpenedModel, features: FolderFeatures, *, fused: bool, infrared_caption: str | None) -> list[str]:
-    """What the reader of the ranking has to know about it, one sentence or two each."""
-    found = list(opened.reported)
+    """Return remarks that help to interpret the ranking, each one or more sentences."""
+    lines = list(opened.reported)
     if features.unreadable:
         shown = ", ".join(map(printable, features.unreadable[:NAMED]))
         more = len(features.unreadable) - NAMED
         rest = f" and {more} more" if more > 0 else ""
-        found.append(f"{len(features.unreadable)} unreadable images were skipped: {shown}{rest}.")
+        lines.append(f"{len(features.unreadable)} unreadable images were skipped: {shown}{rest}.")
     if fused and not opened.config.loss.filter_text:
         if infrared_caption:
-            found.append("--infrared-caption has no effect: this model was trained without the filter (SFF).")
+            lines.append("--infrared-caption has no effect: this model was trained without the filter (SFF).")
     elif fused and not infrared_caption:
-        found.append(
-            "No --infrared-caption: what the infrared image shows anyway (coat, bag) is not subtracted from the "
-            "sentence, so it counts twice in the fusion, and colours count less than in the evaluation. Say in "
+        lines.append(
+            "No --infrared-caption: what the infrared image already shows (coat, bag) is not subtracted from the "
+            "sentence. So it counts twice in the fusion, and colours count less than in the evaluation. Describe in "
             "--infrared-caption what the infrared image shows, without colours."
         )
     elif infrared_caption and not fused:
-        found.append("--infrared-caption has no effect: it is used only with both --image and --text.")
+        lines.append("--infrared-caption has no effect: it is used only with both --image and --text.")
     if opened.config.evaluate.rerank.method != "none":
-        found.append(f"The run's re-ranking ({opened.config.evaluate.rerank.method}) is not applied.")
-    return found
+        lines.append(f"The run's re-ranking ({opened.config.evaluate.rerank.method}) is not applied.")
+    return lines
 
 
 def find(
@@ -359,19 +362,19 @@ def find(
     """Rank the images of a folder by their similarity to a person.
 
     Args:
-        opened: the model; read when something is to be encoded, and moved to the GPU where there is one.
-        folder: of visible images.
+        opened: the model; loaded only if something has to be encoded, and moved to the GPU if there is one.
+        folder: folder of visible images.
         images: infrared images of the person.
         sentence: a description of the person.
         infrared_caption: what the infrared images show, which fusion subtracts from the sentence.
-        count: rows wanted.
+        count: number of rows to return.
         progress: called with (images done, images to encode).
 
     Returns:
         The ranking, best first, and remarks about it.
 
     Raises:
-        ValueError: bad input, before anything is encoded.
+        ValueError: the input is invalid.
     """
     list_images(folder)
     if count < 1:
@@ -387,12 +390,12 @@ def find(
 
 
 def printable(name: str) -> str:
-    """A file's name for a terminal or a text file: control characters and undecodable bytes as escapes."""
+    """Return a file name that is safe to print: control characters and undecodable bytes are escaped."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in name)
 
 
 def table_lines(ranking: Sequence[Found]) -> list[str]:
-    """The ranking as aligned text; a header first."""
+    """Return the ranking as lines of aligned text, starting with a header."""
     shares = list(ranking[0].shares)
     width = max(len("path"), *(len(printable(row.path)) for row in ranking))
     lines = [f"{'rank':>4}  {'path':<{width}}  {'score':>7}" + "".join(f"  {name:>8}" for name in shares)]
@@ -403,7 +406,7 @@ def table_lines(ranking: Sequence[Found]) -> list[str]:
 
 
 def write_csv(ranking: Sequence[Found], path: Path) -> None:
-    """Write columns `rank`, `path`, `score`, and `share_<modality>` of each."""
+    """Write the columns `rank`, `path` and `score`, and one column `share_<modality>` per modality."""
     shares = list(ranking[0].shares)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -413,6 +416,6 @@ def write_csv(ranking: Sequence[Found], path: Path) -> None:
 
 
 def write_json(ranking: Sequence[Found], path: Path) -> None:
-    """Write a list with an object a row."""
+    """Write a list with one object per row."""
     rows = [{"rank": row.rank, "path": row.path, "score": row.score, "shares": dict(row.shares)} for row in ranking]
     path.write_text(json.dumps(rows, indent=2) + "\n")

@@ -1,16 +1,17 @@
-"""The gallery: people that visible cameras saw, as a Lance table that survives whatever is killed.
+"""The gallery: images of people from visible cameras, stored in a crash-safe Lance table.
 
-A gallery is a folder (or a prefix of an object store) that holds one table for every model whose vectors it has, named
-by that model's space, and a small file `current` that names the one in use. Vectors of different models cannot be
-compared, so a new model means a new table; it is filled beside the old one and `publish` switches over in one rename.
+A gallery is a folder or an object store prefix. It holds one table per model, named after the model's space, and a
+small file `current` that names the table in use. Vectors of different models cannot be compared, so a new model needs
+a new table. The new table is filled beside the old one, and `publish` switches to it with one rename.
 
-Every write is one Lance commit: a new version, seen whole or not at all. Lance leaves the disk to the kernel, so on a
-local disk a write is flushed here, data before the commit that names it, and only then returns. A table has one
-writer: on a disk a lock says so; on an object store nothing does, and a second one doubles no row.
+Every write is one Lance commit: it creates a new version, which readers see completely or not at all. Lance does not
+flush files to disk. So on a local disk this module flushes the data, then commits, then flushes the commit, and only
+then returns. A table has one writer. On a local disk a lock enforces this. On an object store nothing enforces it, but
+two writers cannot create duplicate rows.
 
-A row has two vectors because the evaluation compares in two spaces: infrared alone through the base stage's head,
-everything with a text through the current one. Raw features would take half the bytes, but Lance can index vectors
-only as they are compared, and a reader would need the model's weights to make sense of them.
+A row has two vectors because the evaluation compares in two spaces: infrared alone through the base stage's head, and
+queries with text through the current head. Raw features would take half the space, but Lance can only index vectors as
+they are compared, and a reader would need the model's weights to use raw features.
 
 Shapes: N rows, D feature.
 """
@@ -42,27 +43,27 @@ from tvilfm.terms import MAX_ID, is_id
 
 POINTER = "current"
 UNIT_TOLERANCE = 1e-3
-ALL_INDICES = 1 << 20  # more than an index ever has parts
-# A write a fragment: after so many, a look-up by id takes several times as long as in one piece.
+ALL_INDICES = 1 << 20  # more parts than an index ever has, so that all are merged
+# Each write adds a fragment. With this many fragments, a lookup by id takes several times as long as with one.
 SMALL_FRAGMENTS, SMALL_ROWS = 128, 1024
-DATED_ROWS = 4096  # that are given a time in one write
-METRIC = "cosine"  # of the index; the rows are unit, so it ranks as the similarity does
+DATED_ROWS = 4096  # rows per write in `date_undated`
+METRIC = "cosine"  # of the index; the vectors are unit, so cosine ranks like the similarity
 
 
 @dataclass(frozen=True, kw_only=True)
 class GalleryVersion:
-    """One write: its number, and when it was."""
+    """Number and time of one write."""
 
     number: int
     time: datetime
 
 
 class GalleryLocked(ValueError):
-    """Somebody else writes to that table."""
+    """Another writer holds the lock of the table."""
 
 
 class Gallery:
-    """One table of a gallery, at one of its versions; see `open` and `prepare`."""
+    """One version of one table of a gallery. Create it with `open` or `prepare`."""
 
     def __init__(
         self, uri: str, dataset: lance.LanceDataset, *, writes: bool, follows: bool, pinned: bool = False
@@ -72,53 +73,56 @@ class Gallery:
         if writes:
             self._lock = _lock(uri, self.space_id)
             self._disk = _Disk(self.table_uri)
-            self.reload()  # another writer may have come between opening and locking
+            self.reload()  # another writer may have committed between opening and locking
 
     @classmethod
     def open(cls, uri: str, *, write: bool = False, space_id: str | None = None) -> Gallery:
-        """The table in use, or that of one model.
+        """Open the table in use or the table of one model.
 
         Args:
-            uri: folder or object store prefix; endpoint and credentials of a store come from the environment.
-            write: be its one writer. A reader follows what is written by `refresh`.
-            space_id: of the model whose table is wanted, in use or not; None = the table in use, and a reader follows
-                to another one when that is put in use.
+            uri: folder or object store prefix. The environment provides the endpoint and credentials of a store.
+            write: open as the table's only writer. A reader picks up new versions with `refresh`.
+            space_id: space of the table to open, in use or not. None = the table in use; a reader then switches to
+                another table when that is published.
 
         Raises:
-            ValueError: there is no gallery or no table of that space, or `write` and somebody else writes to it.
+            ValueError: the gallery or its table of that space does not exist, or `write` is set and the table has
+                another writer.
         """
         uri = _absolute(uri)
         current = _current(uri)
         if current is None:
-            raise ValueError(f"gallery.uri: expected a gallery, got {uri}, which has none. Make it with tvilfm index.")
+            raise ValueError(
+                f"gallery.uri: expected a gallery, got {uri}, which has none. Create one with tvilfm index."
+            )
         try:
             dataset = lance.dataset(_table_uri(uri, space_id or current))
         except ValueError:
             raise ValueError(
                 f"gallery.uri: expected vectors of {space_id} in {uri}, got those of {current}. "
-                "Index the pictures again under this model with tvilfm index, or serve the run that it was made with."
+                "Index the images again under this model with tvilfm index, or serve the run that created the gallery."
             ) from None
         return cls(uri, dataset, writes=write, follows=not write, pinned=space_id is not None)
 
     @classmethod
     def prepare(cls, uri: str, *, space_id: str, dim: int) -> Gallery:
-        """The table of one space for writing, made empty where it is not there yet; `publish` puts it in use.
+        """Open the table of one space for writing; create an empty one if it is missing. `publish` puts it in use.
 
         Args:
-            uri: as of `open`.
-            space_id: of the model whose vectors it will hold; see `retrieval.spaces`.
+            uri: as in `open`.
+            space_id: space of the vectors that the table will hold; see `retrieval.spaces`.
             dim: D.
 
         Raises:
-            ValueError: somebody else writes to that table, or its vectors have another dimension.
+            ValueError: the table has another writer, or its vectors have another dimension.
         """
         uri = _absolute(uri)
         table = _table_uri(uri, space_id)
         try:
             dataset = lance.dataset(table)
-        except ValueError:  # there is none
+        except ValueError:  # the table does not exist
             schema = table_schema(dim, space_id)
-            # Row ids that outlive updates and compaction tell a reader which rows are new to it.
+            # Stable row ids survive updates and compaction, so a reader can tell which rows it has not loaded yet.
             dataset = lance.write_dataset(schema.empty_table(), table, schema=schema, enable_stable_row_ids=True)
         gallery = cls(uri, dataset, writes=True, follows=False)
         if gallery.dim != dim:
@@ -145,38 +149,38 @@ class Gallery:
 
     @property
     def in_use(self) -> bool:
-        """Whether this is the table that `open` finds."""
+        """Whether this is the gallery's table in use."""
         return _current(self.uri) == self.space_id
 
     def __len__(self) -> int:
         return int(self.dataset.count_rows())
 
     def check_space(self, space_id: str) -> None:
-        """Refuse vectors of another model.
+        """Check that vectors are from this table's space.
 
         Raises:
-            ValueError: another space than this table's.
+            ValueError: `space_id` is not this table's space.
         """
         if space_id != self.space_id:
             raise ValueError(
                 f"space_id: expected vectors of {self.space_id}, got {space_id}. "
-                "Index the gallery again under the new model, or use the model that it was made with."
+                "Index the gallery again under the new model, or use the model that created the gallery."
             )
 
     def upsert(self, rows: pa.Table, *, space_id: str) -> int:
-        """Write rows, replacing those whose id is there; all or none of them.
+        """Write all rows or none of them; a row with an existing id replaces the old row.
 
         Args:
             rows: columns of `row_schema`, each id once.
-            space_id: of the model that made the vectors.
+            space_id: space of the vectors.
 
         Returns:
-            The version that holds them, on disk.
+            The version that holds the rows. It is on disk when this returns.
 
         Raises:
-            ValueError: vectors of another space, a column that is missing or of another type, an id that is empty, too
-                long or given twice, a vector that is not unit, or no right to write.
-            OSError: on an object store, another writer committed the same row at that moment; nothing was written.
+            ValueError: the vectors are from another space, a column is missing or has another type, an id is empty, too
+                long or given twice, a vector is not a unit vector, or the gallery is not open for writing.
+            OSError: another writer of an object store committed the same row at the same time; nothing was written.
         """
         self._check_writer()
         self.check_space(space_id)
@@ -192,25 +196,26 @@ class Gallery:
         """Delete rows by id, all in one version; earlier versions keep them until `compact`.
 
         Returns:
-            How many there were.
+            The number of deleted rows.
         """
         self._check_writer()
         keys = pa.table({"id": pa.array(list(dict.fromkeys(ids)), pa.string())})
         return self._apply(lambda merge: merge.when_matched_delete(), keys)["num_deleted_rows"]
 
     def delete_person(self, pid: int) -> int:
-        """Delete every row of an identity; returns how many there were. Gone from disk after `compact`."""
+        """Delete every row of an identity and return their number. `compact` removes them from disk."""
         return self._delete_where(pc.field("pid") == pid)
 
     def delete_before(self, time: datetime) -> int:
-        """Delete every row whose picture was taken before that (aware) time; rows without a time stay.
+        """Delete every row whose image was taken before an aware time; rows without a time stay (see `date_undated`).
 
-        See `date_undated`.
+        Returns:
+            The number of deleted rows.
         """
         return self._delete_where(pc.field("time") < pa.scalar(time, TIME))
 
     def date_undated(self, time: datetime) -> int:
-        """Give that (aware) time to every row that has none; returns how many there were."""
+        """Set an aware time for every row that has none, and return the number of these rows."""
         self._check_writer()
         count = 0
         undated = self.dataset.scanner(columns=["id"], filter=pc.field("time").is_null()).to_table()
@@ -219,42 +224,42 @@ class Gallery:
             dated = pa.table({"id": batch["id"], "time": times})
             count += self._apply(lambda merge: merge.when_matched_update_all(), dated)["num_updated_rows"]
         if count:
-            self.update_index()  # a row that is written anew has left it
+            self.update_index()  # rewritten rows are no longer in the index
         return count
 
     def _delete_where(self, rows: pc.Expression) -> int:
         return self.delete(self.dataset.scanner(columns=["id"], filter=rows).to_table()["id"].to_pylist())
 
     def versions(self) -> list[GalleryVersion]:
-        """Versions that can be gone back to, oldest first."""
+        """Return the versions that can be restored, oldest first."""
         return [
             GalleryVersion(number=int(version["version"]), time=version["timestamp"].astimezone())  # type: ignore[union-attr]
             for version in self.dataset.versions()
         ]
 
     def at(self, version: int) -> Gallery:
-        """The table as it was, for reading.
+        """Return an earlier version of the table, for reading.
 
         Raises:
-            ValueError: there is no such version (any more).
+            ValueError: the version does not exist or was removed.
         """
         known = [one.number for one in self.versions()]
         if version not in known:
-            raise ValueError(f"version: expected one of {known[0]} to {known[-1]} that was kept, got {version}.")
+            raise ValueError(f"version: expected one of the kept versions {known[0]} to {known[-1]}, got {version}.")
         return Gallery(self.uri, self.dataset.checkout_version(version), writes=False, follows=False)
 
     def restore(self, version: int) -> int:
-        """Go back: a new version that equals an old one, whoever was deleted since then included."""
+        """Create a new version that equals an old one. This also brings back rows that were deleted since then."""
         self._check_writer()
         self.at(version).dataset.restore()  # type: ignore[no-untyped-call]
         self.reload()
         return self.version
 
     def refresh(self) -> bool:
-        """Follow the writer; true if anything has changed."""
-        assert self._follows, "a writer, or a fixed version, has nobody to follow"
+        """Switch to the latest version, and return whether anything has changed."""
+        assert self._follows, "only a reader of the latest version can refresh"
         space_id = self.space_id if self._pinned else _current(self.uri)
-        assert space_id is not None, "a gallery was deleted under its reader"
+        assert space_id is not None, "the gallery was deleted while it was open"
         before, version = self.space_id, self.version
         if space_id == before:
             self.dataset = _latest(self.dataset)
@@ -263,49 +268,49 @@ class Gallery:
         return (space_id, self.version) != (before, version)
 
     def reload(self) -> None:
-        """Take up, and flush to disk, what a job of this writer committed beside it."""
+        """Load and flush to disk what other jobs of this writer have committed."""
         self._check_writer()
         self.dataset = _latest(self.dataset)
         self._disk.flush()
         self._next_position = self._first_free_position()
 
     def publish(self) -> None:
-        """Put this table in use: from one moment to the next, readers that refresh find it."""
+        """Put this table in use. The switch is atomic; readers get the table at their next refresh."""
         self._check_writer()
         _point(self.uri, self.space_id)
 
     @property
     def indexed(self) -> bool:
-        """Whether a search of either space finds an index."""
+        """Whether the vectors of both spaces have an index."""
         return not self.unindexed_columns()
 
     def unindexed_columns(self) -> list[str]:
-        """Those columns of vectors that have no index."""
+        """Return the vector columns that have no index."""
         indexed = {name for index in self.dataset.describe_indices() for name in index.field_names}
         return [name for name in map(column_of, (False, True)) if name not in indexed]
 
     def update_index(self) -> None:
-        """Have the index, if there is one, take up new rows, searched one by one till then, and drop deleted ones."""
+        """Add new rows to the index, if there is one, and drop deleted rows. Until then, new rows are scanned."""
         self._check_writer()
         if self.dataset.describe_indices():
             self.dataset.optimize.optimize_indices(num_indices_to_merge=ALL_INDICES)
             self.reload()
 
     def close(self) -> None:
-        """Write no more, and let another writer begin; a killed process has done so."""
+        """Stop writing and release the writer lock. The lock of a killed process is released automatically."""
         self._check_writer()
         self._lock.close()
         self._writes = False
 
     def compact(self) -> None:
-        """`clean` this table and drop those of other models: a person who was deleted is on no disk of the gallery.
+        """Run `clean` on this table and drop the tables of other models, so that no file keeps a deleted row.
 
-        A table of another model may be just being filled. On a local disk its writer's lock says so. An object store
-        has no locks, so no table is dropped there: whoever knows that nobody fills it removes it.
+        A table of another model may have an active writer. On a local disk, the writer's lock shows this. An object
+        store has no locks, so no table is dropped there: an operator has to remove it once nobody writes to it.
 
         Raises:
-            ValueError: this table is not in use, somebody writes to that of another model, or there is one on an object
-                store; nothing was changed, but for tables of other models that nobody writes to.
+            ValueError: this table is not in use, a table of another model has a writer, or an object store has a table
+                of another model. Nothing was changed, except that unused tables of other models may be gone.
         """
         self._check_writer()
         self._check_in_use()
@@ -313,20 +318,20 @@ class Gallery:
             table = _table_uri(self.uri, space_id)
             if _is_remote(self.uri):
                 raise ValueError(
-                    f"gallery: expected no table of another model on an object store, got {table}. Remove it and all "
-                    "below it when no tvilfm index fills it, and compact again."
+                    f"gallery: expected no table of another model on an object store, got {table}. Remove it with all "
+                    "its files once no tvilfm index writes to it, then compact again."
                 )
             with closing(_lock(self.uri, space_id)):
-                self._check_in_use()  # its writer may have put it in use before it let go of it
+                self._check_in_use()  # its writer may have published it before releasing the lock
                 lance.LanceDataset.drop(table)
         self.clean()
 
     def clean(self) -> None:
-        """Merge what was written piece by piece, and remove everything that is deleted from every file of this table.
+        """Merge small fragments and remove deleted rows from every file of this table.
 
-        No version before this one is left, nor, on a disk, what a killed write left behind: on an object store that may
-        be the write of another process that is under way, and goes after seven days. Readers of older versions have to
-        refresh.
+        This removes all earlier versions; readers of these have to refresh. On a local disk it also removes what killed
+        writes left behind. On an object store such files may belong to a running write of another process, so they are
+        only removed after seven days.
         """
         self._check_writer()
         self._merge({"materialize_deletions_threshold": 0.0})
@@ -334,9 +339,9 @@ class Gallery:
         self.dataset.cleanup_old_versions(retain_versions=1, delete_unverified=not _is_remote(self.uri))
 
     def picture(self, id: str) -> tuple[str | None, bytes | None] | None:
-        """Where the picture of a row lies and its thumbnail, each if it has one; None if there is no such row.
+        """Return a row's image reference and thumbnail (each None if missing), or None if the row does not exist.
 
-        Always of the latest version: a picture that was deleted is not shown because a reader is behind.
+        This reads the latest version, so that an outdated reader does not show a deleted image.
         """
         table = _latest(self.dataset).scanner(columns=["image", "thumbnail"], filter=pc.field("id") == id).to_table()
         for row in table.to_pylist():
@@ -344,22 +349,22 @@ class Gallery:
         return None
 
     def snapshot(self) -> Gallery:
-        """The table at this version, whatever `refresh` does later."""
+        """Return a reader of this version that later calls of `refresh` do not change."""
         return Gallery(self.uri, self.dataset, writes=False, follows=False)
 
     def nearest(
         self, vector_D: npt.NDArray[np.float32], columns: Sequence[str], *, base: bool, k: int, where: Where, **how: int
     ) -> pa.Table:
-        """About the k rows that are most similar, in no order, by the index where there is one.
+        """Return approximately the k most similar rows, unordered; uses the index if there is one.
 
         Args:
             vector_D: float32, not necessarily unit.
-            columns: of the answer; the vectors come with them.
-            base: which vectors are compared.
-            k: rows wanted; fewer if fewer take part.
-            where: which do.
-            how: `minimum_nprobes`, partitions of the index that are read, more if too few of their rows take part;
-                `refine_factor`, times as many candidates as k whose own vectors are compared.
+            columns: columns to return; the vector column is added.
+            base: whether the base stage's vectors are compared.
+            k: number of rows; fewer are returned if fewer match the filter.
+            where: filter on the rows.
+            how: `minimum_nprobes`: partitions of the index to read, more if too few of their rows match the filter.
+                `refine_factor`: k times this many candidates are re-scored with their full vectors.
         """
         column = column_of(base)
         nearest = {"column": column, "q": vector_D, "k": k, "metric": METRIC, **how}
@@ -369,10 +374,10 @@ class Gallery:
         return scanner.to_table().drop_columns(["_distance"])
 
     def stamps(self) -> npt.NDArray[np.void]:
-        """What tells rows apart, in table order: `row` is kept for life, `version` is that of its last write.
+        """Return each row's stamp in table order: `row` is its stable id, `version` the version of its last write.
 
-        A pair names one content for ever, so that a reader need only load pairs that are new to it. It costs a scan of
-        two integers a row.
+        The content of a stamp never changes, so a reader only has to load rows with new stamps. The call scans two
+        integers per row.
         """
         table = self.dataset.scanner(columns=["_rowid", "_row_last_updated_at_version"]).to_table()
         stamps = np.empty(table.num_rows, dtype=[("row", np.uint64), ("version", np.uint64)])
@@ -380,7 +385,7 @@ class Gallery:
         return stamps
 
     def load(self, offsets: npt.NDArray[np.int64] | None, columns: Sequence[str]) -> pa.Table:
-        """Columns of all rows, or of those at some places of `stamps`, in that order."""
+        """Return columns of all rows, or of the rows at `offsets` (indices into `stamps`), in that order."""
         if offsets is None:
             return self.dataset.scanner(columns=list(columns)).to_table()
         return self.dataset.take(offsets.tolist(), columns=list(columns))
@@ -389,15 +394,15 @@ class Gallery:
         last = pc.max(self.dataset.scanner(columns=["position"]).to_table()["position"]).as_py()
         return 0 if last is None else last + 1
 
-    def _apply(self, told: Callable[[MergeInsertBuilder], MergeInsertBuilder], rows: pa.Table) -> dict[str, int]:
-        """Join rows with the table by id, and commit; returns how many were inserted, updated and deleted."""
+    def _apply(self, actions: Callable[[MergeInsertBuilder], MergeInsertBuilder], rows: pa.Table) -> dict[str, int]:
+        """Join rows with the table by id and commit. Return the numbers of inserted, updated and deleted rows."""
         if _is_remote(self.uri):
-            # The table as it is now, and no second try: of two writers that touch a row at once, one is refused.
+            # Use the latest version and do not retry: of two writers that change a row at once, one must fail.
             dataset = lance.dataset(self.table_uri)
-            counts: dict[str, int] = told(dataset.merge_insert("id")).conflict_retries(0).execute(rows)
+            counts: dict[str, int] = actions(dataset.merge_insert("id")).conflict_retries(0).execute(rows)
             self.dataset = dataset
         else:
-            transaction, counts = told(self.dataset.merge_insert("id")).execute_uncommitted(rows)
+            transaction, counts = actions(self.dataset.merge_insert("id")).execute_uncommitted(rows)
             if any(counts.values()):
                 self._disk.flush()
                 self.dataset = lance.LanceDataset.commit(self.dataset, transaction)
@@ -407,7 +412,7 @@ class Gallery:
         return counts
 
     def _merge(self, options: CompactionOptions) -> None:
-        """Write small fragments as one; the rows stay what they are."""
+        """Merge small fragments; the rows do not change."""
         plan = Compaction.plan(self.dataset, options)
         results = [task.execute(self.dataset) for task in plan.tasks]
         if results:
@@ -416,7 +421,7 @@ class Gallery:
             self._disk.flush()
 
     def _spaces(self) -> set[str]:
-        """Those that the gallery has a table of."""
+        """Return the spaces that the gallery has a table of."""
         folders = [Path(prefix).name for prefix in LanceFileSession(self.uri).list_with_delimiter().common_prefixes]
         return {name.removesuffix(".lance") for name in folders if name.endswith(".lance")}
 
@@ -424,13 +429,13 @@ class Gallery:
         if not self.in_use:
             raise ValueError(
                 f"gallery: expected the table in use to compact, got that of {self.space_id} while "
-                f"{_current(self.uri)} is in use. Serve the run that the gallery was indexed under last, and compact "
+                f"{_current(self.uri)} is in use. Serve the run that the gallery was last indexed with, and compact it "
                 "there."
             )
 
     def _check_writer(self) -> None:
         if not self._writes:
-            raise ValueError("gallery: expected one opened for writing, got a reader. Open it with write=True.")
+            raise ValueError("gallery: expected one opened for writing, got a reader. Pass write=True to Gallery.open.")
 
     def _checked(self, rows: pa.Table) -> pa.Table:
         schema = row_schema(self.dim)
@@ -449,7 +454,7 @@ class Gallery:
                 raise ValueError(f"rows.id: expected 1 to {MAX_ID} printable characters, got {id[:MAX_ID]!r}.")
         if len(set(ids)) < len(ids):
             twice = next(id for id in ids if ids.count(id) > 1)
-            raise ValueError(f"rows.id: expected each id once, got {twice!r} twice. Send the last one alone.")
+            raise ValueError(f"rows.id: expected each id once, got {twice!r} twice. Send only the last one.")
         for name in ("vector", "vector_base"):
             length_N = np.linalg.norm(vectors_of(rows[name]), axis=1)
             wrong = np.flatnonzero(~(np.abs(length_N - 1) <= UNIT_TOLERANCE))  # NaN is wrong too
@@ -462,7 +467,7 @@ class Gallery:
 
 
 class _Disk:
-    """Flushes the files that a local table gained; an object store is durable when it has answered."""
+    """Flush the new files of a local table. An object store needs no flush: its writes are durable on return."""
 
     FOLDERS = ("data", "_deletions", "_indices", "_transactions", "_versions")
 
@@ -510,9 +515,9 @@ def _table_uri(uri: str, space_id: str) -> str:
 
 
 def _lock(uri: str, space_id: str) -> IO[bytes]:
-    """Be the writer of a table until the lock is closed; a killed writer's lock is free."""
+    """Take the writer lock of a table until it is closed; the lock of a killed writer is free."""
     if _is_remote(uri):
-        return BytesIO()  # commits are conditional there: of two writers one is refused
+        return BytesIO()  # no lock: commits are conditional, so one of two conflicting writers fails
     try:
         return lock(Path(uri) / f".{space_id}.writer", wait=False)
     except BlockingIOError:
@@ -520,7 +525,7 @@ def _lock(uri: str, space_id: str) -> IO[bytes]:
 
 
 def _current(uri: str) -> str | None:
-    """The space whose table is in use."""
+    """Return the space whose table is in use, or None if there is no gallery."""
     if not _is_remote(uri):
         path = Path(uri) / POINTER
         return path.read_text().strip() if path.is_file() else None

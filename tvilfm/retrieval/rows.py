@@ -1,4 +1,4 @@
-"""The rows of a gallery: their schema, their vectors, and conditions on them."""
+"""The rows of a gallery: schema, vector columns, and filters."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ OPTIONAL = ("pid", "time", "image", "thumbnail")
 
 
 def row_schema(dim: int) -> pa.Schema:
-    """Columns of `Gallery.upsert`; pid, time, image and thumbnail may be left out or null.
+    """Return the columns of `Gallery.upsert`; pid, time, image and thumbnail may be missing or null.
 
-    id: unique. vector, vector_base: unit, through the current and the base stage's head. time: when the picture was
-    taken. image: where it lies. thumbnail: a JPEG.
+    id: unique. vector, vector_base: unit vectors from the current and the base stage's head. time: when the image was
+    taken. image: reference to the original image. thumbnail: a JPEG.
     """
     vector = pa.list_(pa.float32(), dim)
     return pa.schema(
         [
-            # Lance lets of two writers that insert the same key only one commit.
+            # With a primary key, Lance lets only one of two writers that insert the same id commit.
             pa.field("id", pa.string(), nullable=False, metadata={"lance-schema:unenforced-primary-key": "true"}),
             pa.field("vector", vector, nullable=False),
             pa.field("vector_base", vector, nullable=False),
@@ -40,19 +40,19 @@ def row_schema(dim: int) -> pa.Schema:
 
 
 def table_schema(dim: int, space_id: str) -> pa.Schema:
-    """Columns of the table itself: those of `row_schema` and `position`, the order of writing, which breaks ties."""
+    """Return the columns of the table: `row_schema` plus `position`, the order of writing, which breaks ties."""
     position = pa.field("position", pa.int64(), nullable=False)
     return row_schema(dim).append(position).with_metadata({SPACE_KEY: space_id.encode()})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Where:
-    """Which rows take part in a search.
+    """Filter on the rows of a search.
 
     Attributes:
-        cameras: those that do; None = all.
-        exclude_cameras: those that do not: the query's own, or as SYSU-MM01 wants camera 2 for a query of camera 3.
-        since, until: aware times, both included; a row without a time is outside of every window. None = no bound.
+        cameras: cameras to search; None = all.
+        exclude_cameras: cameras to skip: the query's own, or camera 2 for queries of camera 3 as in SYSU-MM01.
+        since, until: aware times, both inclusive; None = no bound. A row without a time is outside every window.
     """
 
     cameras: frozenset[int] | None = None
@@ -61,7 +61,7 @@ class Where:
     until: datetime | None = None
 
     def expression(self) -> pc.Expression | None:
-        """The same as a filter of a table; None where every row takes part."""
+        """Return the filter as a pyarrow expression; None if every row matches."""
         camid, time = pc.field("camid"), pc.field("time")
         terms = []
         if self.cameras is not None:
@@ -76,12 +76,12 @@ class Where:
 
 
 def column_of(base: bool) -> str:
-    """The column that holds the vectors of a space."""
+    """Return the name of the column that holds the vectors of a space."""
     return "vector_base" if base else "vector"
 
 
 def vectors_of(column: pa.ChunkedArray) -> npt.NDArray[np.float32]:
-    """A column of vectors as (N, D) float32."""
+    """Convert a column of vectors to (N, D) float32."""
     vectors = column.combine_chunks()
     if isinstance(vectors, pa.ChunkedArray):  # pyarrow keeps an empty column chunked
         return np.empty((0, column.type.list_size), dtype=np.float32)
@@ -89,5 +89,5 @@ def vectors_of(column: pa.ChunkedArray) -> npt.NDArray[np.float32]:
 
 
 def vector_column(vectors_ND: npt.NDArray[np.float32]) -> pa.FixedSizeListArray:
-    """(N, D) float32 as a column of `row_schema`."""
+    """Convert (N, D) float32 to a column of `row_schema`."""
     return pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.ravel()), vectors_ND.shape[1])

@@ -1,4 +1,4 @@
-"""The retrieval service over HTTP: what it says, who may ask, what it refuses and what it notes down.
+"""The retrieval service over HTTP: messages, API keys, limits and the audit trail.
 
-Who does the work behind it is a `Backend`; with Ray Serve that is `cluster.serve`.
+A `Backend` does the actual work; `cluster.serve` implements it with Ray Serve.
 """

@@ -1,8 +1,8 @@
-"""The HTTP service: validates, checks who asks, hands the work to a `Backend`, and maps what goes wrong to a status.
+"""The HTTP service: check API keys, validate requests, call a `Backend`, and map errors to status codes.
 
-401 no key or a wrong one, 403 a key without that scope or another site's page, 409 what does not fit the gallery as it
-is, 413 a body that is too large, 422 what cannot be understood, 429 too many requests wait, 503 a part is being
-replaced; the last two say when to try again.
+401: missing or wrong key. 403: key without the scope, or a page of another site. 409: conflict with the state of the
+gallery. 413: body too large. 422: invalid request. 429: too many waiting requests. 503: a replica is being replaced.
+429 and 503 have a Retry-After header.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from tvilfm.service.backend import Backend, Busy, Change, Unavailable
 from tvilfm.service.messages import HEADER, RETRY_S, Bulk, SearchAnswer, SearchBatch, SearchQuery, Status, Written
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-MIN_SIDE = 8  # pixels; what is smaller shows nobody
-ROOM = 8  # times serve.max_pixels that all requests under way may have decoded, at three bytes a pixel
+MIN_SIDE = 8  # pixels; smaller images cannot show a person
+ROOM = 8  # all running requests together may have this many times serve.max_pixels decoded, at three bytes per pixel
 VECTORS = ("vector", "vector_base")
 READY_S = 5.0
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "testserver")
-# The page is one file of our own and talks to its own origin alone.
+# The page is a single file and only talks to its own origin.
 CONTENT_SECURITY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src blob: data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -65,19 +65,19 @@ def create_app(
     thumbnail_height: int,
     observe: Observe = lambda stage, seconds: None,
 ) -> FastAPI:
-    """The service as an ASGI application.
+    """Return the service as an ASGI application.
 
     Args:
-        backend: who encodes, searches and writes.
+        backend: encodes, searches and writes.
         section: limits, and the file of keys.
-        audit: where searches and writes are noted down.
-        thumbnail_height: pixels of the pictures that are kept with the vectors.
-        observe: told of every stage (decode, encode, search, write) and its seconds.
+        audit: audit trail of searches.
+        thumbnail_height: height in pixels of the thumbnails that are stored with the vectors.
+        observe: called with the name (decode, encode, search, write) and the seconds of each finished stage.
     """
     app = FastAPI(
         title="TVI-LFM retrieval",
-        description="Find people that visible cameras saw by an infrared picture, a sentence, or both.",
-        docs_url=None,  # they load their scripts from elsewhere
+        description="Search for people seen by visible cameras, with an infrared image, a sentence, or both.",
+        docs_url=None,  # FastAPI's documentation pages load scripts from other sites
         redoc_url=None,
     )
     handlers = _Handlers(backend, section, audit, thumbnail_height, observe)
@@ -109,7 +109,8 @@ def create_app(
     app.add_exception_handler(Exception, _fault)
     app.add_middleware(_BodyLimit, max_bytes=int(section.max_body_mb * 1e6))
     if key_file is None:
-        # Without keys every program of this machine may ask; a page in its browser, by a name of its own, may not.
+        # Without keys, every program on this machine may send requests. This blocks pages in a browser on this machine
+        # that reach the service under another host name (DNS rebinding).
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, section.host], www_redirect=False)
     return app
 
@@ -119,22 +120,22 @@ class JPEGResponse(Response):
 
 
 class _Handlers:
-    """What the routes do."""
+    """Handlers of the routes."""
 
     def __init__(
         self, backend: Backend, section: ServeSection, audit: Audit, thumbnail_height: int, observe: Observe
     ) -> None:
         self._backend, self._section, self._audit = backend, section, audit
         self._thumbnail_height, self._observe = thumbnail_height, observe
-        self._pixels = 0  # of the requests under way
+        self._pixels = 0  # decoded by all running requests
 
     async def search(self, request: Request, query: SearchQuery) -> SearchAnswer:
-        """Find a person."""
+        """Search for a person."""
         (answer,) = await self._answers(request, [query])
         return answer
 
     async def search_batch(self, request: Request, batch: SearchBatch) -> messages.BatchAnswer:
-        """Find several people; each answer is that of a search of its own."""
+        """Search for several people; each answer equals that of a separate search."""
         self._check_count("queries", len(batch.queries))
         return messages.BatchAnswer(answers=await self._answers(request, batch.queries))
 
@@ -144,46 +145,46 @@ class _Handlers:
         id: Annotated[messages.RowId, Path()],
         row: messages.Row,
     ) -> Written:
-        """Add a picture to the gallery, or replace it. The answer comes when it is on disk."""
+        """Add an image to the gallery, or replace it. The response is sent once the image is on disk."""
         return await self._write_rows(request, [id], [row])
 
     async def bulk(self, request: Request, bulk: Bulk) -> Written:
-        """Add or replace pictures, all or none."""
+        """Add or replace several images, all or none."""
         self._check_count("rows", len(bulk.rows))
         return await self._write_rows(request, [row.id for row in bulk.rows], bulk.rows)
 
     async def delete(self, request: Request, id: Annotated[messages.RowId, Path()]) -> Written:
-        """Remove a picture, if it is there; it stays in earlier versions until the gallery is compacted."""
+        """Remove an image if it exists; it stays in earlier versions until the gallery is compacted."""
         return _written(await self._timed("write", self._backend.delete([id], by=request.state.key)))
 
     async def delete_person(self, request: Request, pid: Annotated[messages.Person, Path()]) -> Written:
-        """Remove every picture of a person; they stay in earlier versions until the gallery is compacted."""
+        """Remove all images of a person; they stay in earlier versions until the gallery is compacted."""
         return _written(await self._timed("write", self._backend.delete_person(pid, by=request.state.key)))
 
     async def compact(self, request: Request) -> Written:
-        """Remove from disk, and so from every version, whatever was deleted."""
+        """Remove deleted images from disk, and so from every version."""
         try:
             return _written(await self._timed("write", self._backend.compact(by=request.state.key)))
         except ValueError as error:
             raise HTTPException(409, str(error)) from None
 
     async def picture(self, id: Annotated[messages.RowId, Path()]) -> Response:
-        """The small picture that is kept with a row."""
-        found = await self._backend.picture(id)
-        if found is None:
-            raise HTTPException(404, f"id: expected a row with a picture, got {id}.")
-        return JPEGResponse(found, headers={"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"})
+        """Return the thumbnail that is stored with a row."""
+        content = await self._backend.picture(id)
+        if content is None:
+            raise HTTPException(404, f"id: expected a row with an image, got {id}.")
+        return JPEGResponse(content, headers={"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"})
 
     async def status(self) -> Status:
-        """What is served."""
+        """Return the status of the model and the gallery."""
         return await self._backend.status()
 
     async def readyz(self) -> dict[str, str]:
-        """Whether every part of the service answers."""
+        """Check that every replica of the service answers."""
         try:
             await asyncio.wait_for(self._backend.ready(), READY_S)
         except TimeoutError:
-            raise Unavailable("service: expected an answer of every part, got none in time") from None
+            raise Unavailable("service: expected an answer from every replica, got a timeout. Retry.") from None
         return {"status": "ready"}
 
     def _check_count(self, key: str, count: int) -> None:
@@ -192,7 +193,7 @@ class _Handlers:
 
     async def _answers(self, request: Request, asked: Sequence[SearchQuery]) -> list[SearchAnswer]:
         if not self._backend.facts.text and any(query.sentence is not None for query in asked):
-            raise HTTPException(422, "sentence: expected none, as the model that is served reads no text.")
+            raise HTTPException(422, "sentence: expected none, because the served model reads no text, got one.")
         queries = await self._encoded(asked)
         requests = [_request(query, self._backend.facts.weights) for query in asked]
         min_version = max(query.min_version or 0 for query in asked)
@@ -201,7 +202,7 @@ class _Handlers:
         for query, answer in zip(asked, answers, strict=True):
             if answer.version < (query.min_version or 0):
                 raise HTTPException(
-                    409, f"min_version: expected at most {answer.version}, the newest, got {query.min_version}."
+                    409, f"min_version: expected at most {answer.version}, the latest, got {query.min_version}."
                 )
         await asyncio.to_thread(self._note, request.state.key, answers)
         return [_answer(query, answer, own) for query, answer, own in zip(queries, answers, requests, strict=True)]
@@ -220,11 +221,11 @@ class _Handlers:
 
     @asynccontextmanager
     async def _decoded(self, contents: Sequence[bytes | None]) -> AsyncIterator[list[Pixels | None]]:
-        """The pictures of a request, if there is room for them beside those of the others."""
+        """Decode the images of a request if the limit for all running requests allows it; else raise `Busy`."""
         started = time.perf_counter()
         pixels = await asyncio.to_thread(self._count, contents)
         if self._pixels + pixels > ROOM * self._section.max_pixels:
-            raise Busy("service: expected room for the pictures of one more request, got none")
+            raise Busy("service: expected room for the images of one more request, got none. Retry later.")
         self._pixels += pixels
         try:
             pictures = await asyncio.to_thread(self._decode, contents)
@@ -234,7 +235,10 @@ class _Handlers:
             self._pixels -= pixels
 
     def _count(self, contents: Sequence[bytes | None]) -> int:
-        """Pixels of all pictures: a flat one of few bytes may be large, and all of a request are in memory at once."""
+        """Return the number of pixels of all images, and check it against the limit per request.
+
+        The size of the files says little: a small file may decode to a large image.
+        """
         limit = self._section.max_pixels
         try:
             total = sum(count_pixels(content, name="image", formats=FORMATS) for content in contents if content)
@@ -243,8 +247,8 @@ class _Handlers:
         if total > limit:
             raise HTTPException(
                 422,
-                f"image: expected at most {limit} pixels in the pictures of a request, got {total}. Send smaller "
-                "pictures, or fewer at once.",
+                f"image: expected at most {limit} pixels in the images of a request, got {total}. Send smaller "
+                "images, or fewer per request.",
             )
         return total
 
@@ -278,7 +282,7 @@ class _Handlers:
         for row in rows:
             if row.space_id not in (None, space):
                 raise HTTPException(
-                    409, f"space_id: expected vectors of {space}, got {row.space_id}. Send the picture."
+                    409, f"space_id: expected vectors of {space}, got {row.space_id}. Send the image instead."
                 )
         vectors, thumbnails = await self._encoded_rows(rows)
         dims = {len(one[name]) for one in vectors for name in VECTORS}
@@ -336,7 +340,7 @@ def _answer(query: Query, answer: search.Answer, asked: search.Request) -> Searc
 
 
 def _guarded(check: Callable[[Request], None]) -> type[APIRoute]:
-    """A route that is checked before its body is read; FastAPI's dependencies come after that."""
+    """Return a route class that runs `check` before the body is read. FastAPI runs dependencies only after that."""
 
     class Guarded(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -352,7 +356,7 @@ def _guarded(check: Callable[[Request], None]) -> type[APIRoute]:
 
 
 def _needs(scope: keys.Scope, key_file: keys.KeyFile | None) -> Callable[[Request], None]:
-    """A check that lets nobody past without the right to do that."""
+    """Return a check that rejects requests without the scope."""
     if key_file is None:
 
         def anybody(request: Request) -> None:
@@ -376,26 +380,26 @@ def _needs(scope: keys.Scope, key_file: keys.KeyFile | None) -> Callable[[Reques
 
 
 def _is_of_another_site(request: Request) -> bool:
-    """Whether a browser says that another site's page asks; it asks for that page's user, who knows nothing of it."""
+    """Return whether the browser's headers say that a page of another site sent the request (cross-site forgery)."""
     origin, fetched = request.headers.get("Origin"), request.headers.get("Sec-Fetch-Site", "none")
     own = origin is None or origin.partition("://")[2] == request.headers.get("Host")
     return not own or fetched not in ("same-origin", "none")
 
 
 async def healthz() -> dict[str, str]:
-    """Whether the service is up."""
+    """Check that the service is up."""
     return {"status": "up"}
 
 
 async def page() -> HTMLResponse:
-    """The page for people."""
+    """Return the search page."""
     content = files("tvilfm.service").joinpath("page.html").read_text()
     headers = {"Content-Security-Policy": CONTENT_SECURITY, "Referrer-Policy": "no-referrer"}
     return HTMLResponse(content, headers=headers)
 
 
 class _BodyLimit:
-    """Refuses a body above a size before it is in memory, whether it says its length or not."""
+    """Reject a body above the size limit before it is in memory, with or without a Content-Length header."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app, self._max = app, max_bytes
@@ -404,10 +408,10 @@ class _BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        told = dict(scope["headers"]).get(b"content-length", b"0")
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
         length = 0
         with suppress(ValueError):
-            length = int(told)
+            length = int(declared)
         if length > self._max:
             await _problem(413, self._told())(scope, receive, send)
             return
@@ -424,7 +428,7 @@ class _BodyLimit:
         await self._app(scope, counted, send)
 
     def _told(self) -> str:
-        return f"body: expected at most {self._max} bytes, got more. Send smaller pictures, or fewer at once."
+        return f"body: expected at most {self._max} bytes, got more. Send smaller images, or fewer per request."
 
 
 def _problem(status: int, error: str, headers: dict[str, str] | None = None) -> JSONResponse:
@@ -432,7 +436,7 @@ def _problem(status: int, error: str, headers: dict[str, str] | None = None) -> 
 
 
 async def _not_understood(request: Request, error: Exception) -> Response:
-    """What was sent is not sent back: it may be large, or a person's picture."""
+    """Describe validation errors without the invalid input, which may be large or an image of a person."""
     assert isinstance(error, RequestValidationError)
     faults = []
     for fault in error.errors()[:10]:
@@ -448,8 +452,8 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 
 async def _try_again(status: int, request: Request, error: Exception) -> Response:
-    return _problem(status, f"{error}. Try again.", {"Retry-After": str(RETRY_S)})
+    return _problem(status, str(error), {"Retry-After": str(RETRY_S)})
 
 
 async def _fault(request: Request, error: Exception) -> Response:
-    return _problem(500, "service: a fault of ours; it stands in the log.")
+    return _problem(500, "service: expected an answer, got an internal error. See the log of the service.")

@@ -1,4 +1,4 @@
-"""The audit trail: who asked or wrote what and when, in lines of JSON, a file a day; never pixels or texts."""
+"""The audit trail: who searched or wrote what and when, as JSON lines, one file per day; never pixels or texts."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 
 class Audit:
-    """Appends lines; each is one write, so that several processes may share a folder.
+    """Append lines to the audit trail. Each line is a single write, so several processes can share a folder.
 
     Args:
-        folder: made if need be, for nobody else to read.
-        days: that a file is kept; None = for ever.
+        folder: created if missing, readable only by its owner.
+        days: number of days that a file is kept; None = forever.
     """
 
     def __init__(self, folder: Path, *, days: int | None = None) -> None:
@@ -26,11 +26,11 @@ class Audit:
         """Add a line.
 
         Args:
-            action: what was done.
-            key: name of the API key; None = no keys are asked for.
-            version: of the gallery that was searched, or that the write made.
-            ids: of the hits, or of the rows that were written.
-            facts: further numbers.
+            action: name of the action.
+            key: name of the API key; None = the service requires no keys.
+            version: gallery version that was searched or that the write created.
+            ids: ids of the hits or of the written rows.
+            facts: additional numbers.
         """
         now = datetime.now(UTC)
         if now.date() != self._today:
@@ -50,4 +50,4 @@ class Audit:
         oldest = self._today - timedelta(days=self._days)
         for path in self._folder.glob("????-??-??.jsonl"):
             if path.stem < oldest.isoformat():
-                path.unlink(missing_ok=True)  # another process may have been quicker
+                path.unlink(missing_ok=True)  # another process may have removed it already

@@ -1,4 +1,4 @@
-"""Who does the work behind the HTTP service."""
+"""The interface between the HTTP service and the code that does its work."""
 
 from __future__ import annotations
 
@@ -17,62 +17,62 @@ from tvilfm.service.messages import ModelFacts, Status
 
 
 class Busy(Exception):
-    """Too many requests wait already; worth another try later."""
+    """Too many requests are waiting; the client should retry later."""
 
 
 class Unavailable(Exception):
-    """A part of the service is being replaced, or a long change keeps it; worth another try soon."""
+    """A replica is being replaced, or a long change blocks the gallery; the client should retry soon."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """A committed write: the version that holds it, and how many rows it touched."""
+    """A committed write: the version that holds it and the number of affected rows."""
 
     version: int
     count: int
 
 
 class Backend(Protocol):
-    """Encodes, searches and writes. Each method may raise `Busy` and `Unavailable`, and ValueError for its input.
+    """Encode, search and write. Each method may raise `Busy` and `Unavailable`, and ValueError for invalid input.
 
-    A change is noted in the audit trail under `by`, the name of the API key (None = no keys are asked for), also when
-    nobody waits for its end any more.
+    A change is recorded in the audit trail under `by`, the name of the API key (None = the service requires no keys),
+    even if the client has disconnected.
     """
 
     facts: ModelFacts
 
     async def encode(self, questions: Sequence[Question]) -> list[Query]:
-        """The vectors of questions, as of `QueryEncoder.encode`."""
+        """Encode questions, as `QueryEncoder.encode` does."""
 
     async def encode_visible(self, pictures: Sequence[Pixels]) -> list[dict[str, npt.NDArray[np.float32]]]:
-        """Of each (H, W, 3) uint8 picture of any size: column of `gallery.row_schema` -> (D,) unit vector."""
+        """Encode (H, W, 3) uint8 images of any size; for each, return column of `row_schema` -> (D,) unit vector."""
 
     async def search(
         self, queries: Sequence[Query], requests: Sequence[Request], *, min_version: int = 0
     ) -> list[Answer]:
-        """One answer a query, as of `Searcher.search`, of that version or a later one if there is one."""
+        """Return one answer per query, as `Searcher.search` does, from version `min_version` or later if it exists."""
 
     async def upsert(self, rows: pa.Table, *, space_id: str, by: str | None) -> Change:
-        """Write rows of `gallery.row_schema`; on disk when it returns."""
+        """Write rows of `rows.row_schema`; they are on disk when this returns."""
 
     async def delete(self, ids: Sequence[str], *, by: str | None) -> Change:
-        """Remove those of the rows that are there."""
+        """Remove rows by id; ids of missing rows are ignored."""
 
     async def delete_person(self, pid: int, *, by: str | None) -> Change:
-        """Remove all rows of an identity; on disk they stay until `compact`."""
+        """Remove all rows of an identity; they stay on disk until `compact`."""
 
     async def compact(self, *, by: str | None) -> Change:
-        """Remove from disk, and so from every version, what is deleted; count is how many rows are left.
+        """Remove deleted rows from disk, and so from every version; `count` is the number of remaining rows.
 
         Raises:
-            ValueError: as of `Gallery.compact`.
+            ValueError: as for `Gallery.compact`.
         """
 
     async def picture(self, id: str) -> bytes | None:
-        """The thumbnail of a row, a JPEG; None if there is none."""
+        """Return the thumbnail of a row as JPEG, or None if there is none."""
 
     async def ready(self) -> None:
-        """Returns when every part answers."""
+        """Return once every replica answers."""
 
     async def status(self) -> Status:
-        """What is served."""
+        """Return the status of the service."""

@@ -4,10 +4,9 @@
         answer = client.search(image=Path("query.jpg").read_bytes(), sentence="a woman in a red coat", k=5)
         print(answer.hits[0].id, answer.hits[0].shares)
 
-What the service asks to try again (429, 503), and what got no answer of the service, is tried again: every request may
-be repeated without harm, as a write names the row that it writes. Where the machine dies that a request had reached,
-whoever stands before it answers with an error of its own: Serve's proxy with a bare 500, a load balancer with 502 or
-504.
+The client retries a request if the service asks for it (429, 503) or did not answer. Repeating a request is safe,
+because a write names the row that it writes. If the node that handles a request dies, the proxy in front of it answers
+instead: Ray Serve's proxy with a bare 500, a load balancer with 502 or 504. The client retries these, too.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ AGAIN = (408, 429, 502, 503, 504)
 
 
 class ServiceError(Exception):
-    """The service said no; `status` is HTTP's."""
+    """The service returned an error; `status` is the HTTP status code."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(f"{status}: {message}")
@@ -37,14 +36,15 @@ class ServiceError(Exception):
 
 
 class Client:
-    """Talks to a service.
+    """Client of a retrieval service.
 
     Args:
-        url: of the service.
-        key: API key; None where it asks for none.
-        retries: further tries of a request that is worth one.
-        timeout_s: that an answer may take.
-        verify: who vouches for the service's certificate; of one's own: `ssl.create_default_context(cafile=...)`.
+        url: URL of the service.
+        key: API key; None if the service requires none.
+        retries: maximum number of retries per request.
+        timeout_s: timeout of a request in seconds.
+        verify: how to verify the service's certificate; for your own certificate, pass
+            `ssl.create_default_context(cafile=...)`.
     """
 
     def __init__(
@@ -73,57 +73,57 @@ class Client:
         self._http.close()
 
     def search(self, *, image: bytes | None = None, sentence: str | None = None, **options: Any) -> SearchAnswer:
-        """Find a person.
+        """Search for a person.
 
         Args:
-            image: infrared picture, a JPEG, PNG, WebP or BMP file.
-            sentence: how somebody describes the person.
-            options: further fields of `messages.SearchQuery`.
+            image: infrared image, the content of a JPEG, PNG, WebP or BMP file.
+            sentence: description of the person.
+            options: other fields of `messages.SearchQuery`.
 
         Raises:
-            ServiceError: the service refused.
-            httpx.TransportError: no answer, again and again.
+            ServiceError: the service returned an error.
+            httpx.TransportError: the service did not answer, and the retries failed too.
         """
         return SearchAnswer.model_validate(self._post("/v1/search", as_json(image=image, sentence=sentence, **options)))
 
     def search_batch(self, queries: Sequence[Mapping[str, Any]]) -> list[SearchAnswer]:
-        """Find several people; each query a `messages.SearchQuery` by `as_json`."""
-        found = self._post("/v1/search/batch", {"queries": [dict(one) for one in queries]})
-        return BatchAnswer.model_validate(found).answers
+        """Search for several people; each query is a `messages.SearchQuery`, converted with `as_json`."""
+        response = self._post("/v1/search/batch", {"queries": [dict(one) for one in queries]})
+        return BatchAnswer.model_validate(response).answers
 
     def put(self, id: str, *, image: bytes | None = None, camid: int, **facts: Any) -> Written:
-        """Add a picture to the gallery or replace it; on disk when this returns.
+        """Add an image to the gallery or replace it. It is on disk when this returns.
 
         Args:
-            id: of the row.
-            image: visible picture; or `vector`, `vector_base` and `space_id` among the facts.
-            camid: camera.
-            facts: further fields of `messages.Row`.
+            id: id of the row.
+            image: visible image; None if `facts` has `vector`, `vector_base` and `space_id` instead.
+            camid: camera id.
+            facts: other fields of `messages.Row`.
         """
         return Written.model_validate(self._call("PUT", _row_path(id), json=as_json(image=image, camid=camid, **facts)))
 
     def put_bulk(self, rows: Sequence[Mapping[str, Any]]) -> Written:
-        """Add or replace pictures, all or none; each row a `messages.NamedRow` by `as_json`."""
+        """Add or replace images, all or none; each row is a `messages.NamedRow`, converted with `as_json`."""
         return Written.model_validate(self._post("/v1/gallery/bulk", {"rows": [dict(one) for one in rows]}))
 
     def delete(self, id: str) -> Written:
-        """Remove a picture; `count` is 0 where there was none."""
+        """Remove an image; `count` is 0 if it did not exist."""
         return Written.model_validate(self._call("DELETE", _row_path(id)))
 
     def delete_person(self, pid: int) -> Written:
-        """Remove all pictures of a person; `compact` then removes them from disk."""
+        """Remove all images of a person; `compact` then removes them from disk."""
         return Written.model_validate(self._call("DELETE", f"/v1/people/{pid}"))
 
     def compact(self, *, timeout_s: float = 3600.0) -> Written:
-        """Remove from disk what was deleted; of a large gallery that takes its time, and goes on where that is out."""
+        """Remove deleted images from disk. For a large gallery this is slow; it continues even after a timeout."""
         return Written.model_validate(self._call("POST", "/v1/gallery/compact", timeout=timeout_s, goes_on=True))
 
     def picture(self, id: str) -> bytes:
-        """The thumbnail of a row, a JPEG."""
+        """Return the thumbnail of a row as JPEG."""
         return self._send("GET", f"{_row_path(id)}/image").content
 
     def status(self) -> Status:
-        """What is served."""
+        """Return the status of the model and the gallery."""
         return Status.model_validate(self._call("GET", "/v1/status"))
 
     def _post(self, path: str, body: Mapping[str, Any]) -> Any:
@@ -133,7 +133,10 @@ class Client:
         return self._send(method, path, **body).json()
 
     def _send(self, method: str, path: str, *, goes_on: bool = False, **body: Any) -> httpx.Response:
-        """A request and its answer; what goes on without its client is not begun again when time is out."""
+        """Send a request and return the response, with retries.
+
+        `goes_on` marks work that continues without its client; it is not retried after a timeout.
+        """
         for tries_left in reversed(range(self._retries + 1)):
             wait_s = float(RETRY_S)
             try:
@@ -147,14 +150,14 @@ class Client:
                 timed_out = response.status_code == httpx.codes.REQUEST_TIMEOUT
                 if not _worth_another(response) or not tries_left or (goes_on and timed_out):
                     raise ServiceError(response.status_code, _said(response))
-                told = response.headers.get("Retry-After", "")
-                wait_s = float(told if told.isdecimal() else RETRY_S)  # a proxy may tell a date
+                retry_after = response.headers.get("Retry-After", "")
+                wait_s = float(retry_after if retry_after.isdecimal() else RETRY_S)  # a proxy may send a date
             time.sleep(wait_s)
-        raise AssertionError("the last try returns or raises")
+        raise AssertionError("the last attempt returns or raises")
 
 
 def as_json(**fields: Any) -> dict[str, Any]:
-    """A message of `service.messages` as JSON, the picture given as a file's bytes and times as datetimes."""
+    """Convert the fields of a message of `service.messages` to JSON: bytes of an image file to base64, times to ISO."""
     given: dict[str, Any] = {}
     for name, value in fields.items():
         if isinstance(value, bytes):
@@ -171,7 +174,7 @@ def _row_path(id: str) -> str:
 
 
 def _worth_another(response: httpx.Response) -> bool:
-    """A 500 of the service's own says what is wrong, and would again."""
+    """Return whether to retry. A 500 with an error message comes from the service itself and would only repeat."""
     return response.status_code in AGAIN or (response.status_code == 500 and _error(response) is None)
 
 
@@ -180,7 +183,7 @@ def _said(response: httpx.Response) -> str:
 
 
 def _error(response: httpx.Response) -> str | None:
-    """What the service itself says is wrong."""
+    """Return the service's own error message, or None if the response has none."""
     try:
         return str(response.json()["error"])
     except (ValueError, KeyError, TypeError):

@@ -1,6 +1,6 @@
-"""API keys: who may ask what. A file holds their hashes; a key itself is shown once, to whoever makes it.
+"""API keys and their scopes. A file holds the hashes of the keys; a key itself is shown only once, on creation.
 
-A key is 256 random bits, so one round of SHA-256 keeps it as well as a slow hash would keep a password.
+A key is 256 random bits, so one round of SHA-256 protects it as well as a slow hash protects a password.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from tvilfm.place import lock, write_whole
 
 Scope = Literal["read", "write", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
-PREFIX = "tvi_"  # lets scanners of leaked secrets find one
+PREFIX = "tvi_"  # lets secret scanners recognise a leaked key
 
 
 class Key(BaseModel):
-    """What is kept of a key.
+    """Entry of a key in the file.
 
     Attributes:
-        name: the key id, as it stands in the audit trail.
-        scopes: read: search, pictures, status. write: add and remove pictures. admin: erase people, compact.
-        sha256: of the key, hexadecimal.
-        created: when it was made.
+        name: name of the key, as recorded in the audit trail.
+        scopes: read: search, images, status. write: add and remove images. admin: erase people, compact.
+        sha256: hash of the key, hexadecimal.
+        created: time of creation.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,7 +50,7 @@ class _File(BaseModel):
 
 
 class KeyFile:
-    """The keys of a file, which is read again when it changes: a key that is removed there opens nothing any more."""
+    """The keys of a file. The file is read again when it changes, so a removed key stops working at once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -59,40 +59,40 @@ class KeyFile:
         self.read()
 
     def read(self) -> Sequence[Key]:
-        """All keys of the file as it is now.
+        """Return all keys that are currently in the file.
 
         Raises:
-            ValueError: there is no such file, or it is none of keys.
+            ValueError: the file does not exist, or it is not a file of keys.
         """
         try:
             status = self._path.stat()
         except OSError:
             raise ValueError(
-                f"serve.keys: expected a file of API keys, got {self._path}, which is none. "
-                f"Make one: tvilfm keys add NAME --file {self._path}."
+                f"serve.keys: expected a file of API keys, got {self._path}, which does not exist. "
+                f"Create one with tvilfm keys add NAME --file {self._path}."
             ) from None
         if self._stamp != (stamp := (status.st_mtime_ns, status.st_ino)):
             self._keys, self._stamp = _read(self._path), stamp
         return self._keys
 
     def find(self, token: str) -> Key | None:
-        """The key with that secret, None if there is none; it takes as long whichever it is."""
+        """Return the entry of a key, or None if it is unknown. The time does not depend on which entry matches."""
         digest = _digest(token)
-        found = None
+        match = None
         for key in self.read():
             if hmac.compare_digest(key.sha256, digest):
-                found = key
-        return found
+                match = key
+        return match
 
 
 def add_key(path: Path, name: str, scopes: Sequence[str]) -> str:
-    """Make a key and write its hash into a file, which is made if need be.
+    """Create a key and add its hash to a file, which is created if missing.
 
     Returns:
-        The key, which nobody can tell again.
+        The key; it cannot be recovered later.
 
     Raises:
-        ValueError: a key of that name is there, a scope is none of `SCOPES`, or the file is none of keys.
+        ValueError: the name already has a key, a scope is not in `SCOPES`, or the file is not a file of keys.
     """
     unknown = sorted(set(scopes) - set(SCOPES))
     if unknown or not scopes:
@@ -104,19 +104,19 @@ def add_key(path: Path, name: str, scopes: Sequence[str]) -> str:
         keys = _read(path) if path.exists() else []
         if any(key.name == name for key in keys):
             raise ValueError(
-                f"name: expected a new one, got {name}, which has a key. Remove it first: tvilfm keys remove."
+                f"name: expected a new one, got {name}, which has a key. Remove it first with tvilfm keys remove."
             )
         token, now = PREFIX + secrets.token_urlsafe(32), datetime.now(UTC)
-        made = {"name": name, "scopes": scopes, "sha256": _digest(token), "created": now}
-        _write(path, [*keys, Key.model_validate(made)])
+        entry = {"name": name, "scopes": scopes, "sha256": _digest(token), "created": now}
+        _write(path, [*keys, Key.model_validate(entry)])
     return token
 
 
 def remove_key(path: Path, name: str) -> None:
-    """Take a key's rights away, of a running service too.
+    """Remove a key from a file; it stops working at once, also in a running service.
 
     Raises:
-        ValueError: there is no key of that name, or the file is none of keys.
+        ValueError: there is no key of that name, or the file is not a file of keys.
     """
     file = KeyFile(path)
     with _alone(path):
@@ -128,7 +128,7 @@ def remove_key(path: Path, name: str) -> None:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Change a file while no other command does: what it changed would be lost, a key that was removed come back."""
+    """Lock the file of keys, so that concurrent commands do not overwrite each other's changes."""
     with lock(path.with_name(f"{path.name}.lock")):
         yield
 
@@ -141,7 +141,7 @@ def _read(path: Path) -> list[Key]:
     try:
         return _File.model_validate(yaml.safe_load(path.read_text()) or {}).keys
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: expected YAML, got {error}. Make the file with tvilfm keys add.") from None
+        raise ValueError(f"{path}: expected YAML, got {error}. Create the file with tvilfm keys add.") from None
     except ValidationError as error:
         raise ValueError(f"{path}: {explain(error, {'keys'}, see='tvilfm keys add')}") from None
 

@@ -1,6 +1,6 @@
-"""What is said over HTTP: requests, checked here and nowhere else, and answers.
+"""The messages of the HTTP API: requests, which are validated only here, and responses.
 
-Pictures travel as base64 in JSON, as a batch of queries needs it anyway and one way is enough.
+Images are sent as base64 in JSON: batches need this anyway, and one format is enough.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ HEADER = "X-API-Key"
 RETRY_S = 1
 MAX_HITS = 1000
 MAX_TEXT = 2000  # characters; the text tower reads 77 tokens
-MAX_KEYS = 100  # of an object; none has half as many fields
+MAX_KEYS = 100  # of a JSON object; no message has half as many fields
 INT32, INT64 = 2**31 - 1, 2**63 - 1
 
 
@@ -39,7 +39,7 @@ RowId = Annotated[str, Field(min_length=1, max_length=MAX_ID), AfterValidator(_i
 Camera = Annotated[int, Field(ge=0, le=INT32)]
 Person = Annotated[int, Field(ge=0, le=INT64)]
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
-# pydantic's errors take a kilobyte each, and a body has room for millions: a list stops at its first one (`fail_fast`).
+# Each pydantic error takes a kilobyte, and a body could cause millions, so lists stop at the first error (`fail_fast`).
 Cameras = Annotated[list[Camera], Field(max_length=1000, fail_fast=True)]
 Vector = Annotated[list[float], Field(max_length=1 << 16, fail_fast=True)]
 
@@ -56,7 +56,7 @@ class Message(BaseModel):
 
 
 class Weights(Message):
-    """Of each modality in the ensemble."""
+    """Weight of each modality in the ensemble."""
 
     infrared: float = Field(1.0, ge=0, le=1000)
     text: float = Field(1.0, ge=0, le=1000)
@@ -64,22 +64,25 @@ class Weights(Message):
 
 
 class SearchQuery(Message):
-    """A person to look for: an infrared picture, a sentence, or both."""
+    """A person to search for: an infrared image, a sentence, or both."""
 
-    image: Base64Bytes | None = Field(None, description="infrared picture, a JPEG, PNG, WebP or BMP file in base64")
-    sentence: Text | None = Field(None, description="how somebody describes the person")
+    image: Base64Bytes | None = Field(None, description="infrared image, a JPEG, PNG, WebP or BMP file in base64")
+    sentence: Text | None = Field(None, description="description of the person")
     infrared_caption: Text | None = Field(
-        None, description="what the infrared picture shows anyway: subtracted before image and sentence are fused"
+        None,
+        description="what the infrared image already shows; subtracted before image and sentence are fused",
     )
-    weights: Weights | None = Field(None, description="of the modalities; null = those of the run's evaluation")
-    k: int = Field(20, ge=1, le=MAX_HITS, description="hits wanted")
-    cameras: Cameras | None = Field(None, description="search these alone; null = all")
-    exclude_cameras: Cameras = Field([], description="do not search these: the query's own")
-    since: Time | None = Field(None, description="earliest time of a picture; one without a time is left out")
-    until: Time | None = Field(None, description="latest time of a picture; one without a time is left out")
-    by_identity: bool = Field(False, description="the best picture of each person alone")
+    weights: Weights | None = Field(
+        None, description="weights of the modalities; null = the weights of the run's evaluation"
+    )
+    k: int = Field(20, ge=1, le=MAX_HITS, description="number of hits")
+    cameras: Cameras | None = Field(None, description="search only these cameras; null = all")
+    exclude_cameras: Cameras = Field([], description="cameras to skip, such as the camera of the query")
+    since: Time | None = Field(None, description="earliest time of an image; images without a time are skipped")
+    until: Time | None = Field(None, description="latest time of an image; images without a time are skipped")
+    by_identity: bool = Field(False, description="return only the best image of each person")
     min_version: int | None = Field(
-        None, ge=0, le=INT64, description="gallery version that the answer has to know: that of one's own last write"
+        None, ge=0, le=INT64, description="minimum gallery version to search (read-your-own-writes)"
     )
 
     @model_validator(mode="after")
@@ -96,22 +99,24 @@ class SearchBatch(Message):
 
 
 class HitMessage(Message):
-    """A row of the gallery."""
+    """A ranked row of the gallery."""
 
     id: str
-    score: float = Field(description="similarity; of an ensemble, the weighted sum of its modalities'")
-    shares: dict[str, float] = Field(description="what each modality adds to the score, its weight included")
+    score: float = Field(description="similarity; for an ensemble, the weighted sum over its modalities")
+    shares: dict[str, float] = Field(description="contribution of each modality to the score, weight included")
     pid: int | None
     camid: int
     time: datetime | None
-    image: str | None = Field(description="where the picture came from; the service itself shows a thumbnail")
+    image: str | None = Field(description="reference to the original image; the service itself stores a thumbnail")
 
 
 class SearchAnswer(Message):
     hits: list[HitMessage] = Field(description="best first")
-    version: int = Field(description="of the gallery that was searched")
-    modalities: list[str] = Field(description="that voted")
-    filter_text: FilterTextSource = Field(description="who said what fusion subtracted; none = nothing was subtracted")
+    version: int = Field(description="gallery version that was searched")
+    modalities: list[str] = Field(description="modalities that voted")
+    filter_text: FilterTextSource = Field(
+        description="source of the text that fusion subtracted; none = nothing was subtracted"
+    )
 
 
 class BatchAnswer(Message):
@@ -119,16 +124,18 @@ class BatchAnswer(Message):
 
 
 class Row(Message):
-    """A picture of a person, or the vectors of one."""
+    """An image of a person, or the vectors of one."""
 
-    image: Base64Bytes | None = Field(None, description="visible picture, a JPEG, PNG, WebP or BMP file in base64")
-    vector: Vector | None = Field(None, description="in place of a picture: unit, through the current head")
-    vector_base: Vector | None = Field(None, description="comes with vector: unit, through the base stage's head")
-    space_id: str | None = Field(None, max_length=MAX_ID, description="comes with vector: of the model that made it")
-    camid: Camera = Field(description="camera")
-    pid: Person | None = Field(None, description="identity, if it is known")
-    time: Time | None = Field(None, description="when the picture was taken")
-    reference: str | None = Field(None, max_length=2048, description="where the picture lies; kept, never opened")
+    image: Base64Bytes | None = Field(None, description="visible image, a JPEG, PNG, WebP or BMP file in base64")
+    vector: Vector | None = Field(None, description="instead of an image: unit vector from the current head")
+    vector_base: Vector | None = Field(None, description="required with vector: unit vector from the base stage's head")
+    space_id: str | None = Field(None, max_length=MAX_ID, description="required with vector: space of the vectors")
+    camid: Camera = Field(description="camera id")
+    pid: Person | None = Field(None, description="identity, if known")
+    time: Time | None = Field(None, description="time at which the image was taken")
+    reference: str | None = Field(
+        None, max_length=2048, description="location of the original image; stored, but never opened"
+    )
 
     @model_validator(mode="after")
     def _has_one_source(self) -> Row:
@@ -155,31 +162,31 @@ class Bulk(Message):
 class Written(Message):
     """A write that is on disk."""
 
-    version: int = Field(description="of the gallery that holds it")
-    count: int = Field(description="rows that were written or removed")
+    version: int = Field(description="gallery version that holds the write")
+    count: int = Field(description="number of written or removed rows; for compact, number of remaining rows")
 
 
 class ModelFacts(Message):
-    """What is known of the model that serves."""
+    """Facts about the served model."""
 
     model: str
-    space_id: str = Field(description="of the model's vectors; the gallery's are of the same")
+    space_id: str = Field(description="space of the vectors of the model and the gallery")
     text: bool = Field(description="whether the model reads sentences")
-    captioner: bool = Field(description="whether infrared pictures are captioned for clients that do not")
-    weights: Weights = Field(description="of the modalities, where a query gives none")
+    captioner: bool = Field(description="whether the service captions infrared images of clients that send no caption")
+    weights: Weights = Field(description="default weights of the modalities")
 
 
 class Status(ModelFacts):
-    """What is served."""
+    """Status of the model and the gallery."""
 
-    images: int = Field(description="rows of the gallery")
-    version: int = Field(description="of the gallery")
+    images: int = Field(description="number of gallery rows")
+    version: int = Field(description="gallery version")
     search: SearchKind = Field(
-        description="exact = all rows in memory; index = a part of the rows on disk; scan = all rows on disk, slowly, "
-        "as the gallery is large and has no index: compact it"
+        description="exact = all rows in memory; index = part of the rows on disk; scan = all rows on disk, which is "
+        "slow: the gallery is large and has no index, so compact it"
     )
     cameras: list[int]
-    gallery_in_use: bool = Field(description="false once the gallery was indexed again under another model")
+    gallery_in_use: bool = Field(description="false once the gallery has been indexed again with another model")
 
 
 class Problem(Message):

@@ -1,4 +1,4 @@
-"""Changes of a gallery, one at a time, each noted down where it is made."""
+"""Write to a gallery, one change at a time, and record each change in the audit trail."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tvilfm.service.backend import Change, Unavailable
 
 
 class GalleryWriter:
-    """Carries changes out; a client that is gone before the end of one finds it in the audit trail all the same.
+    """Apply changes to a gallery and record them in the audit trail, even if the client has disconnected.
 
-    A change waits for the one before it till `until` (of `time.monotonic`; None = for ever): made later, when its
-    client has been told that it was not, it could bring back somebody who was erased meanwhile.
+    A change waits for the previous one until the deadline `until` (of `time.monotonic`; None = forever). It is never
+    made later: the client was told that it failed, and it could bring back a person who was erased in the meantime.
 
     Args:
         gallery: open for writing.
-        audit: where changes are noted down.
+        audit: the audit trail.
     """
 
     def __init__(self, gallery: Gallery, audit: Audit) -> None:
@@ -29,7 +29,7 @@ class GalleryWriter:
         self._lock = threading.Lock()
 
     def upsert(self, rows: pa.Table, *, space_id: str, by: str | None, until: float | None = None) -> Change:
-        """Write rows of `gallery.row_schema`."""
+        """Write rows of `rows.row_schema`."""
         ids = rows["id"].to_pylist()
         return self.change(
             "upsert",
@@ -40,11 +40,11 @@ class GalleryWriter:
         )
 
     def delete(self, ids: Sequence[str], *, by: str | None, until: float | None = None) -> Change:
-        """Remove rows."""
+        """Remove rows by id."""
         return self.change("delete", lambda: self.gallery.delete(ids), by=by, ids=ids, until=until)
 
     def delete_person(self, pid: int, *, by: str | None, until: float | None = None) -> Change:
-        """Remove the rows of a person."""
+        """Remove all rows of a person."""
         return self.change("delete person", lambda: self.gallery.delete_person(pid), by=by, until=until, pid=pid)
 
     def change(
@@ -57,21 +57,21 @@ class GalleryWriter:
         until: float | None = None,
         **facts: int,
     ) -> Change:
-        """Do something to the gallery.
+        """Apply one change to the gallery.
 
         Args:
-            action: its name in the audit trail.
-            work: does it, and returns the number of rows.
-            by: name of the API key; None = no keys are asked for, or the service itself.
-            ids: of the rows, as far as they are known.
-            until: when it is given up, if it has not begun.
-            facts: further numbers for the audit trail.
+            action: name of the change in the audit trail.
+            work: function that makes the change and returns the number of affected rows.
+            by: name of the API key; None = the service requires no keys, or makes the change itself.
+            ids: ids of the affected rows, if known.
+            until: deadline for the start of the change.
+            facts: additional numbers for the audit trail.
 
         Raises:
-            Unavailable: another change was under way till then; nothing is changed.
+            Unavailable: another change was running until the deadline; nothing was changed.
         """
         if not self._lock.acquire(timeout=-1 if until is None else max(0.0, until - time.monotonic())):
-            raise Unavailable("gallery: expected the end of a change that is under way, got none in time")
+            raise Unavailable("gallery: expected the end of a change that is running, got a timeout. Retry.")
         try:
             count = work()
             change = Change(version=self.gallery.version, count=count)

@@ -25,12 +25,12 @@ CMC_RANKS = 20
 def cmc_chart(
     cmc: Mapping[str, FloatArray], *, chance: float | None = None, width: int = 548, height: int = 320
 ) -> str:
-    """Draw the cumulative match characteristic at ranks 1-20, one line a query modality.
+    """Draw the cumulative match characteristic at ranks 1-20, one line per query modality.
 
     Args:
         cmc: query -> fractions at ranks 1, 2, ...; at most the first 20 are drawn.
-        chance: expected rank-1 of a random ranking, a fraction. Its curve is min(1, rank * chance): exact where
-            each identity counts once and all have as many gallery images, else slightly too high.
+        chance: expected rank-1 of a random ranking, a fraction. Its curve is min(1, rank * chance). This is exact if
+            each identity counts once and all identities have equally many gallery images, else slightly too high.
         width, height: pixels.
 
     Returns:
@@ -65,7 +65,7 @@ def cmc_chart(
         axis.set_ylim(0, 103)
         axis.set_xticks([1, 5, 10, 15, 20])
         axis.set_xlabel("k")
-        axis.set_title("CMC: right person among the first k found (%)")
+        axis.set_title("CMC: right person among the top k images (%)")
         axis.grid()
         legend_below(figure, axis, columns=3)
         return svg(figure, "cmc", "Cumulative match characteristic, ranks 1 to 20")

@@ -1,4 +1,4 @@
-"""The comparison of queries by rank-1, mAP and mINP."""
+"""The comparison of query modalities by rank-1 and mAP."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def comparison_chart(rows: Sequence[ResultRow], *, chance: float | None = None, 
     """Draw rank-1 and mAP of the headline rows as bars with their standard deviation over trials.
 
     Args:
-        rows: one a query modality, in the order to draw; at least one.
-        chance: expected rank-1 of a random ranking, a fraction; a dotted line.
+        rows: one per query modality, in drawing order; at least one.
+        chance: expected rank-1 of a random ranking, a fraction; drawn as a dotted line.
         width: pixels.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Charts of retrieval features: t-SNE, and the distances of same and different identities."""
+"""Charts of retrieval features: t-SNE, and distances of same-person and different-person pairs."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from tvilfm.report.tables import QUERY_LABELS
 
 TSNE_IDENTITIES = 20
 TSNE_IMAGES_PER_SIDE = 12
-# Beyond this many points in one chart the points become one bitmap inside the SVG.
+# With more points than this in one chart, the points are drawn as a bitmap inside the SVG.
 VECTOR_POINTS = 2000
 DISTANCE_PAIRS = 4_000_000
 
 
 class RetrievalFeatures(NamedTuple):
-    """What one query modality searched with, and what it searched in.
+    """Query and gallery features of one query modality.
 
     Args:
         query_QD: float32, unit vectors.
@@ -49,19 +49,19 @@ class RetrievalFeatures(NamedTuple):
 
 
 def tsne_chart(features: Mapping[str, RetrievalFeatures], *, seed: int = 0, panel: int = 280) -> str | None:
-    """Draw queries and visible gallery of up to 20 identities in two dimensions, one panel a query modality.
+    """Draw queries and visible gallery of up to 20 identities in two dimensions, one panel per query modality.
 
-    Colour is identity, shape is modality; a thin line joins a query to the middle of its identity's gallery
-    images. The same identities are drawn in every panel. t-SNE keeps neighbourhoods, not distances: compare
-    the mixing of shapes inside a colour, not the gaps between colours.
+    Colour shows the identity, shape the modality. A thin line joins each query to the centre of its identity's gallery
+    images. All panels show the same identities. t-SNE preserves neighbourhoods, not distances: compare how the shapes
+    of one colour mix, not the gaps between colours.
 
     Args:
         features: query modality -> unit vectors and identities of both sides.
-        seed: of the choice of identities and images and of t-SNE.
+        seed: seed of t-SNE and of the choice of identities and images.
         panel: width of one panel in pixels.
 
     Returns:
-        SVG text, or None where no identity is in every panel or a panel would have fewer than 6 points.
+        SVG text, or None if no identity is in every panel or a panel would have fewer than 6 points.
 
     Source: the paper, figure 4.
     """
@@ -142,23 +142,23 @@ def tsne_chart(features: Mapping[str, RetrievalFeatures], *, seed: int = 0, pane
         return svg(
             figure,
             "tsne",
-            f"t-SNE of queries and gallery of {len(pids)} identities, one panel a query modality",
+            f"t-SNE of queries and gallery of {len(pids)} identities, one panel per query modality",
         )
 
 
 def distance_chart(features: Mapping[str, RetrievalFeatures], *, seed: int = 0, panel: int = 280) -> str | None:
-    """Draw the cosine distances of query-gallery pairs of one person and of different people, with their gap delta.
+    """Draw the cosine distances of same-person and different-person query-gallery pairs, with the gap of their means.
 
-    All pairs are used, without a protocol's camera rule; a random part of the queries where there are more
-    than four million pairs.
+    All pairs are used, without the camera rule of a protocol. If there are more than four million pairs, a random part
+    of the queries is used.
 
     Args:
         features: query modality -> unit vectors and identities of both sides.
-        seed: of the choice of queries.
+        seed: seed of the choice of queries.
         panel: width of one panel in pixels.
 
     Returns:
-        SVG text, or None where no modality has both kinds of pairs.
+        SVG text, or None if no modality has both kinds of pairs.
 
     Source: the paper, figure 4.
     """
@@ -215,7 +215,7 @@ def distance_chart(features: Mapping[str, RetrievalFeatures], *, seed: int = 0, 
         return svg(
             figure,
             "distances",
-            "Distances of same-person and different-person pairs, one panel a query modality",
+            "Distances of same-person and different-person pairs, one panel per query modality",
         )
 
 
@@ -224,7 +224,7 @@ def pair_distances(features: RetrievalFeatures, *, seed: int = 0) -> tuple[Float
 
     Args:
         features: unit vectors and identities of both sides.
-        seed: of the choice of queries where all pairs would be more than four million.
+        seed: seed of the choice of queries if there are more than four million pairs.
     """
     query_QD, query_pids, gallery_GD, gallery_pids = features
     most = max(1, DISTANCE_PAIRS // max(1, len(gallery_pids)))
@@ -243,21 +243,21 @@ def _pick(all_pids: IntArray, pids: IntArray, generator: np.random.Generator) ->
 
 
 def _embed(points_ND: FloatArray, seed: int) -> FloatArray:
-    # Imported here: it takes a second, and only this chart needs it.
+    # Imported here because the import takes a second and only this chart needs it.
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # it ships no types
 
-    # scikit-learn wants perplexity < number of points; a third leaves each point a neighbourhood of its own.
+    # scikit-learn requires perplexity < number of points; a third keeps neighbourhoods local.
     perplexity = min(30.0, max(2.0, (len(points_ND) - 1) / 3))
     model = TSNE(n_components=2, perplexity=perplexity, init="pca", random_state=seed, learning_rate="auto")
-    # A few hundred points: waiting threads cost more than they do, many times more on a busy machine.
+    # For a few hundred points, thread synchronisation costs more than it gains, especially on a busy machine.
     with threadpool_limits(1):
         embedded: FloatArray = model.fit_transform(np.ascontiguousarray(points_ND, dtype=np.float32))
     return embedded
 
 
 def _identity_colors(count: int) -> list[tuple[float, float, float]]:
-    """Spread hues evenly and alternate three lightnesses, so that neighbours differ in both."""
+    """Return evenly spread hues with three alternating lightnesses, so that neighbours differ in both."""
     import colorsys
 
     lightness = (0.36, 0.62, 0.48)

@@ -1,4 +1,4 @@
-"""Learning curves of both stages."""
+"""Learning curves of the training stages."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ _LOSS_WORDS = {"loss", "id", "wrt", "center"}
 def learning_chart(records: Sequence[Mapping[str, Any]], *, panel: int = 280) -> str | None:
     """Draw loss terms and validation metrics per epoch, the panels of a stage side by side.
 
-    A loss term is a numeric key with "loss", "id", "wrt" or "center" among its words (`loss`, `id_loss`, `wrt`,
-    `loss/id`); a validation metric is `val_rank1` or `val_mAP`, a fraction. Other keys (rates, times) are
-    not drawn. Two records of one stage and epoch are merged, the later one winning: a resumed run repeats
-    epochs.
+    A loss term is a numeric key that contains the word "loss", "id", "wrt" or "center" (`loss`, `id_loss`, `wrt`,
+    `loss/id`). A validation metric is `val_rank1` or `val_mAP`, a fraction. Other keys (rates, times) are not drawn. A
+    resumed run repeats epochs: records of the same stage and epoch are merged, and later values win.
 
     Args:
-        records: dicts with `stage`, `epoch` and any of the above.
+        records: dicts with `stage`, `epoch` and any of the keys above.
         panel: width of one panel in pixels.
 
     Returns:
-        SVG text, or None where there is nothing to draw.
+        SVG text, or None if there is nothing to draw.
     """
     panels = _learning_panels(records)
     if not panels:
@@ -59,7 +58,7 @@ def learning_chart(records: Sequence[Mapping[str, Any]], *, panel: int = 280) ->
 def _learning_panels(
     records: Sequence[Mapping[str, Any]],
 ) -> list[tuple[str, dict[str, dict[int, float]], bool]]:
-    """Sort records into (title, {line name: {epoch: value}}, values are fractions) panels."""
+    """Group records into panels: (title, {line name: {epoch: value}}, whether values are fractions)."""
     stages: dict[str, tuple[dict[str, dict[int, float]], dict[str, dict[int, float]]]] = {}
     for record in records:
         losses, validation = stages.setdefault(str(record["stage"]), ({}, {}))

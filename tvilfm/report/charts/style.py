@@ -1,4 +1,4 @@
-"""What all charts share: colours, fonts, and a figure as one self-contained inline SVG string."""
+"""The shared style of all charts: colours, fonts, and rendering to self-contained inline SVG."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tvilfm.terms import QUERIES
 
 FloatArray: TypeAlias = npt.NDArray[np.floating[Any]]
 IntArray: TypeAlias = npt.NDArray[np.integer[Any]]
-# Four of the colour-blind-safe "vibrant" and Okabe-Ito hues, chosen to differ in lightness too.
+# Mostly hues of the colour-blind-safe "vibrant" and Okabe-Ito palettes, chosen to differ in lightness too.
 QUERY_COLORS: Mapping[str, str] = {
     "infrared": "#d55e00",
     "visible": "#8a8a00",
@@ -30,7 +30,7 @@ QUERY_COLORS: Mapping[str, str] = {
 QUERY_MARKERS: Mapping[str, str] = {"infrared": "^", "visible": "v", "text": "s", "fusion": "D", "ensemble": "P"}
 QUERY_DASHES: Mapping[str, str] = {"infrared": "-", "visible": "-", "text": "--", "fusion": "-", "ensemble": "-"}
 INK, MUTED, RULE = "#1f2328", "#656d76", "#d5dae0"
-# Eight hues that differ in lightness too, in the order of the first eight settings of a sweep.
+# Eight hues that differ in lightness too, for the first eight settings of a sweep.
 SETTING_COLORS = ("#1f2328", "#d55e00", "#0077bb", "#8a8a00", "#006a55", "#a3367a", "#7a8793", "#4b2a84")
 STYLE: Any = {
     "font.family": ["DejaVu Sans"],
@@ -76,7 +76,7 @@ LABEL_BOX: Mapping[str, Any] = {"facecolor": "white", "edgecolor": "none", "alph
 
 @contextmanager
 def new_figure(width: int, height: int) -> Iterator[Figure]:
-    """Give a figure of `width` x `height` SVG units in the page's style; use it inside the `with`."""
+    """Yield a figure of `width` x `height` SVG units in the page's style."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width / 72, height / 72))
         figure.set_layout_engine("constrained", w_pad=8 / 72, h_pad=3 / 72)
@@ -84,7 +84,7 @@ def new_figure(width: int, height: int) -> Iterator[Figure]:
 
 
 def svg(figure: Figure, name: str, description: str) -> str:
-    """Render to SVG for inlining: ids made unique by `name`, no XML prolog, no metadata, sized in pixels."""
+    """Render a figure as inline SVG: ids prefixed with `name`, no XML prolog, no metadata, size in pixels."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None}, dpi=144)
@@ -100,7 +100,7 @@ def svg(figure: Figure, name: str, description: str) -> str:
 
 
 def score_colors(places: FloatArray) -> list[tuple[float, ...]]:
-    """From light to dark as a score rises; the lightest tones of the map are lost on white."""
+    """Return colours from light (low) to dark (high), without the lightest tones, which are invisible on white."""
     colors = matplotlib.colormaps["viridis_r"](0.12 + 0.88 * np.asarray(places, dtype=np.float64))
     return [tuple(color) for color in colors.tolist()]
 
@@ -119,6 +119,6 @@ def ordered(by_query: Mapping[str, object]) -> list[str]:
 
 
 def inside(position: float, edges: FloatArray) -> float:
-    """Keep a centred label clear of both ends of an axis."""
+    """Clip the position of a centred label so that it stays clear of both ends of an axis."""
     margin = 0.18 * (edges[-1] - edges[0])
     return float(np.clip(position, edges[0] + margin, edges[-1] - margin))

@@ -1,4 +1,4 @@
-"""Charts of a sweep: parallel coordinates, parameter importance and trials over steps."""
+"""Charts of a sweep: parallel coordinates, parameter importance, and trials over epochs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ParallelAxis(NamedTuple):
 
     Args:
         label: its name.
-        ticks: places, 0-1, and the values that stand there.
+        ticks: positions, 0-1, and their value labels.
     """
 
     label: str
@@ -39,9 +39,9 @@ class TrialCurve(NamedTuple):
     """One trial of `trial_chart`.
 
     Args:
-        setting: what it tried; trials of one setting share a colour.
+        setting: name of its setting; trials of one setting share a colour.
         status: done, stopped or failed.
-        score: what it came to; None where unknown.
+        score: its final metric; None if unknown.
         learning: records with `stage`, `epoch` and validation metrics.
     """
 
@@ -59,14 +59,14 @@ def parallel_chart(
     metric: str,
     stopped: npt.NDArray[np.bool_],
 ) -> str:
-    """Draw every trial of a sweep as a line over its parameters' values, ending at its metric.
+    """Draw every trial of a sweep as a line through its parameter values to its metric.
 
     Args:
         axes: the parameters.
-        places_TA: where each trial crosses each axis, 0-1.
-        scores_T: its metric, a fraction.
+        places_TA: position of each trial on each axis, 0-1.
+        scores_T: metric of each trial, a fraction.
         metric: name of the metric.
-        stopped: which trials were stopped early; drawn dashed.
+        stopped: which trials were stopped early; these are drawn dashed.
 
     Returns:
         SVG text.
@@ -98,14 +98,14 @@ def parallel_chart(
         axis.set_xlim(-0.05, len(columns) - 0.75)
         axis.set_ylim(-0.06, 1.2)
         axis.set_axis_off()
-        return svg(figure, "parallel", f"Parameters of every trial, and its {metric}")
+        return svg(figure, "parallel", f"Parameters and {metric} of every trial")
 
 
 def importance_chart(shares: Mapping[str, float], *, width: int = 548) -> str:
-    """Draw the share of the metric that each parameter decides, as bars.
+    """Draw the importance of each parameter for the metric as bars.
 
     Args:
-        shares: parameter -> share, in the order to draw.
+        shares: parameter -> share, in drawing order.
         width: pixels.
 
     Returns:
@@ -126,14 +126,14 @@ def importance_chart(shares: Mapping[str, float], *, width: int = 548) -> str:
         axis.set_xticks([0, 25, 50, 75, 100])
         axis.spines["left"].set_visible(False)
         axis.grid(axis="x")
-        return svg(figure, "importance", "Share of the metric that each parameter decides")
+        return svg(figure, "importance", "Importance of each parameter for the metric")
 
 
 def trial_chart(curves: Sequence[TrialCurve], *, metric: str, width: int = 1120) -> str | None:
-    """Draw a validation metric per epoch, a line a trial, the panels of the training stages side by side.
+    """Draw a validation metric per epoch, one line per trial, with one panel per training stage side by side.
 
-    Up to eight settings have a colour each and a legend; of more, a lighter line ended lower. A cross ends a trial
-    that was stopped or failed.
+    Up to eight settings have one colour each and a legend. With more settings, darker lines have higher scores. A cross
+    marks the end of a trial that was stopped or failed.
 
     Args:
         curves: the trials.
@@ -141,7 +141,7 @@ def trial_chart(curves: Sequence[TrialCurve], *, metric: str, width: int = 1120)
         width: pixels.
 
     Returns:
-        SVG text, or None where no trial has the metric.
+        SVG text, or None if no trial has the metric.
     """
     stages: dict[str, list[tuple[TrialCurve, dict[int, float]]]] = {}
     for curve in curves:
@@ -167,7 +167,7 @@ def trial_chart(curves: Sequence[TrialCurve], *, metric: str, width: int = 1120)
                 epochs = sorted(values)
                 heights = [values[epoch] for epoch in epochs]
                 axis.plot(epochs, heights, color=color, linewidth=1.6, alpha=0.85, label=curve.setting if few else None)
-                # A trial that never came to the next stage ended in this one.
+                # The last record of an unfinished trial tells in which stage it ended.
                 if curve.status != "done" and str(curve.learning[-1]["stage"]) == stage:
                     axis.plot(epochs[-1:], heights[-1:], marker="x", markersize=7, markeredgewidth=2, color=color)
             axis.set_title(f"{stage}: validation {METRIC_LABELS[metric.removeprefix('val_')]} (%)")
