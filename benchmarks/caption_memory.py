@@ -4,7 +4,7 @@ Each size runs in a fresh driver on a fresh local Ray, with a small captioner an
 the number of images is names, chunks, reports, and Ray's own books, not pixels. A thread of the driver looks at every
 process five times a second. `own` is anonymous memory; the rest of RSS is code and mapped pages of the object store,
 which all processes share. What the driver has more at 20,000 it takes in the first 300 chunks (Ray's books, which are
-bounded) and at the end, where parts are merged a hundred at a time; neither goes on growing.
+bounded) and at the end, where parts are merged a hundred at a time; neither grows further.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs kept in an object store: another machine goes on from them, and workers that share no disk work for them."""
+"""Runs kept in an object store: another machine continues them, and workers that share no disk work for them."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _numbers(path: Path) -> list[object]:
 def test_another_machine_goes_on_from_the_last_epoch_and_from_finished_stages(
     uri: str, tiny_benchmark: Path, ray_session: None, tmp_path: Path
 ) -> None:
-    epochs = 20  # of a fraction of a second each: workers go on for a moment when their driver is killed
+    epochs = 20  # of a fraction of a second each: workers continue for a moment when their driver is killed
     longer = f"train.base={{epochs: {epochs}, milestones: []}}"
     first = _config(uri, tmp_path / "first", tiny_benchmark, longer)
     arguments = [sys.executable, "-m", "cluster", "run", "--size", "tiny", *QUICK, longer]

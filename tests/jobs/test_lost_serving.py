@@ -296,7 +296,7 @@ def test_workers_serve_on_without_a_head_and_the_next_head_takes_up_the_service(
         head = machines.start_head()
         wait_for(lambda: named(head.pid, PROXY), "the new head does not serve", seconds=240)
         wait_for(lambda: machines.states() == {"RUNNING", "HEALTHY"}, "the new head does not know the service")
-        wait_for(load.goes_on(), "the service does not go on with a new head")
+        wait_for(load.goes_on(), "the service does not continue with a new head")
     finally:
         load.end()
     assert load.errors == []

@@ -292,7 +292,7 @@ def test_the_slurm_script_starts_every_machine_and_ends_with_the_commands_status
     assert f"python -m cluster tune ablations --config {tmp_path}/ray_config.7.yaml" in log
     assert load_config(tmp_path / "log.yaml") == config
 
-    # Requeued, a sweep that had begun goes on; another command has no such option.
+    # Requeued, a sweep that had begun continues; another command has no such option.
     environment["SLURM_RESTART_COUNT"] = "1"
     subprocess.run(["bash", str(script)], env=environment, capture_output=True, timeout=60, check=False)
     assert "--resume" not in (tmp_path / "log").read_text()

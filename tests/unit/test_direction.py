@@ -82,7 +82,7 @@ def test_nothing_in_tvilfm_points_upwards() -> None:
 
 
 def test_datasets_models_and_losses_do_not_know_each_other() -> None:
-    # Captions are read by whoever writes them; everything else of one room is no business of its neighbours.
+    # These folders do not depend on each other.
     wrong = []
     for module, name in imports_of("tvilfm"):
         for one in ("datasets", "models", "losses"):

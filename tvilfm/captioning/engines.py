@@ -156,7 +156,7 @@ class EndpointRephraser:
         return ConnectionError(
             f"caption.rephrase.url: expected an OpenAI-compatible endpoint with model {section.model} at "
             f"{section.url}, got {type(error).__name__} ({error}). Check address, model and the key in "
-            f"${section.key_variable}; what is rephrased is kept, and the next run goes on from there."
+            f"${section.key_variable}; finished rephrases are kept, and the next run continues from there."
         )
 
 

@@ -213,7 +213,7 @@ def finetune(
         autocast: half precision on CUDA; None = float32.
         rank: of this worker.
         workers: how many there are, joined in one process group when more than one.
-        resume: checkpoint folder to go on from: `model/` (a transformers folder), `trainer.pt`, `progress.json`.
+        resume: checkpoint folder to continue from: `model/` (a transformers folder), `trainer.pt`, `progress.json`.
 
     Raises:
         FloatingPointError: when the loss is not finite, naming epoch and batch.

@@ -78,7 +78,7 @@ def messages(text: str, modality: str, *, max_words: int) -> list[dict[str, str]
 
 
 def completion_prompt(text: str, modality: str, *, max_words: int) -> str:
-    """The same for a model without chat template, which goes on writing where this ends."""
+    """Return the prompt for a model without a chat template, which continues the text."""
     (message,) = messages(text, modality, max_words=max_words)
     return f"{message['content']}\nNew description:"
 

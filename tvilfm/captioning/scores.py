@@ -1,4 +1,4 @@
-"""How good captions are: do they name what is there, and do they read like the reference.
+"""Scores of captions: whether they name what the image shows, and how close they are to a reference.
 
 The synthetic benchmark knows every person's attributes, so its captions can be marked exactly; on real pictures only
 the distance to other captions is left (BLEU, CIDEr).

@@ -157,7 +157,7 @@ def read_description(path: Path | None) -> dict[str, Any]:
         try:
             values = yaml.safe_load(path.read_text()) or {}
         except yaml.YAMLError as error:
-            raise ValueError(f"{path}: expected YAML, got {error}. Mend the file.") from None
+            raise ValueError(f"{path}: expected YAML, got {error}. Fix the file.") from None
         if not isinstance(values, dict):
             raise ValueError(f"{path}: expected sections, got {type(values).__name__}. Begin as ray_config.yaml does.")
     return values

@@ -1,6 +1,6 @@
 """The caption table, the published caption files it is read from, and the way back.
 
-The files of METHOD 5 name an image by its path on the machine of whoever wrote them; an entry is matched to an image of
+The files of METHOD 5 name an image by its path on the author's machine; an entry is matched to an image of
 the manifest by the longest tail of that path. LLCM's test images lie under `test_nir/camC/ID/` while their captions are
 keyed `nir/ID/`: both names are known. Reading never drops a caption in silence: files of another form are refused, and
 keys that belong to no image are either refused (`read_caption_dict`) or handed to `tvilfm data check` (`collect`).

@@ -122,7 +122,7 @@ def check_dataset(
     try:
         manifest = read_dataset(section.name, root, **options)
     except ValueError as error:
-        fix = "Nothing else can be checked before this is mended."
+        fix = "Nothing else can be checked before this is fixed."
         return Findings(counts=(), faults=(Fault(what=str(error), where=(str(root),), fix=fix),))
     counts = list(_counts(section.name, root, manifest))
     faults = [*_count_faults(section.name, counts), *_split_faults(section.name, root, manifest)]

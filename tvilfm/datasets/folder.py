@@ -138,7 +138,7 @@ def _load(path: Path) -> pa.Table:
     try:
         return pq.read_table(path) if path.suffix == ".parquet" else pyarrow.csv.read_csv(path)
     except pa.ArrowException as error:
-        raise ValueError(f"{path}: expected a CSV or Parquet table, got {error}. Mend the file.") from None
+        raise ValueError(f"{path}: expected a CSV or Parquet table, got {error}. Fix the file.") from None
 
 
 def _columns(path: Path, table: pa.Table, names: tuple[str, ...]) -> pa.Table:

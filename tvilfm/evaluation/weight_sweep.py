@@ -100,7 +100,7 @@ def sweep_ensemble(evaluator: Evaluator, weights_WM: npt.ArrayLike, *, metric: S
     if weights_WM.ndim != 2 or weights_WM.shape[1] != len(PARTS) or not len(weights_WM):
         raise ValueError(f"weights_WM: expected (W, {len(PARTS)}), got {weights_WM.shape}. One row a weighting.")
     if not (weights_WM >= 0).all() or not (weights_WM.sum(axis=1) > 0).all():
-        raise ValueError("weights_WM: expected weights >= 0 and one above 0 in every row, got others. Mend them.")
+        raise ValueError("weights_WM: expected weights >= 0 and one above 0 in every row, got others. Fix them.")
     protocol = get_protocol(evaluator.section.protocols[0])
     source = evaluator.section.default_text_source
     texts = evaluator.texts(protocol, source)

@@ -66,7 +66,7 @@ class Parameter(Section):
             kind, low, high = self.range
             if not low < high or (kind == "loguniform" and low <= 0):
                 wanted = "0 < lowest < highest" if kind == "loguniform" else "lowest < highest"
-                raise ValueError(f"{kind}: expected {wanted}, got [{low}, {high}]. Mend the bounds.")
+                raise ValueError(f"{kind}: expected {wanted}, got [{low}, {high}]. Fix the bounds.")
         return self
 
     @property
@@ -214,7 +214,7 @@ class Space(Section):
                 "setting; run the best settings again as a grid over several seeds."
             )
         if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError(f"seeds: expected different numbers >= 0, got {list(self.seeds)}. Mend the list.")
+            raise ValueError(f"seeds: expected different numbers >= 0, got {list(self.seeds)}. Fix the list.")
         if self.scheduler.name == "asha" and (not self.metric.startswith("val_") or self.query != "fusion"):
             raise ValueError(
                 f"scheduler.name: expected none with metric {self.metric} of query {self.query}, got asha. Only "
@@ -311,7 +311,7 @@ def load_space(path: Path) -> Space:
     try:
         values = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: expected YAML, got {error}. Mend the file.") from None
+        raise ValueError(f"{path}: expected YAML, got {error}. Fix the file.") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping, got {type(values).__name__}. Begin as tune_spaces/losses.yaml.")
     try:

@@ -1,4 +1,4 @@
-"""A training checkpoint: the model as it is, the best one so far, and what the optimiser needs to go on."""
+"""A training checkpoint: the model as it is, the best one so far, and what the optimizer needs to continue."""
 
 from __future__ import annotations
 

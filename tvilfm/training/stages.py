@@ -60,7 +60,7 @@ def train_base(
         backbone: pre-trained backbone when `model.weights` is `attributes`; None = as `model.weights` says.
         device: of this worker.
         listener: told of steps and epochs.
-        resume: checkpoint to go on from.
+        resume: checkpoint to continue from.
 
     Returns:
         The network after the last epoch; the checkpoint's `best/` is the selected one.
@@ -94,7 +94,7 @@ def train_text(
         views: recipe -> (V, N, D) cached features of augmented views; None encodes pixels in every step.
         device: of this worker.
         listener: told of steps and epochs.
-        resume: checkpoint to go on from.
+        resume: checkpoint to continue from.
 
     Returns:
         The network after the last epoch; the checkpoint's `best/` is the selected one.
