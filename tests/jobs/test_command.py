@@ -142,7 +142,7 @@ def test_a_progress_line_names_what_the_worker_counts(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_command_that_is_stopped_says_so_in_one_sentence(
     number: signal.Signals, tiny_benchmark: Path, tmp_path: Path
 ) -> None:
