@@ -13,7 +13,7 @@ from tvilfm.place import Place
 class HeadSection(Section):
     """The machine of a rendered cluster that leads the others."""
 
-    machine: str | None = Field(None, description="type of the head, as the cloud names it, such as m5.2xlarge")
+    machine: str | None = Field(None, description="machine type of the head, as the cloud names it, such as m5.2xlarge")
     cpus: int = Field(8, ge=1, description="CPUs of the head")
     memory_gb: int = Field(32, ge=1, description="memory of the head, GB")
 
@@ -21,17 +21,19 @@ class HeadSection(Section):
 class WorkersSection(Section):
     """The machines of a rendered cluster that do the work."""
 
-    machine: str | None = Field(None, description="type of a worker, as the cloud names it, such as g5.4xlarge")
+    machine: str | None = Field(None, description="machine type of a worker, as the cloud names it, such as g5.4xlarge")
     cpus: int = Field(8, ge=1, description="CPUs of a worker")
     gpus: int = Field(0, ge=0, description="GPUs of a worker")
     accelerator: str | None = Field(
         None, description="type of those GPUs: nvidia-tesla-t4 (GCP; AWS has it in the machine), a100 (Slurm gres)"
     )
     memory_gb: int = Field(32, ge=1, description="memory of a worker, GB")
-    min: int = Field(0, ge=0, description="workers that are always there")
-    max: int = Field(2, ge=0, description="workers at most")
-    idle_minutes: int = Field(5, ge=1, description="minutes without work after which a worker above min goes")
-    spot: bool = Field(False, description="cheap workers that may be taken away at any time; the head never is")
+    min: int = Field(0, ge=0, description="minimum number of workers")
+    max: int = Field(2, ge=0, description="maximum number of workers")
+    idle_minutes: int = Field(5, ge=1, description="minutes without work after which a worker above min is removed")
+    spot: bool = Field(
+        False, description="use spot machines for workers, which may be lost at any time; never for the head"
+    )
     node_selector: tuple[str, ...] = Field(
         (), description="Kubernetes: labels of the nodes for workers, as key=value; those of spot nodes with spot"
     )
@@ -64,27 +66,27 @@ class ProviderSection(Section):
 class PortsSection(Section):
     """Ports of a rendered cluster's head."""
 
-    gcs: int = Field(6379, ge=1, le=65535, description="where workers join")
+    gcs: int = Field(6379, ge=1, le=65535, description="port that workers join")
     dashboard: int = Field(8265, ge=1, le=65535, description="dashboard and job server")
-    metrics: int = Field(8080, ge=1, le=65535, description="Prometheus figures, on every machine")
+    metrics: int = Field(8080, ge=1, le=65535, description="port of Prometheus metrics, on every machine")
 
 
 class DriverSection(Section):
     """What the process of a submitted job reserves for itself, beside the workers it starts."""
 
-    cpus: float = Field(0, ge=0, description="CPUs; with 0 of everything it runs on the head")
+    cpus: float = Field(0, ge=0, description="CPUs of the driver; if all three are 0, it runs on the head")
     gpus: float = Field(0, ge=0, description="GPUs")
     memory_gb: float = Field(0, ge=0, description="memory, GB")
 
 
 class ClusterSection(Section):
     address: str | None = Field(None, description="Ray address; null = RAY_ADDRESS, or start Ray on this machine")
-    train_workers: int = Field(1, ge=1, description="Ray Train workers; each sees p/workers identities a batch")
+    train_workers: int = Field(1, ge=1, description="Ray Train workers; each sees p/workers identities per batch")
     gpus_per_worker: float = Field(0, ge=0, description="GPUs of each train and extraction worker and encoder; 0 = CPU")
     cpus_per_train_worker: float = Field(2, gt=0, description="CPUs (and torch threads) of each train worker")
     extract_workers: int = Field(2, ge=1, description="actors that decode or extract in parallel")
     max_failures: int = Field(
-        3, ge=-1, description="restarts of a stage or trial, from its last checkpoint; -1 = always"
+        3, ge=-1, description="maximum restarts of a stage or trial, from its last checkpoint; -1 = unlimited"
     )
     storage: str | None = Field(
         None,
@@ -106,7 +108,7 @@ class ClusterSection(Section):
     )
     env: tuple[str, ...] = Field((), description="environment variables that a submitted job takes along, where set")
     driver: DriverSection = DriverSection()
-    name: str = Field("tvilfm", pattern=r"^[a-z]([a-z0-9-]{0,40}[a-z0-9])?$", description="of a rendered cluster")
+    name: str = Field("tvilfm", pattern=r"^[a-z]([a-z0-9-]{0,40}[a-z0-9])?$", description="name of a rendered cluster")
     image: str | None = Field(
         None, description="container image of a rendered cluster; null = own machines install this folder"
     )

@@ -36,7 +36,7 @@ class DataSection(Section):
     height: int = Field(288, ge=16, description="pixels after resizing (METHOD 2)")
     width: int = Field(144, ge=8, description="pixels after resizing (METHOD 2)")
     pad: int = Field(10, ge=0, description="padding before the random crop, pixels (METHOD 4)")
-    decode_batch: int = Field(64, ge=1, description="images a Ray Data task decodes at once")
+    decode_batch: int = Field(64, ge=1, description="images that one Ray Data task decodes at once")
     synthetic: SyntheticSection = SyntheticSection()
 
     @property

@@ -20,7 +20,7 @@ class EnsembleWeights(Section):
     text: float = Field(1.0, ge=0, description="weight of the text query")
     fusion: float = Field(1.0, ge=0, description="weight of the fusion query")
     temperature: float | None = Field(
-        None, gt=0, description="of a softmax over the gallery that makes each vote a share; null = plain similarities"
+        None, gt=0, description="temperature of a softmax over the gallery for each vote; null = plain similarities"
     )
 
     @model_validator(mode="after")
@@ -38,7 +38,7 @@ class RerankSection(Section):
     """A second look at each ranking, with the gallery's help."""
 
     method: Literal["none", "k_reciprocal", "query_expansion"] = Field(
-        "none", description="none, k_reciprocal (Zhong et al. 2017) or query_expansion; of every query"
+        "none", description="none, k_reciprocal (Zhong et al. 2017) or query_expansion; applies to all queries"
     )
     k1: int = Field(20, ge=1, description="k_reciprocal: neighbourhood size")
     k2: int = Field(6, ge=1, description="k_reciprocal: encodings averaged; 1 = none")
@@ -49,19 +49,19 @@ class RerankSection(Section):
 
 class EvaluateSection(Section):
     protocols: tuple[str, ...] = Field(
-        PROTOCOLS["synthetic"], description="first one is the default table's; null = the dataset's own"
+        PROTOCOLS["synthetic"], description="the first one is that of the default table; null = the dataset's own"
     )
     text_sources: tuple[QueryTextSource, ...] = Field(
-        ("witness", "witness-heldout", "own"), description="query texts to report (METHOD 6)"
+        ("witness", "witness-heldout", "own"), description="sources of query texts to report (METHOD 6)"
     )
-    default_text_source: QueryTextSource = Field("witness", description="the default table's text source")
+    default_text_source: QueryTextSource = Field("witness", description="text source of the default table")
     witness_draw: WitnessDraw = Field(
         "seeded",
         description="who draws witness sentences: run.seed (seeded), or RandomState(1) as released; null = fidelity",
     )
     ensemble: EnsembleWeights = EnsembleWeights()
     rerank: RerankSection = RerankSection()
-    batch: int = Field(128, ge=1, description="images or captions an extraction batch")
+    batch: int = Field(128, ge=1, description="images or captions per extraction batch")
 
     @model_validator(mode="after")
     def _default_is_evaluated(self) -> EvaluateSection:

@@ -33,6 +33,6 @@ class ModelSection(Section):
     )
     trained: Path | None = Field(
         None,
-        description="trained model that is evaluated in place of training one: run folder, model folder or checkpoint",
+        description="trained model to evaluate instead of training one: run folder, model folder or checkpoint",
     )
     text: TextModelSection = TextModelSection()

@@ -12,9 +12,9 @@ from tvilfm.config.section import Section
 
 class RunSection(Section):
     name: str = Field("demo", pattern=r"^\w[\w.-]*$", description="folder under run.dir that holds this run")
-    dir: Path = Field(Path("runs"), description="where runs live")
+    dir: Path = Field(Path("runs"), description="folder that holds the runs")
     stages_dir: Path | None = Field(
-        None, description="where finished stages live, shared between runs; null = inside the run folder"
+        None, description="folder of finished stages, which runs share; null = inside the run folder"
     )
     seed: int = Field(0, ge=0, description="every random draw of training and evaluation follows from it")
     trackers: tuple[Literal["mlflow", "wandb"], ...] = Field(

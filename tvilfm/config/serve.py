@@ -16,14 +16,18 @@ class GallerySection(Section):
     """The people that a service searches, and how."""
 
     uri: str | None = Field(
-        None, description="where the gallery lies: folder or object store prefix; null = gallery/ in the run folder"
+        None, description="folder or object store prefix of the gallery; null = gallery/ in the run folder"
     )
-    exact_limit: int = Field(100_000, ge=0, description="rows up to which search is exact and in memory; above, IVF_PQ")
+    exact_limit: int = Field(
+        100_000, ge=0, description="up to this many rows, search is exact and in memory; above, it uses IVF_PQ"
+    )
     partitions: int | None = Field(None, ge=1, description="lists of the index (IVF); null = square root of the rows")
-    sub_vectors: int = Field(128, ge=1, description="bytes a vector in the index (PQ); has to divide its dimension")
-    probes: int = Field(32, ge=1, description="lists of the index that a search reads; more if their rows are too few")
-    refine: int = Field(10, ge=1, description="candidates a hit that are compared by their own vectors")
-    thumbnail_height: int = Field(192, ge=16, description="pixels of the pictures that are kept with the vectors")
+    sub_vectors: int = Field(
+        128, ge=1, description="bytes per vector in the index (PQ); must divide the vector's dimension"
+    )
+    probes: int = Field(32, ge=1, description="lists of the index that a search reads; more if they have too few rows")
+    refine: int = Field(10, ge=1, description="candidates per hit that are compared by their full vectors")
+    thumbnail_height: int = Field(192, ge=16, description="height of the stored thumbnails, pixels")
 
     @model_validator(mode="after")
     def _names_no_keys(self) -> GallerySection:
@@ -34,35 +38,37 @@ class GallerySection(Section):
 class ServeSection(Section):
     """The retrieval service: where it listens, how far it scales, what it refuses and what it keeps."""
 
-    host: str = Field("127.0.0.1", description="address to listen at; any but loopback needs serve.keys")
-    port: int = Field(8000, ge=1, le=65535, description="port to listen at")
-    keys: Path | None = Field(None, description="file of API keys (`tvilfm keys add`); null = none, on loopback alone")
-    tls_cert: Path | None = Field(None, description="certificate (PEM) to speak HTTPS with; null = HTTP")
+    host: str = Field("127.0.0.1", description="address to listen on; any address but loopback needs serve.keys")
+    port: int = Field(8000, ge=1, le=65535, description="port to listen on")
+    keys: Path | None = Field(
+        None, description="file of API keys (`tvilfm keys add`); null = no keys, only on loopback"
+    )
+    tls_cert: Path | None = Field(None, description="certificate (PEM) for HTTPS; null = HTTP")
     tls_key: Path | None = Field(None, description="private key (PEM) of serve.tls_cert")
     captioner: str | None = Field(
         None,
         description="who says what an infrared image shows if the client does not: null = nobody, run = the run's "
         "fine-tuned captioner, or a transformers model",
     )
-    encoders: int = Field(1, ge=1, description="encoder replicas at rest")
+    encoders: int = Field(1, ge=1, description="encoder replicas without load")
     max_encoders: int = Field(1, ge=1, description="encoder replicas under load")
     searchers: int = Field(2, ge=1, description="searcher replicas; each holds the gallery in memory")
     searcher_gpus: float = Field(0, ge=0, description="GPUs of each searcher; 0.2 lets it share one, 0 = CPU")
-    batch: int = Field(16, ge=1, description="questions that are encoded or searched together, at most")
-    batch_wait_ms: float = Field(2.0, ge=0, description="how long a batch waits for more, milliseconds")
+    batch: int = Field(16, ge=1, description="maximum queries that are encoded or searched together")
+    batch_wait_ms: float = Field(2.0, ge=0, description="how long a batch waits for more queries, milliseconds")
     follow_s: float = Field(1.0, gt=0, description="how often searchers look for a new gallery version, seconds")
     max_body_mb: float = Field(16.0, gt=0, description="largest request body, megabytes (413)")
     max_pixels: int = Field(
-        16_000_000, ge=1, description="pixels of a picture, and of all of a request together, at most (422)"
+        16_000_000, ge=1, description="maximum pixels of an image, and of all images of a request together (422)"
     )
     max_batch: int = Field(
         64, ge=1, le=MAX_BATCH, description="queries of a batch search, and rows of a bulk write (422)"
     )
-    max_queued: int = Field(128, ge=1, description="requests that wait for a part of the service (429)")
+    max_queued: int = Field(128, ge=1, description="maximum requests that wait for a replica (429)")
     audit: Path | None = Field(None, description="folder of the audit trail; null = audit/ in the run folder")
-    audit_days: int | None = Field(None, ge=1, description="days that the audit trail is kept; null = for ever")
+    audit_days: int | None = Field(None, ge=1, description="days to keep the audit trail; null = forever")
     retention_days: int | None = Field(
-        None, ge=1, description="days after which people leave the gallery, and its files; null = they stay"
+        None, ge=1, description="days after which people are deleted from the gallery and its files; null = never"
     )
 
     @model_validator(mode="after")

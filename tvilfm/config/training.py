@@ -17,7 +17,9 @@ class LossSection(Section):
     wrt_weight: float = Field(1.0, ge=0, description="weight of the weighted regularised triplet (METHOD 3)")
     wrt_numerics: Numerics = Field("corrected", description="softmax inside WRT; null = as fidelity says")
     center_weight: float = Field(
-        0.0, ge=0, description="weight of the hetero-centre loss: modalities' means of an identity to its visible one"
+        0.0,
+        ge=0,
+        description="weight of the hetero-centre loss, modality means of an identity to its visible mean",
     )
     filter_text: bool = Field(True, description="SFF: subtract the infrared caption's feature (ablation: false)")
     joint: bool = Field(True, description="MJL: loss over all modalities, not visible and fusion only")
@@ -84,7 +86,9 @@ class ScheduleSection(Section):
 class TextStageSection(ScheduleSection):
     epochs: int = Field(20, ge=1, description="20 in the paper, 120 in the released code")
     eval_every: int = Field(1, ge=1, description="epochs between validations; null = fidelity")
-    cache_views: int = Field(0, ge=0, description="frozen features of so many augmented views an image; 0 = none")
+    cache_views: int = Field(
+        0, ge=0, description="augmented views per image whose frozen features are cached; 0 = none"
+    )
     freeze_batch_norm: bool = Field(True, description="frozen visual BN in eval mode; null = as fidelity says")
     freeze_gem: bool = Field(
         True,
@@ -97,20 +101,24 @@ class TextStageSection(ScheduleSection):
 class PretrainSection(Section):
     """The stand-in for ImageNet weights, used when `model.weights: attributes`."""
 
-    identities: int = Field(600, ge=2, description="identities of the disjoint synthetic split it learns from")
+    identities: int = Field(600, ge=2, description="identities of the separate synthetic split for pre-training")
     steps: int = Field(600, ge=1, description="optimiser steps")
-    batch: int = Field(64, ge=2, description="images a step")
+    batch: int = Field(64, ge=2, description="images per step")
     lr: float = Field(2e-3, gt=0, description="peak of the one-cycle rate")
-    seed: int = Field(1000003, ge=0, description="of that split's people and of the training; apart from run.seed")
+    seed: int = Field(
+        1000003, ge=0, description="seed of that split's people and of the pre-training; independent of run.seed"
+    )
 
 
 class TrainSection(Section):
-    p: int = Field(8, ge=2, description="identities a batch (METHOD 4)")
-    k: int = Field(4, ge=2, description="visible and as many infrared images an identity (METHOD 4)")
+    p: int = Field(8, ge=2, description="identities per batch (METHOD 4)")
+    k: int = Field(4, ge=2, description="visible images per identity, and as many infrared ones (METHOD 4)")
     autocast: Literal["off", "bfloat16", "float16"] = Field(
-        "float16", description="mixed precision on CUDA; CPU always runs float32"
+        "float16", description="mixed precision on CUDA; a CPU always uses float32"
     )
-    loader_workers: int = Field(0, ge=0, description="processes that read pixels ahead; 0 = in the trainer")
+    loader_workers: int = Field(
+        0, ge=0, description="processes that read pixels in advance; 0 = the trainer reads them"
+    )
     base: ScheduleSection = ScheduleSection()
     text: TextStageSection = TextStageSection()
     pretrain: PretrainSection = PretrainSection()
