@@ -11,7 +11,7 @@ from tvilfm.place import Place
 
 
 class HeadSection(Section):
-    """The machine of a rendered cluster that leads the others."""
+    """The head node of a rendered cluster."""
 
     machine: str | None = Field(None, description="machine type of the head, as the cloud names it, such as m5.2xlarge")
     cpus: int = Field(8, ge=1, description="CPUs of the head")
@@ -19,7 +19,7 @@ class HeadSection(Section):
 
 
 class WorkersSection(Section):
-    """The machines of a rendered cluster that do the work."""
+    """The worker nodes of a rendered cluster."""
 
     machine: str | None = Field(None, description="machine type of a worker, as the cloud names it, such as g5.4xlarge")
     cpus: int = Field(8, ge=1, description="CPUs of a worker")
@@ -49,7 +49,7 @@ class WorkersSection(Section):
 
 
 class ProviderSection(Section):
-    """Where a rendered cluster is made."""
+    """The cloud or the hosts of a rendered cluster."""
 
     region: str | None = Field(None, description="AWS or GCP region, such as us-west-2")
     zone: str | None = Field(None, description="GCP zone, such as us-west1-a; AWS: null = any of the region")
@@ -72,7 +72,7 @@ class PortsSection(Section):
 
 
 class DriverSection(Section):
-    """What the process of a submitted job reserves for itself, beside the workers it starts."""
+    """Resources of a submitted job's driver, without the workers that it starts."""
 
     cpus: float = Field(0, ge=0, description="CPUs of the driver; if all three are 0, it runs on the head")
     gpus: float = Field(0, ge=0, description="GPUs")

@@ -41,5 +41,5 @@ class DataSection(Section):
 
     @property
     def reader_options(self) -> dict[str, object]:
-        """What `read_dataset` takes for this dataset beside its name and folder."""
+        """Further options of `read_dataset` for this dataset."""
         return {"split": self.split} if self.name == "regdb" else {}

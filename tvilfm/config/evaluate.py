@@ -35,7 +35,7 @@ class EnsembleWeights(Section):
 
 
 class RerankSection(Section):
-    """A second look at each ranking, with the gallery's help."""
+    """Re-ranking with the gallery's help."""
 
     method: Literal["none", "k_reciprocal", "query_expansion"] = Field(
         "none", description="none, k_reciprocal (Zhong et al. 2017) or query_expansion; applies to all queries"

@@ -149,7 +149,7 @@ def load_run(folder: Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def read_description(path: Path | None) -> dict[str, Any]:
-    """The sections of a run description as its file has them, unchecked; arguments and errors as of `load_config`."""
+    """Return the sections of a description file, not validated; arguments and errors as of `load_config`."""
     values: dict[str, Any] = {}
     if path is not None:
         if not path.is_file():
@@ -164,7 +164,7 @@ def read_description(path: Path | None) -> dict[str, Any]:
 
 
 def resolve(description: Mapping[str, Any], overrides: Iterable[str] = (), *, size: str | None = None) -> Config:
-    """`load_config` of a description that is read already; it is left as it is."""
+    """Resolve a description that was read before, which is not changed; see `load_config`."""
     values: dict[str, Any] = copy.deepcopy(dict(description))
     sizes = values.pop("sizes", None) or {}
     if size is not None:
@@ -200,7 +200,7 @@ def resolve(description: Mapping[str, Any], overrides: Iterable[str] = (), *, si
 def explain(
     error: ValidationError, known: Collection[str] | None = None, *, see: str = "`tvilfm config schema`"
 ) -> str:
-    """One line a fault in the house form: dotted key, what was expected, what was found, what to do.
+    """Return one line per fault: dotted key, what was expected, what was found, what to do.
 
     Args:
         error: of pydantic.
@@ -224,7 +224,7 @@ def explain(
 
 
 def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, str]:
-    """Every dotted key and its one-line description."""
+    """Return every dotted key with its one-line description."""
     keys: dict[str, str] = {}
     for name, info in section.model_fields.items():
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
@@ -235,7 +235,7 @@ def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str,
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML, in the order of the sections."""
+    """Return the resolved configuration as YAML, in the order of the sections."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
@@ -248,7 +248,7 @@ def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
 
 
 def set_value(values: dict[str, Any], dotted: str, value: object) -> None:
-    """Set the value at a dotted key of nested mappings, and make the mappings that are missing."""
+    """Set the value at a dotted key of nested mappings; missing mappings are created."""
     *sections, key = dotted.split(".")
     for section in sections:
         if values.get(section) is None:
@@ -260,7 +260,7 @@ def set_value(values: dict[str, Any], dotted: str, value: object) -> None:
 
 
 def value_at(values: Mapping[str, Any], dotted: str) -> Any:
-    """The value at a dotted key of nested mappings, None where there is none."""
+    """Return the value at a dotted key of nested mappings, or None."""
     node: Any = values
     for part in dotted.split("."):
         if not isinstance(node, Mapping):

@@ -10,7 +10,7 @@ class Section(BaseModel):
 
 
 def check_no_keys(name: str, uri: str | None) -> None:
-    """The description is written into run folders, reports and rendered files."""
+    """Refuse keys in a URI, because the description is written into run folders, reports and rendered files."""
     user = "" if uri is None else uri.partition("://")[2].partition("?")[0].rpartition("@")[0]
     if user not in ("", "anonymous"):
         raise ValueError(

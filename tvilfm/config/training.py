@@ -99,7 +99,7 @@ class TextStageSection(ScheduleSection):
 
 
 class PretrainSection(Section):
-    """The stand-in for ImageNet weights, used when `model.weights: attributes`."""
+    """Pre-training in place of ImageNet weights, used with `model.weights: attributes`."""
 
     identities: int = Field(600, ge=2, description="identities of the separate synthetic split for pre-training")
     steps: int = Field(600, ge=1, description="optimiser steps")

@@ -18,7 +18,7 @@ def identity_map(captions: pa.Table) -> dict[int, list[str]]:
 
 
 def texts_of(captions: pa.Table, images: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Caption and rephrase of each image; an image that was never rephrased answers with its caption twice."""
+    """Return caption and rephrase of each image; without a rephrase, the caption takes its place."""
     rows = {
         image: (caption, rephrased or caption)
         for image, caption, rephrased in zip(

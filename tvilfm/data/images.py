@@ -1,4 +1,4 @@
-"""What the retrieval makes of a decoded picture: the network's input, and a small copy to show."""
+"""Images for retrieval: the network's input, and a thumbnail."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ WIDEST = 4  # times the height; people are taller than wide
 
 
 def resized(pixels: Pixels, *, height: int, width: int) -> Pixels:
-    """(H, W, 3) uint8 as `datasets.pixels.decode` resizes it."""
+    """Resize (H, W, 3) uint8 as `data.pixels.decode` does."""
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
 
 
 def thumbnail(pixels: Pixels, *, height: int) -> bytes:
-    """A JPEG of (H, W, 3) uint8 in its own proportions; it holds nothing else of the file.
+    """Return a small JPEG of (H, W, 3) uint8 in its proportions, without metadata.
 
     It is at most that high and `WIDEST` times as wide: a JPEG has at most 65,500 pixels a side.
     """

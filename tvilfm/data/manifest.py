@@ -41,7 +41,7 @@ CAPTION_SCHEMA = pa.schema(
 
 
 def build_manifest(rows: Iterable[Mapping[str, object]]) -> pa.Table:
-    """Make a manifest from row dicts with the columns of `MANIFEST_SCHEMA`.
+    """Build a manifest from row dicts with the columns of `MANIFEST_SCHEMA`.
 
     Args:
         rows: one mapping an image: `image` (path relative to the dataset root, forward slashes), `pid`, `camid`,
@@ -67,7 +67,7 @@ def build_manifest(rows: Iterable[Mapping[str, object]]) -> pa.Table:
 
 
 def select(manifest: pa.Table, *, split: str | Iterable[str] | None = None, modality: str | None = None) -> pa.Table:
-    """Rows of the given split or splits and modality, in manifest order."""
+    """Return the rows of the given splits and modality, in manifest order."""
     mask = pa.array(np.ones(manifest.num_rows, dtype=bool))
     if split is not None:
         splits = [split] if isinstance(split, str) else list(split)
@@ -78,12 +78,12 @@ def select(manifest: pa.Table, *, split: str | Iterable[str] | None = None, moda
 
 
 def column(table: pa.Table, name: str) -> npt.NDArray[np.int64]:
-    """An integer column as a numpy array."""
+    """Return an integer column as a numpy array."""
     return np.asarray(table[name].to_numpy(), dtype=np.int64)
 
 
 def rows_of(manifest: pa.Table, subset: pa.Table) -> npt.NDArray[np.int64]:
-    """Index in `manifest` of every image of `subset`, in the order of `subset`."""
+    """Return the index in `manifest` of every image of `subset`, in the order of `subset`."""
     found = pc.index_in(subset["image"].combine_chunks(), manifest["image"].combine_chunks())
     assert found.null_count == 0, "a subset's image is not in the manifest"
     return np.asarray(found.to_numpy(), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Decoded pixels: every picture read and resized once, kept as one uint8 array that processes map, not copy."""
+"""Decoded pixels: every image is read and resized once, into one uint8 array that processes map into memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def decode(
     max_pixels: int = MAX_PIXELS,
     formats: tuple[str, ...] | None = None,
 ) -> npt.NDArray[np.uint8]:
-    """Decode one picture and resize it with Lanczos.
+    """Decode one image and resize it with Lanczos.
 
     Args:
         content: the file's bytes.
@@ -55,7 +55,7 @@ def decode(
 
 
 def count_pixels(content: bytes, *, name: str, formats: tuple[str, ...] | None = None) -> int:
-    """How many pixels a picture says that it has; it is not decoded.
+    """Return the number of pixels from an image's header, without decoding it.
 
     Raises:
         ValueError: when the bytes do not begin as a picture does.
@@ -76,16 +76,16 @@ def _opened(content: bytes, name: str, formats: tuple[str, ...] | None) -> Itera
 
 
 def decode_files(root: Path, images: Sequence[str], *, height: int, width: int) -> npt.NDArray[np.uint8]:
-    """(N, H, W, 3) uint8 of the given pictures, in order."""
+    """Return (N, H, W, 3) uint8 of the given images, in order."""
     return np.stack([decode((root / name).read_bytes(), height=height, width=width, name=name) for name in images])
 
 
 def create(path: Path, count: int, *, height: int, width: int) -> np.memmap[tuple[int, ...], np.dtype[np.uint8]]:
-    """A new .npy file of that shape, mapped for writing."""
+    """Create a .npy file of a shape, mapped for writing."""
     return np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(count, height, width, 3))
 
 
 def open_pixels(path: Path) -> npt.NDArray[np.uint8]:
-    """The array, mapped read-only: all processes of a machine share its pages."""
+    """Map the array read-only; all processes of a machine share its pages."""
     array: npt.NDArray[np.uint8] = np.load(path, mmap_mode="r")
     return array

@@ -24,7 +24,7 @@ class PKBatch:
 
 
 class PKSampler(Sampler[PKBatch]):
-    """Draw batches of P identities without and K images a modality with replacement.
+    """Draw batches of P identities without replacement, and K images per modality with replacement.
 
     The sampler owns its generator: batch i of epoch e follows from (seed, e, i) alone, so a run that is killed and
     resumed, or spread over other workers, sees the same batches.

@@ -1,4 +1,4 @@
-"""Who is trained on and who is tested: split lists, the identities held out, and what must never happen."""
+"""Splits: lists of identities and images, held-out identities, and checks that splits do not overlap."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TEST_SPLITS = ("query", "gallery", "test")
 
 
 def held_out(pids: Iterable[int]) -> frozenset[int]:
-    """The training identities that choose the checkpoint: every tenth, in ascending order, and at least one.
+    """Return the training identities held out for validation: every tenth in ascending order, at least one.
 
     A rule rather than a draw, so that every reader, machine and version holds out the same people.
 
@@ -24,7 +24,7 @@ def held_out(pids: Iterable[int]) -> frozenset[int]:
 
 
 def read_image_list(path: Path) -> list[str]:
-    """Image paths of a split list, one `path label` a line.
+    """Return the image paths of a split list with one `path label` per line.
 
     The label is the position of the identity in that one list; it is checked for form and not used, because the
     folder in the path names the identity the same way in every list.
@@ -42,7 +42,7 @@ def read_image_list(path: Path) -> list[str]:
 
 
 def read_ids(path: Path) -> list[int]:
-    """Identities of a comma-separated list, ascending.
+    """Return the identities of a comma-separated list, ascending.
 
     Raises:
         ValueError: the file is not there, empty, or holds other text.
@@ -69,7 +69,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def in_two_splits(manifest: pa.Table) -> list[tuple[int, str, str]]:
-    """Identities with images in two of train, val and test (query and gallery count as test): (pid, one, other)."""
+    """Return identities in two of train, val and test (query and gallery count as test) as (pid, one, other)."""
     parts: dict[int, set[str]] = {}
     for pid, split in zip(manifest["pid"].to_pylist(), manifest["split"].to_pylist(), strict=True):
         parts.setdefault(pid, set()).add("test" if split in TEST_SPLITS else split)
@@ -82,12 +82,12 @@ def in_two_splits(manifest: pa.Table) -> list[tuple[int, str, str]]:
 
 
 def missing_images(root: Path, manifest: pa.Table) -> list[str]:
-    """Listed images that are not on disk, in manifest order."""
+    """Return the listed images that are missing on disk, in manifest order."""
     return [image for image in manifest["image"].to_pylist() if not (root / image).is_file()]
 
 
 def require_sound(root: Path, manifest: pa.Table) -> pa.Table:
-    """Hand a manifest on if every image is on disk and no identity is in two splits.
+    """Return a manifest after checking that every image exists and no identity is in two splits.
 
     Raises:
         ValueError: naming the first identity or image at fault and how many there are.

@@ -1,4 +1,4 @@
-"""Sentences to CLIP's token ids.
+"""Tokenization with CLIP's vocabulary.
 
 Captions keep their real length: the text tower is causal and reads out at the end-of-text token, so nothing behind
 that token can change a feature; padding every caption to CLIP's 77 only costs time.
@@ -22,7 +22,7 @@ def _tokenizer() -> Any:
 
 
 def tokenize(texts: Sequence[str], *, pad_to_context: bool = False) -> Tensor:
-    """Token ids of a batch of sentences, cut to the longest of them.
+    """Return the token ids of a batch of sentences, cut to the longest.
 
     Args:
         texts: sentences; longer ones than 75 tokens are cut as CLIP cuts them (end-of-text kept).

@@ -1,4 +1,4 @@
-"""Augmentation as two halves: draw random numbers for a batch, then apply them as batched tensor operations.
+"""Augmentation in two steps: draw random numbers for a batch, then apply them as batched tensor operations.
 
 With the draws made apart, one seeded generator decides them for the global batch whatever the number of workers, the
 work itself runs on whichever device holds the pixels, and a test can replay one image at a time.
@@ -27,7 +27,7 @@ KEEP, GRAY = -1, 3  # beside 0, 1, 2: copy that channel to all three
 
 @dataclass(frozen=True, kw_only=True)
 class Draws:
-    """What chance decided for a batch.
+    """The random numbers of a batch.
 
     Attributes:
         top_B, left_B: int64, corner of the crop in the padded image.

@@ -38,7 +38,7 @@ class TrainingRows:
 
     @classmethod
     def from_manifest(cls, manifest: pa.Table, *, use_val: bool) -> TrainingRows:
-        """Rows of `train` (and `val`), pids mapped to 0..num_classes-1 in ascending order."""
+        """Return the rows of `train` (and `val`), with pids mapped to 0..num_classes-1 in ascending order."""
         splits = ("train", "val") if use_val else ("train",)
         visible = select(manifest, split=splits, modality="visible")
         infrared = select(manifest, split=splits, modality="infrared")
@@ -57,7 +57,7 @@ class TrainingRows:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What one worker's step sees. Pixels with their draws, or cached features; tokens in the text stage.
+    """One worker's input of a step: pixels with their draws, or cached features; tokens in the text stage.
 
     Attributes:
         labels: int64 (B,).
@@ -90,7 +90,7 @@ class Batch:
 
 
 class Captions:
-    """Tokenised captions and rephrases of some images, cut to a batch's longest sentence when asked for.
+    """Tokenized captions and rephrases of images; a batch is cut to its longest sentence.
 
     Args:
         captions: caption table.
@@ -105,14 +105,14 @@ class Captions:
         self._lengths = self._tokens.argmax(dim=2) + 1
 
     def batch(self, rows: npt.NDArray[np.int64], rephrased: npt.NDArray[np.bool_]) -> Tensor:
-        """(B, L) int64 tokens of the rows, each of its caption or, where `rephrased`, of its rephrase."""
+        """Return (B, L) int64 tokens of the rows, each of its caption or, where `rephrased`, of its rephrase."""
         which, index = torch.from_numpy(rephrased).long(), torch.from_numpy(rows)
         longest = int(self._lengths[which, index].max())
         return self._tokens[which, index, :longest].long()
 
 
 class TriModalDataset(Dataset[Batch]):
-    """Rows of a `PKBatch` -> the `Batch` of one worker.
+    """Turn the rows of a `PKBatch` into the `Batch` of one worker.
 
     Args:
         rows: the training rows.

@@ -1,4 +1,4 @@
-"""The caption table, the published caption files it is read from, and the way back.
+"""Published caption files: reading them into the caption table, and writing them.
 
 The files of METHOD 5 name an image by its path on the author's machine; an entry is matched to an image of
 the manifest by the longest tail of that path. LLCM's test images lie under `test_nir/camC/ID/` while their captions are
@@ -68,7 +68,7 @@ class Collected:
 
 
 def read_captions(manifest: pa.Table, root: Path, path: Path | None = None) -> pa.Table:
-    """The captions that a configuration names.
+    """Read the captions that a configuration names.
 
     Args:
         manifest: the images that captions are wanted for.
@@ -224,7 +224,7 @@ def read_sysu_arrays(folder: Path, manifest: pa.Table, modality: str) -> dict[st
 
 
 def collect(text_dir: Path, manifest: pa.Table) -> Collected:
-    """Read every caption file of a Text folder and say what fits and what does not.
+    """Read every caption file of a Text folder, and collect what fits the manifest and what does not.
 
     Raises:
         ValueError: no caption file of a modality that the manifest has, or a file of another format.
@@ -357,7 +357,7 @@ def _require_all(manifest: pa.Table, found: Mapping[str, object], unknown: Mappi
 def identity_captions(
     manifest: pa.Table, found: Mapping[str, Caption], identity_texts: Mapping[int, list[str]]
 ) -> dict[str, str]:
-    """One of its identity's captions, in turn, for every visible test image that has none."""
+    """Return, for every visible test image without a caption, one of its identity's captions in turn."""
     given: dict[int, int] = {}
     spread: dict[str, str] = {}
     visible = select(manifest, split=TEST_SPLITS, modality="visible")
@@ -414,7 +414,7 @@ def _write_json(path: Path, entries: object, *, indent: int | None) -> None:
 
 
 def _published_name(image: str) -> str:
-    """The path that a published file knows an image by: LLCM's `test_nir/camC/ID/x.jpg` is `nir/ID/x.jpg` there."""
+    """Return an image's path in published files: LLCM's `test_nir/camC/ID/x.jpg` is `nir/ID/x.jpg` there."""
     top, _, rest = image.partition("/")
     if top in ("test_vis", "test_nir") and rest.startswith("cam"):
         return f"{top.removeprefix('test_')}/{rest.partition('/')[2]}"
@@ -422,7 +422,7 @@ def _published_name(image: str) -> str:
 
 
 def _names(images: Iterable[str]) -> dict[str, str]:
-    """Every path that a caption file may know an image by -> the image."""
+    """Return a mapping from every path that a caption file may use to the image."""
     names: dict[str, str] = {}
     for image in images:
         names.setdefault(_published_name(image), image)

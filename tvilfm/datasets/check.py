@@ -62,7 +62,7 @@ _UNSURE = {("llcm", "visible test images"), ("llcm", "infrared test images")}
 
 @dataclass(frozen=True, kw_only=True)
 class Count:
-    """How many there are, and how many there should be; None where nobody says.
+    """A number that was counted, and the published number; None where there is none.
 
     Expected of identities, images and cameras is what the publication says (nothing for a rendered dataset, which is
     known by its attributes.json); of captions, one an image.
@@ -105,7 +105,7 @@ class Findings:
 def check_dataset(
     section: DataSection, root: Path, *, images: bool = True, trained: DataSection | None = None
 ) -> Findings:
-    """Count and look at everything; a fault never ends the check while there is more to see.
+    """Check a whole dataset; a fault does not end the check.
 
     Args:
         section: which dataset, split and captions.

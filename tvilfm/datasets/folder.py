@@ -1,4 +1,4 @@
-"""Anybody's own images: a folder tree, or a table with the manifest's columns.
+"""Your own images: a folder tree, or a table with the manifest's columns.
 
 `visible/<pid>/<camid>/*` and `infrared/<pid>/<camid>/*`, both numbers; or `manifest.csv` or `manifest.parquet` in the
 folder, which then decides alone. Which identities are trained on comes from `splits.csv` (`pid,split`) or, without it,
@@ -47,7 +47,7 @@ def read(root: Path, *, table: str | Path | None = None, strict: bool = True) ->
 
 
 def split_rule(pids: list[int]) -> dict[int, str]:
-    """Split for people whom no `splits.csv` assigns: half train, a tenth val, the rest test, by a fixed shuffle.
+    """Return the split of identities without a `splits.csv`: half train, a tenth val, the rest test, shuffled.
 
     Shuffled, as numbers are often given in the order of recording; the shuffle depends on the set of pids alone.
     """
@@ -87,7 +87,7 @@ def _read_tree(root: Path) -> pa.Table:
 
 
 def _numbered(root: Path, folder: Path) -> list[Path]:
-    """Subfolders in order of their number; hidden files are skipped, anything else is a layout fault."""
+    """Return subfolders in numeric order; hidden files are skipped, anything else is a layout error."""
     found = [path for path in folder.iterdir() if not path.name.startswith(".")]
     for path in found:
         if not path.is_dir() or not path.name.isdigit():

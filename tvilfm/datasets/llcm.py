@@ -71,7 +71,7 @@ def _listed(root: Path, part: str, modality: str) -> Iterator[dict[str, object]]
 
 
 def _test_folder(root: Path, modality: str, pids: list[int]) -> Iterator[dict[str, object]]:
-    """Images of `test_{vis,nir}/cam{c}/{pid:04d}`, by identity, camera, file, as the released protocol lists them."""
+    """Return images of `test_{vis,nir}/cam{c}/{pid:04d}` by identity, camera and file, as the released protocol."""
     top = f"test_{FOLDERS[modality]}"
     cameras = sorted(
         int(folder.name[3:])

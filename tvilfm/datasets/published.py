@@ -9,7 +9,7 @@ PUBLISHED_LABEL = "published, single run, test-selected"
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedRow:
-    """A published number to stand beside ours.
+    """A published result, for comparison.
 
     Args:
         setting: the published protocol in words.
@@ -31,7 +31,7 @@ class PublishedRow:
 
 
 def published_rows(dataset: str) -> tuple[PublishedRow, ...]:
-    """Return the published numbers to compare with; empty for any data set that nobody else has measured.
+    """Return the published results of a dataset; empty if there are none.
 
     Source: METHOD.md section 9 (Hu, Yang, Ye, NeurIPS 2024; an independent re-run of the released code;
     others).

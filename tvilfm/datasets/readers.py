@@ -1,4 +1,4 @@
-"""One door to every dataset: a name and a folder in, a manifest out."""
+"""Read any dataset by name: a folder becomes a manifest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ READERS: dict[str, Callable[..., pa.Table]] = {
 
 
 def read_dataset(name: str, root: str | Path, **options: object) -> pa.Table:
-    """Read a dataset's folder into the manifest table; no picture is opened.
+    """Read a dataset's folder into the manifest table; no image is opened.
 
     Args:
         name: a key of `READERS`.

@@ -1,1 +1,1 @@
-"""Who is searched for among whom, in which order, and how good that order is."""
+"""Protocols, query texts, metrics and results."""

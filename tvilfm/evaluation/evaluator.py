@@ -99,13 +99,13 @@ class Evaluator:
 
     @torch.inference_mode()
     def image_vectors(self, table: pa.Table, *, base: bool) -> Tensor:
-        """(N, D) unit vectors of images, through the base stage's head or the current one."""
+        """Return (N, D) unit vectors of images through the base stage's head or the current one."""
         raw = self._on_device(self._images.select(table["image"].to_pylist()))
         return self._model.embed_base(raw) if base else self._model.embed(raw)
 
     @torch.inference_mode()
     def part_vectors(self, query: pa.Table, texts: QueryTexts) -> dict[str, Tensor]:
-        """Unit vectors (Q, D) of what the ensemble is made of: infrared, text and fusion, all by the current head."""
+        """Return unit vectors (Q, D) of the ensemble's parts, infrared, text and fusion, through the current head."""
         assert self._texts is not None
         raw = self._on_device(self._images.select(query["image"].take(pa.array(texts.kept)).to_pylist()))
         text = self._on_device(self._texts.select(texts.texts))
@@ -117,13 +117,13 @@ class Evaluator:
         }
 
     def text_query_vectors(self, query: pa.Table, texts: QueryTexts) -> dict[str, Tensor]:
-        """Unit vectors (Q, D) of the text, fusion and ensemble queries (the last not normalised), current head."""
+        """Return vectors (Q, D) of the text, fusion and ensemble queries through the current head."""
         parts = self.part_vectors(query, texts)
         ensemble = ensemble_query(parts, self._section.ensemble.weights)
         return {"text": parts["text"], "fusion": parts["fusion"], "ensemble": ensemble}
 
     def evaluate(self, *, only_default: bool = False) -> list[CaseResult]:
-        """Rows of the table: the image alone, then each text source that applies, for each protocol.
+        """Return the rows of the table: the image alone, then each text source that applies, for each protocol.
 
         Args:
             only_default: the default table's protocol and text source alone.
@@ -148,7 +148,7 @@ class Evaluator:
         return results
 
     def similarity(self, vectors_QD: Tensor, gallery: pa.Table, *, base: bool) -> Similarity:
-        """(Q, G) similarity of query vectors to gallery images, after the second look that `rerank` asks for."""
+        """Return (Q, G) similarity of query vectors to gallery images, re-ranked as `rerank` says."""
         rerank, gallery_GD = self._section.rerank, self.image_vectors(gallery, base=base)
         if rerank.method == "none":
             similarity_QG = similarity(vectors_QD, gallery_GD)
@@ -164,7 +164,7 @@ class Evaluator:
         return _numbers(similarity_QG)
 
     def votes(self, parts: Mapping[str, Tensor], gallery: pa.Table) -> dict[str, Tensor]:
-        """(Q, G) what each part of the ensemble votes, before its weight and any second look.
+        """Return (Q, G) votes of each part of the ensemble, before weights and re-ranking.
 
         Args:
             parts: of `part_vectors`.
@@ -177,7 +177,7 @@ class Evaluator:
         return {name: (of_part / temperature).softmax(dim=1) for name, of_part in votes.items()}
 
     def ensemble_similarity(self, parts: Mapping[str, Tensor], gallery: pa.Table) -> Similarity:
-        """(Q, G) similarity of the ensemble: one search with the summed vectors, or a sum of soft votes.
+        """Return (Q, G) similarity of the ensemble: one search with the summed vectors, or a sum of soft votes.
 
         Args:
             parts: of `part_vectors`.
@@ -239,7 +239,7 @@ def _numbers(similarity_QG: Tensor) -> Similarity:
 
 
 def default_case(results: Sequence[CaseResult], section: EvaluateSection, kind: str) -> CaseResult | None:
-    """The case of that query kind in the default table, or None where it was not evaluated."""
+    """Return a query's case in the default table, or None if it was not evaluated."""
     source = "none" if kind in ("infrared", "visible") else section.default_text_source
     for case in results:
         if (case.query, case.text_source, case.protocol) == (kind, source, section.protocols[0]):

@@ -17,7 +17,7 @@ IMAGES_FILE = "images.parquet"  # of a stage: the features of the images that ar
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureTable:
-    """Raw features, one row a key.
+    """Raw features, one row per key.
 
     Attributes:
         keys: unique strings.
@@ -38,7 +38,7 @@ class FeatureTable:
             )
 
     def select(self, keys: Sequence[str]) -> npt.NDArray[np.float32]:
-        """(len(keys), D) vectors of the keys, in their order.
+        """Return (len(keys), D) vectors of the keys, in their order.
 
         Raises:
             KeyError: when a key has no vector.

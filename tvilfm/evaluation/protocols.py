@@ -1,4 +1,4 @@
-"""The benchmarks' test protocols: which images search, which are searched, and which text goes with a query.
+"""Test protocols of the benchmarks: query images, gallery images, and the text of a query.
 
 A protocol is data plus a seeded draw. Both work on the manifest, so the same protocol runs on the test identities
 or, with `split="val"`, on the validation identities that choose the checkpoint. Draws use their own generator,
@@ -54,7 +54,7 @@ class Protocol:
 
 
 def get_protocol(name: str) -> Protocol:
-    """Look a protocol up by name.
+    """Return a protocol by name.
 
     The known ones are `sysu_mm01/{all,indoor}/{single,multi}`, the same of the dataset authors' evaluation kit
     `sysu_mm01/official/{all,indoor}/{single,multi}`, `regdb/{infrared-visible,visible-infrared}` and
@@ -81,7 +81,7 @@ def get_protocol(name: str) -> Protocol:
 
 
 def select_query(manifest: pa.Table, protocol: Protocol, *, split: Split = "test") -> pa.Table:
-    """Rows that search, in the order of the released code: identity, camera, file; RegDB as listed.
+    """Return the query rows in the order of the released code: identity, camera, file; RegDB as listed.
 
     Args:
         manifest: rows with `image`, `pid`, `camid`, `modality`, `split`.
@@ -104,7 +104,7 @@ def select_query(manifest: pa.Table, protocol: Protocol, *, split: Split = "test
 
 
 def select_gallery(manifest: pa.Table, protocol: Protocol, *, trial: int, split: Split = "test") -> pa.Table:
-    """Rows that are searched in one trial, in the order drawn.
+    """Return the gallery rows of one trial, in the order drawn.
 
     Official galleries: cameras and then identities ascending, images as `rand_perm_cam.mat` lists them for the trial.
     Others: identities and then cameras ascending, one `random.choice` over the sorted files of each camera that shows
@@ -160,7 +160,7 @@ def witness_captions(
     split: Split = "test",
     draw: WitnessDraw = "seeded",
 ) -> list[str | None]:
-    """Draw each query's text as a witness would give it: a visible caption of the query's true identity.
+    """Draw each query's text like a witness description: a visible caption of the query's true identity.
 
     The text is chosen with the ground truth, which is why a result carries its text source. Held out, only
     captions of cameras that the gallery does not use are drawn, so none describes a gallery image; where the
@@ -223,7 +223,7 @@ def witness_captions(
 
 
 def ignored_gallery(protocol: Protocol, query_pid: int, query_camid: int, gallery: pa.Table) -> npt.NDArray[np.bool_]:
-    """Which gallery images take no part for one query.
+    """Return which gallery images are ignored for one query.
 
     Args:
         protocol: whose rule.
@@ -245,7 +245,7 @@ def ignored_gallery(protocol: Protocol, query_pid: int, query_camid: int, galler
 
 
 def chance_level(query: pa.Table, gallery: pa.Table, protocol: Protocol) -> float:
-    """Rank-1 that a random order of the gallery reaches on average.
+    """Return the mean rank-1 of a random order of the gallery.
 
     The first image of a random order is a true match with probability (matches kept) / (images kept). That also
     holds for the deduplicated CMC, whose first identity is that of the first image.

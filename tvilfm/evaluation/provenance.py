@@ -1,4 +1,4 @@
-"""What is known about the training of a model that is evaluated on other data, and what that means for the numbers."""
+"""What is known about the training of a model that is evaluated on other data."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Provenance:
         (folder / FILE).write_text(json.dumps(asdict(self), indent=2))
 
     def notes(self, data: DataSection, manifest: pa.Table) -> list[str]:
-        """Return what a reader of the numbers has to know, a sentence or two each; warnings begin with "Warning:".
+        """Return notes for readers of the results; warnings begin with "Warning:".
 
         Args:
             data: the dataset that the model is evaluated on.

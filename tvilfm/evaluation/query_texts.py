@@ -1,4 +1,4 @@
-"""The sentences of the queries, drawn once and kept as a table that evaluation, report and tests read.
+"""The sentences of the queries, drawn once and stored in a table that evaluation and report read.
 
 Shapes: Q queries.
 """
@@ -101,7 +101,7 @@ def draw_query_texts(
 
 
 def sentences_of(query_texts: pa.Table) -> list[str]:
-    """Return every sentence that an evaluation needs a feature of, sorted, each once."""
+    """Return the distinct sentences that an evaluation needs features of, sorted."""
     return sorted({text for name in ("text", "filter_text") for text in query_texts[name].to_pylist()})
 
 

@@ -1,4 +1,4 @@
-"""Second looks at a ranking: k-reciprocal re-ranking and query expansion.
+"""Re-ranking: k-reciprocal encoding and query expansion.
 
 Both use the gallery itself to correct a query. Re-ranking asks whether two images name each other among their
 nearest neighbours; expansion adds a query's nearest gallery features to it and searches again. Neither ever holds

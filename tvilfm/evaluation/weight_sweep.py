@@ -1,4 +1,4 @@
-"""Sweep the ensemble's weights for free: many weightings of the same features, without one forward pass.
+"""Sweep the ensemble's weights: many weightings of the same features, without a forward pass.
 
 A weighted sum of votes ranks a gallery image g ahead of a true match p where w . (s_g - s_p) > 0, s being the three
 modalities' similarities. Where all three agree about g and p, as they do for most pairs, no weighting changes that;
@@ -38,7 +38,7 @@ _RUN = 255
 
 @dataclass(frozen=True, kw_only=True)
 class SweepResult:
-    """Every weighting's quality, fractions 0-1, mean over queries and then over gallery draws.
+    """The scores of every weighting, fractions 0-1, mean over queries and then over gallery draws.
 
     Attributes:
         metric: by which weightings are compared.
@@ -54,19 +54,19 @@ class SweepResult:
 
     @property
     def best_row(self) -> int:
-        """The weighting with the highest metric; of equals the one nearest to equal weights, then the first."""
+        """Return the weighting with the highest metric; of equals, the one nearest to equal weights, then the first."""
         share_WM = self.weights_WM / self.weights_WM.sum(axis=1, keepdims=True)
         away_W = np.abs(share_WM - 1 / len(PARTS)).sum(axis=1)
         return int(np.lexsort((away_W, -getattr(self, self.metric)))[0])
 
     @property
     def best(self) -> dict[str, float]:
-        """That weighting by modality, as `evaluate.ensemble` takes it."""
+        """The best weighting by modality, as in `evaluate.ensemble`."""
         return dict(zip(PARTS, self.weights_WM[self.best_row].tolist(), strict=True))
 
 
 def weight_grid(steps: int) -> _Floats:
-    """All weightings whose shares are multiples of 1 / steps, and equal weights first.
+    """Return all weightings whose shares are multiples of 1 / steps; equal weights come first.
 
     Only the ratio of the weights matters, so they are shares that sum to 1.
 

@@ -106,12 +106,12 @@ class SweepData:
 
 
 def read_trials(path: Path) -> list[TrialRecord]:
-    """Read `trials.jsonl`, one record a line."""
+    """Read `trials.jsonl`, one record per line."""
     return [TrialRecord(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def paired_difference(values: Mapping[int, float], reference: Mapping[int, float]) -> Difference | None:
-    """Mean difference over the seeds that both have, with the interval of the paired t-test.
+    """Return the mean difference over common seeds, with the interval of the paired t-test.
 
     Args:
         values, reference: seed -> metric.
@@ -134,7 +134,7 @@ def paired_difference(values: Mapping[int, float], reference: Mapping[int, float
 
 
 def summarise(data: SweepData) -> list[SettingSummary]:
-    """The table's lines: rows in the order of the space, parameter settings best first by the space's metric."""
+    """Return the table's lines: rows in the order of the space, or settings from the best by the space's metric."""
     space = data.space
     by_setting: dict[str, list[TrialRecord]] = {name: [] for name in space.rows}
     for record in data.records:
@@ -169,7 +169,7 @@ def summarise(data: SweepData) -> list[SettingSummary]:
 
 
 def parameter_importance(space: Space, records: Sequence[TrialRecord]) -> dict[str, float]:
-    """How much of the metric each parameter decides, as shares that sum to 1, the largest first.
+    """Return each parameter's importance for the metric, as shares that sum to 1, largest first.
 
     A random forest learns the metric from the parameters; a parameter matters as much as its fit loses when that
     parameter's values are exchanged between trials.
@@ -203,13 +203,13 @@ def parameter_importance(space: Space, records: Sequence[TrialRecord]) -> dict[s
 
 
 def _values(records: Sequence[TrialRecord], metric: str) -> dict[int, float]:
-    """Seed -> metric of the finished trials."""
+    """Return the metric of finished trials by seed."""
     done = [record for record in records if record.status == "done" and metric in record.metrics]
     return {record.seed: record.metrics[metric] for record in done}
 
 
 def mean_or_last(values: Mapping[int, float]) -> float:
-    """The mean; below everything where there is nothing, so that it sorts last."""
+    """Return the mean, or -1 without values, which sorts last."""
     return statistics.fmean(values.values()) if values else -1.0
 
 
@@ -218,7 +218,7 @@ def _ending(record: TrialRecord) -> str:
 
 
 def published_dataset(dataset: str) -> str:
-    """Whose published numbers stand beside a data set's; SYSU-MM01's beside one that nobody else has measured."""
+    """Return the dataset whose published results are shown: the dataset itself, or else SYSU-MM01."""
     return dataset if published_rows(dataset) else "sysu_mm01"
 
 
@@ -227,7 +227,7 @@ def _published(dataset: str) -> tuple[PublishedRow, ...]:
 
 
 def position_of(parameter: Parameter, value: Any) -> float:
-    """A value as a number: itself (its logarithm on a logarithmic range), or its place in the list of options."""
+    """Return a value as a number: itself (its logarithm on a logarithmic range), or its index in the options."""
     if parameter.range is None:
         return float(parameter.options.index(value))
     return math.log(value) if parameter.range[0] == "loguniform" else float(value)

@@ -1,4 +1,4 @@
-"""Search spaces: what a sweep varies, how it searches, and what it compares. Pure data; who runs it is another matter.
+"""Search spaces: what a sweep varies, how it searches, and what it compares.
 
 A space is a YAML file. It either lists named `rows` (an ablation: overrides of the run description, one row of a
 table) or crosses `parameters`. A parameter is a dotted key of the run description with a list of choices or a range,
@@ -35,7 +35,7 @@ RANGES: tuple[Range, ...] = ("uniform", "loguniform", "randint")
 
 
 class Parameter(Section):
-    """What one parameter may be; exactly one of its fields is given.
+    """The values of one parameter; exactly one field is set.
 
     Attributes:
         choices: values of a config key.
@@ -85,11 +85,11 @@ class Parameter(Section):
 
     @property
     def tested(self) -> tuple[Any, ...]:
-        """What has to be valid for every value to be: all options, or both ends of the range."""
+        """The values to validate: all options, or both ends of the range."""
         return self.options if self.range is None else self.range[1:]
 
     def draw(self, rng: np.random.Generator) -> Any:
-        """One value at random."""
+        """Draw one value at random."""
         if self.range is None:
             return self.options[int(rng.integers(len(self.options)))]
         kind, low, high = self.range
@@ -136,7 +136,7 @@ class Scheduler(Section):
 
 
 class Budget(Section):
-    """How much a sweep may cost."""
+    """The budget of a sweep."""
 
     num_samples: int | None = Field(None, ge=1, description="settings tried; null where rows or a grid give them")
     max_concurrent: int | None = Field(None, ge=1, description="trials at once; null = what the cluster has room for")
@@ -167,7 +167,7 @@ class Trial:
 
 
 class Space(Section):
-    """A sweep, as its file says it."""
+    """A sweep as described in its file."""
 
     name: str = Field(pattern=r"^\w[\w-]*$", description="of the file")
     description: str = Field(description="what the sweep is to find out")
@@ -225,7 +225,7 @@ class Space(Section):
         return self
 
     def overrides_of(self, values: Mapping[str, Any]) -> Overrides:
-        """Config keys and values of parameter values: a setting's name stands for all it sets."""
+        """Return config keys and values of parameter values; a setting's name stands for all its keys."""
         found: Overrides = {}
         for key, value in values.items():
             settings = self.parameters[key].settings
@@ -233,7 +233,7 @@ class Space(Section):
         return found
 
     def settings(self) -> list[dict[str, Any]]:
-        """Parameter values of every setting of a grid or of a random search (the same on every call)."""
+        """Return the parameter values of every setting of a grid or a random search (the same on every call)."""
         if self.searcher == "grid":
             combined = itertools.product(*(parameter.options for parameter in self.parameters.values()))
             return [dict(zip(self.parameters, values, strict=True)) for values in combined]
@@ -244,11 +244,11 @@ class Space(Section):
         ]
 
     def trial(self, number: int, values: Mapping[str, Any], seed: int, overrides: Sequence[str] = ()) -> Trial:
-        """The trial of parameter values that a search proposes; arguments as of `trials`."""
+        """Return the trial of parameter values that a search proposes; arguments as of `trials`."""
         return self._trial(number, words(values), values, self.overrides_of(values), self.query, seed, overrides)
 
     def trials(self, overrides: Sequence[str] = ()) -> list[Trial]:
-        """Every trial that is known beforehand, seed by seed; with optuna, none is.
+        """Return all trials known in advance, seed by seed; none with optuna.
 
         Args:
             overrides: of the user, `section.key=value`; they come after the space's base and before its parameters.
@@ -288,17 +288,17 @@ class Space(Section):
 
 
 def words(values: Mapping[str, Any]) -> str:
-    """Parameter values as one line: the last part of each key, and its value."""
+    """Return parameter values as one line: the last part of each key, and its value."""
     return ", ".join(f"{key.rpartition('.')[2]}={word(value)}" for key, value in values.items())
 
 
 def written(overrides: Mapping[str, Any]) -> list[str]:
-    """Overrides as `section.key=value` strings, the value in YAML, as `load_config` reads them."""
+    """Return overrides as `section.key=value` strings with YAML values, as `load_config` reads them."""
     return [f"{key}={_yaml(value)}" for key, value in overrides.items()]
 
 
 def load_space(path: Path) -> Space:
-    """Read a space.
+    """Read a search space.
 
     Args:
         path: YAML file; its stem is the space's name.
@@ -327,7 +327,7 @@ def load_space(path: Path) -> Space:
 
 
 def with_seeds(space: Space, seeds: str) -> Space:
-    """The space under other seeds.
+    """Return the space with other seeds.
 
     Args:
         space: of `load_space`.
@@ -429,7 +429,7 @@ def _check_asha(space: Space, config: Config, configs: Iterable[Config]) -> None
 
 
 def word(value: Any) -> str:
-    """A parameter's value as a reader sees it: floats with three digits, everything else in YAML."""
+    """Return a parameter's value for display: floats with three digits, everything else as YAML."""
     return f"{value:.3g}" if isinstance(value, float) else _yaml(value)
 
 

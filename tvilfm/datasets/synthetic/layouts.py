@@ -200,7 +200,7 @@ def _write_folder_layout(root: Path, size: Size, *, seed: int, archetypes: bool 
 
 @contextmanager
 def _whole_or_nothing(root: Path) -> Iterator[Path]:
-    """A folder to write into that takes its name when the block ends."""
+    """Yield a temporary folder that gets its name when the block ends without an error."""
     if root.exists():
         raise FileExistsError(f"out: expected a folder that does not exist, got {root}. Choose another or remove it.")
     partial = root.with_name(root.name + ".partial")
