@@ -1,1 +1,1 @@
-"""Modality-specific captioning: from a picture to a sentence, without colours for infrared (METHOD 5)."""
+"""Modality-specific captioning: a sentence per image, without colours for infrared (METHOD 5)."""

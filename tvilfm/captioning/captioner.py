@@ -1,4 +1,4 @@
-"""A captioner: pictures in, sentences out, whichever transformers image-to-text model writes them.
+"""A captioner: sentences of images, by any image-to-text model of transformers.
 
 Families differ in three ways only: where the prompt goes, whether the answer repeats it, and how a picture becomes
 numbers. Chat models get a question through their own template, models whose text decoder continues a prompt word by
@@ -37,7 +37,7 @@ NOT_SQUASHED = ("do_center_crop", "do_pad", "do_thumbnail", "do_align_long_axis"
 
 
 class Captioner:
-    """One modality's model with everything it needs to write; see `Captioner.load`."""
+    """The captioning model of one modality; see `Captioner.load`."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class Captioner:
 
     @property
     def input_size(self) -> tuple[int, int] | None:
-        """Height and width that the model squashes every picture to; None where it keeps the proportions.
+        """Height and width that the model resizes every image to; None if it keeps the proportions.
 
         A picture that is resized to it beforehand costs less on its way here.
         """
@@ -116,7 +116,7 @@ class Captioner:
 
     @property
     def provenance(self) -> dict[str, str]:
-        """What a sentence depends on beside its picture: model, revision, hash of the prompt, settings as JSON."""
+        """What a sentence depends on beside its image: model, revision, hash of the prompt, settings as JSON."""
         settings = self.section.model_dump(include={"beams", "temperature", "top_p", "max_new_tokens"})
         settings["dtype"] = str(self.model.dtype).removeprefix("torch.")
         return {
@@ -127,7 +127,7 @@ class Captioner:
         }
 
     def caption(self, images: Sequence[npt.NDArray[np.uint8]], *, seed: int = 0) -> list[str]:
-        """Describe pictures.
+        """Caption images.
 
         Args:
             images: uint8 (H, W, 3) each, of any sizes.
@@ -156,7 +156,7 @@ class Captioner:
         return [sentence.strip() for sentence in sentences]
 
     def prompt_inputs(self, images: Sequence[npt.NDArray[np.uint8]]) -> dict[str, Tensor]:
-        """Pictures and prompt as the model's inputs, on its device.
+        """Return images and prompt as the model's inputs, on its device.
 
         Args:
             images: uint8 (H, W, 3) each, of any sizes.
@@ -186,7 +186,7 @@ class Captioner:
         }
 
     def prompt_ids(self) -> list[int]:
-        """Tokens that the answer continues, for the families that continue a prompt: start and prompt."""
+        """Return the tokens that the answer continues, for model families that continue a prompt."""
         start = self.model.generation_config.decoder_start_token_id
         if start is None:
             start = self.model.config.get_text_config(decoder=True).bos_token_id

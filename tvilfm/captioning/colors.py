@@ -1,4 +1,4 @@
-"""Colour words: find them in a sentence, and remove them so that a sentence is left.
+"""Colour words: find them in a sentence, and remove them in a way that leaves a sentence.
 
 Infrared cameras see no colour, so an infrared caption must name none (METHOD 5). A colour phrase is a run of colour
 words with what belongs to them: degrees ("dark blue"), compounds ("sky-blue", "multi - color"), lists ("red, white and
@@ -126,7 +126,7 @@ _SOUNDS_AS_VOWEL = re.compile(r"[aei]|o(?!ne\b|nce\b)|u(?!ni|se|su|\W|$)|hour|ho
 
 
 def find_colors(text: str) -> list[str]:
-    """Colour words of a text, in order, in lower case and American spelling.
+    """Return the colour words of a text, in order, in lower case and American spelling.
 
     Never a part of another word ("redressed", "greenhouse"). A thing that lends its name counts where it stands for
     the colour ("a wine jacket") and not where it is the thing ("a glass of wine"). The words colour, coloured,
@@ -140,7 +140,7 @@ def find_colors(text: str) -> list[str]:
 
 
 def remove_colors(text: str) -> str:
-    """A text without its colour words, as sentences that read well.
+    """Return a text without its colour words, as complete sentences.
 
     Removing twice is removing once; a text without a colour word is returned unchanged, byte for byte. A text of
     nothing but colour words becomes empty.
@@ -158,7 +158,7 @@ def remove_colors(text: str) -> str:
 
 
 def indefinite_article(word: str, *, capital: bool = False) -> str:
-    """The article of a word, a or an, by the sound of its first letters."""
+    """Return the article of a word, a or an, by the sound of its first letters."""
     return ("A" if capital else "a") + ("n" if _SOUNDS_AS_VOWEL.match(word) else "")
 
 

@@ -1,4 +1,4 @@
-"""A captioner that trains on two CPU cores in two minutes: convolutions see, two decoder layers write.
+"""A small captioner that trains on two CPU cores in two minutes: a convolutional encoder, two decoder layers.
 
 Made of library parts, a `VisionEncoderDecoderModel` whose decoder is a small GPT-2, so that it is loaded, fine-tuned
 and asked exactly like BLIP. Only the encoder is ours: at a hundred pixels of height and a few thousand pictures a
@@ -39,7 +39,7 @@ PAD, START, END, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
 
 
 class ConvEncoderConfig(PreTrainedConfig):
-    """What `ConvEncoder` is built from."""
+    """The configuration of `ConvEncoder`."""
 
     model_type = "tvilfm_conv_encoder"
 
@@ -53,7 +53,7 @@ class ConvEncoderConfig(PreTrainedConfig):
 
 
 class ConvEncoder(PreTrainedModel):
-    """Convolutions, then one token a cell of the last feature map, with a learned position."""
+    """Convolutions, then one token per cell of the last feature map, with a learned position."""
 
     config_class = ConvEncoderConfig
     main_input_name = "pixel_values"
@@ -93,7 +93,7 @@ def _convolution(before: int, after: int, *, size: int, stride: int) -> nn.Seque
 
 
 def register() -> None:
-    """Tell transformers' Auto classes of the encoder, so that a saved captioner loads without remote code."""
+    """Register the encoder with transformers' Auto classes, so that a saved captioner loads without remote code."""
     AutoConfig.register(ConvEncoderConfig.model_type, ConvEncoderConfig, exist_ok=True)
     AutoModel.register(ConvEncoderConfig, ConvEncoder, exist_ok=True)
 
@@ -149,7 +149,7 @@ def build_conv_captioner(folder: Path, texts: Sequence[str], *, height: int, wid
 
 
 def word_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A lower-case tokenizer of whole words and punctuation marks; decoding gives the sentence back.
+    """Return a lower-case tokenizer of whole words and punctuation marks; decoding restores the sentence.
 
     Args:
         texts: sentences whose words it knows.

@@ -1,4 +1,4 @@
-"""Who rephrases: a transformers language model, an OpenAI-compatible endpoint, or rules that need neither.
+"""Rephrasing engines: a transformers language model, an OpenAI-compatible endpoint, or rules.
 
 All three are a `Rephraser`; what they answer is cleaned and checked in `tvilfm.captioning.rephrase`, and a batch is
 the same with Ray and without. An engine's library is imported where the engine is made: a worker that asks an endpoint
@@ -62,7 +62,7 @@ class TransformersRephraser:
         self._model = model.to(device).eval()
 
     def rephrase(self, texts: Sequence[str], modalities: Sequence[str], *, seed: int) -> list[str]:
-        """An answer a text; see `Rephraser`."""
+        """Return one answer per text; see `Rephraser`."""
         import torch
 
         section, tokenizer = self._section, self._tokenizer
@@ -93,7 +93,7 @@ class TransformersRephraser:
 
 
 class EndpointRephraser:
-    """Any OpenAI-compatible endpoint: a vLLM server, Ollama, or a hosted one; a batch's requests go out at once.
+    """Any OpenAI-compatible endpoint: a vLLM server, Ollama, or a hosted one; requests of a batch are concurrent.
 
     The client asks again by itself, with growing pauses, where the endpoint is busy (429), broken (5xx) or silent.
 
@@ -115,7 +115,7 @@ class EndpointRephraser:
         )
 
     def rephrase(self, texts: Sequence[str], modalities: Sequence[str], *, seed: int) -> list[str]:
-        """An answer a text; see `Rephraser`. A text that the endpoint refuses by itself (400, 422) gets an empty one.
+        """Return one answer per text. A text that the endpoint refuses by itself (400, 422) gets an empty one.
 
         Raises:
             ConnectionError: there is no such endpoint, it does not know the key or model, it stays broken, or it has
@@ -188,14 +188,14 @@ _SHARE = 0.6  # of the words with a synonym that get one
 
 
 class RuleParaphraser:
-    """Rules in place of a language model, for work without one: synonyms, and clauses in another order.
+    """Rules in place of a language model: synonyms, and clauses in another order.
 
     It knows the words of the benchmark's and the published captions, and adds and drops nothing; a caption without any
     of these words is introduced in other words.
     """
 
     def rephrase(self, texts: Sequence[str], modalities: Sequence[str], *, seed: int) -> list[str]:
-        """A rephrase a text; see `Rephraser`. The modality changes nothing, as nothing is added."""
+        """Return one rephrase per text; see `Rephraser`. The modality has no effect, because nothing is added."""
         return [self._rephrase(text, random.Random(f"{seed}/{i}/{text}")) for i, text in enumerate(texts)]
 
     def _rephrase(self, text: str, rng: random.Random) -> str:
@@ -210,7 +210,7 @@ class RuleParaphraser:
 
 
 def _reorder(sentence: str, rng: random.Random) -> str:
-    """Shuffle the clauses after the first, each with what hangs on it."""
+    """Shuffle the clauses after the first, each with its dependents."""
     body = sentence.removesuffix(".")
     first, *clauses = _CLAUSE.split(body)
     rng.shuffle(clauses)

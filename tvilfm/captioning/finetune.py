@@ -1,4 +1,4 @@
-"""Fine-tune a captioner on (picture, sentence) pairs, teacher-forced through the model's own `labels`.
+"""Fine-tune a captioner on (image, sentence) pairs, teacher-forced through the model's own `labels`.
 
 Nothing here knows who runs it: the caller hands over pairs and is told of every epoch. What chance decides follows
 from (seed, epoch, worker), so training that was killed and resumed ends with the weights of the undisturbed one.
@@ -35,7 +35,7 @@ LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's conversion to gra
 
 
 class Listener(Protocol):
-    """Told of what happens; every worker calls it alike."""
+    """Receives the events of fine-tuning; every worker calls it in the same way."""
 
     def on_step(self, record: Mapping[str, float | int]) -> None:
         """After each step: epoch, step, num_steps, loss."""
@@ -46,7 +46,7 @@ class Listener(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """What a captioner learns from.
+    """The training pairs of a captioner.
 
     Attributes:
         pixels: uint8 (N, H, W, 3), often a mapped file.
@@ -64,18 +64,18 @@ class Pairs:
         return len(self.rows)
 
     def thin(self, count: int) -> Pairs:
-        """At most so many of them, evenly spread."""
+        """Return at most `count` pairs, evenly spread."""
         chosen = np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int))
         return replace(self, rows=self.rows[chosen], texts=tuple(self.texts[i] for i in chosen))
 
     def images(self, chosen: Sequence[int] | npt.NDArray[np.int64]) -> list[npt.NDArray[np.uint8]]:
-        """Pictures (H, W, 3) of some pairs."""
+        """Return the images (H, W, 3) of some pairs."""
         images = [np.asarray(self.pixels[self.rows[i]]) for i in chosen]
         return [to_gray(image) for image in images] if self.gray else images
 
 
 def to_gray(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """The picture's luminance in three equal channels; (H, W, 3) uint8 in and out."""
+    """Return the image's luminance in three equal channels; (H, W, 3) uint8 in and out."""
     luminance = (image @ np.array(LUMINANCE) + 0.5).astype(np.uint8)
     return np.repeat(luminance[:, :, None], 3, axis=2)
 
@@ -89,7 +89,7 @@ def caption_pairs(
     split: str,
     infrared_pairs: Literal["infrared", "gray"],
 ) -> Pairs:
-    """Pairs of a modality from a dataset's captions.
+    """Return the pairs of a modality from a dataset's captions.
 
     Infrared sentences lose their colour words. Where a dataset has no described infrared pictures, visible ones
     without colour stand in for them.
@@ -123,7 +123,7 @@ def caption_pairs(
 def training_inputs(
     captioner: Captioner, images: Sequence[npt.NDArray[np.uint8]], texts: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Inputs and labels of teacher forcing: the prompt as when writing, then the sentence, which alone is scored.
+    """Return inputs and labels of teacher forcing: the prompt, then the sentence, which alone is scored.
 
     Args:
         captioner: whose model is trained.
@@ -164,7 +164,7 @@ def training_inputs(
 
 
 def mean_loss(captioner: Captioner, pairs: Pairs, *, batch: int) -> float:
-    """The loss of sentences that are not trained on, in evaluation mode."""
+    """Return the loss of held-out sentences, in evaluation mode."""
     captioner.model.eval()
     losses = []
     for start in range(0, len(pairs), batch):
@@ -176,7 +176,7 @@ def mean_loss(captioner: Captioner, pairs: Pairs, *, batch: int) -> float:
 
 
 def learning_rate_factor(step: int, *, warmup_steps: int, num_steps: int) -> float:
-    """Linear warm-up to 1 over `warmup_steps`, then linearly down to 0 at `num_steps`.
+    """Return the rate's factor: linear warm-up to 1 over `warmup_steps`, then linear decay to 0 at `num_steps`.
 
     Args:
         step: counted from 0.

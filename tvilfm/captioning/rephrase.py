@@ -1,4 +1,4 @@
-"""Rephrasing: what a language model is asked, what is taken of its answer, and what is not let through.
+"""Rephrasing: prompts for a language model, and checks of its answers.
 
 A caption that is said in other words makes the text encoder look at the meaning (METHOD 4 and 5). A language model adds
 things, though: chatter, a second person, a colour that nobody saw. So every answer is cleaned, checked against its
@@ -37,10 +37,10 @@ _QUOTES = "\"'`*\u201c\u201d\u2018\u2019\u00ab\u00bb "
 
 
 class Rephraser(Protocol):
-    """Says sentences in other words; a transformers model, an endpoint or rules (`tvilfm.captioning.engines`)."""
+    """Rephrases sentences: a transformers model, an endpoint or rules (`tvilfm.captioning.engines`)."""
 
     def rephrase(self, texts: Sequence[str], modalities: Sequence[str], *, seed: int) -> list[str]:
-        """An answer a text, raw; the same texts, modalities and seed give the same answers where the engine can.
+        """Return one raw answer per text; with the same texts, modalities and seed, the same answers if the engine can.
 
         Args:
             texts: captions.
@@ -52,7 +52,7 @@ class Rephraser(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Rephrase:
-    """What became of a caption.
+    """The result for one caption.
 
     Attributes:
         text: the caption in other words; None = the caption stays.
@@ -66,7 +66,7 @@ class Rephrase:
 
 
 def messages(text: str, modality: str, *, max_words: int) -> list[dict[str, str]]:
-    """The talk that asks a chat model for a rephrase.
+    """Return the messages that ask a chat model for a rephrase.
 
     Args:
         text: a caption.
@@ -84,12 +84,12 @@ def completion_prompt(text: str, modality: str, *, max_words: int) -> str:
 
 
 def prompt_hash() -> str:
-    """Changes when a prompt does."""
+    """Return a hash of the prompts."""
     return hashlib.sha256("\0".join(PROMPTS.values()).encode()).hexdigest()[:12]
 
 
 def clean(answer: str) -> str:
-    """The sentence in a model's answer: without thoughts, chatter ("Sure, here is ..."), bullets and quotes.
+    """Return the sentence in a model's answer, without thoughts, chatter ("Sure, here is ..."), bullets and quotes.
 
     The first line that is no chatter counts; what follows is another version or a remark.
 
@@ -110,7 +110,7 @@ def clean(answer: str) -> str:
 
 
 def validate(text: str, rephrase: str, *, modality: str, max_words: int) -> str | None:
-    """Why a rephrase is refused.
+    """Return why a rephrase is refused, or None.
 
     A colour that the caption does not name is refused in both modalities: invented in visible, impossible in infrared.
     Words that only speak of colour ("colourful") are let through in visible texts. A rephrase that has the caption's
@@ -140,7 +140,7 @@ def validate(text: str, rephrase: str, *, modality: str, max_words: int) -> str 
 def rephrase_all(
     rephraser: Rephraser, texts: Sequence[str], modalities: Sequence[str], *, seed: int, retries: int, max_words: int
 ) -> list[Rephrase]:
-    """Rephrase captions, asking again with another seed where an answer is refused.
+    """Rephrase captions; a refused answer is retried with another seed.
 
     Args:
         rephraser: the engine.
@@ -167,14 +167,14 @@ def rephrase_all(
 
 
 def judge(text: str, answer: str, modality: str, *, max_words: int, tries: int) -> Rephrase:
-    """Clean an answer and take or refuse it."""
+    """Clean an answer, and accept or refuse it."""
     rephrase = clean(answer)
     refused = validate(text, rephrase, modality=modality, max_words=max_words)
     return Rephrase(text=None if refused else rephrase, refused=refused, tries=tries)
 
 
 def seed_of(*numbers: int) -> int:
-    """A seed below 2^31 that differs where any of the numbers does; endpoints take no larger one."""
+    """Return a seed from numbers, below 2^31, which is the limit of endpoints."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0] >> 1)
 
 

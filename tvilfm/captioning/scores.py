@@ -25,7 +25,7 @@ ADJECTIVES = {"hair": "hair", "pattern": "top"}
 
 
 def _vocabulary() -> dict[tuple[str, ...], tuple[str, str]]:
-    """Spoken words -> (attribute, value); a colour has no attribute of its own before its noun is known."""
+    """Return a mapping from words to (attribute, value); a colour's attribute depends on its noun."""
     values = [("colour", value) for value in RGB]
     values += [(name, value) for name, options in SHAPE_ATTRIBUTES.items() for value in options]
     spoken = {
@@ -42,7 +42,7 @@ LONGEST = max(len(words) for words in VOCABULARY)
 
 
 def named_attributes(sentence: str) -> dict[str, str]:
-    """The attributes of a person that a sentence names.
+    """Return the attributes of a person that a sentence names.
 
     The longest known phrase wins ("short sleeved shirt" is no short hair); colours and other adjectives belong to the
     next noun.
@@ -78,7 +78,7 @@ def named_attributes(sentence: str) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class AttributeScore:
-    """How captions do on one attribute.
+    """The scores of captions on one attribute.
 
     Attributes:
         accuracy: share of right values among the sentences that name one, 0-1; 0 when none does.
@@ -91,7 +91,7 @@ class AttributeScore:
 
 @dataclass(frozen=True, kw_only=True)
 class Marks:
-    """How good a captioner is on pictures that it did not learn from.
+    """The scores of a captioner on held-out images.
 
     Attributes:
         pictures: how many.
@@ -119,7 +119,7 @@ class Marks:
         return Marks(**values, attributes=attributes)
 
     def lines(self) -> list[str]:
-        """What a terminal prints of them."""
+        """Return the lines that a terminal prints."""
         return [
             f"{self.pictures} validation pictures: loss {self.loss:.3f}, BLEU-4 {self.bleu4:.3f}, "
             f"CIDEr {self.cider:.2f}, {self.colour_words:.1%} of sentences with a colour word",
@@ -133,7 +133,7 @@ class Marks:
 def attribute_scores(
     sentences: Sequence[str], truths: Sequence[Mapping[str, str]], modality: str
 ) -> dict[str, AttributeScore]:
-    """Mark sentences against what the people in the pictures wear.
+    """Score sentences against what the people in the images wear.
 
     Naming what is not there (a bag, a hat, stripes) is wrong; saying nothing lowers `named` alone, as a captioner that
     writes its likeliest sentence leaves out what half of its teachers leave out.
@@ -164,7 +164,7 @@ def attribute_scores(
 
 
 def _truth(truth: Mapping[str, str], name: str) -> str | None:
-    """What there is to name: no value of an unspoken attribute, and no colour of a bag that is not there."""
+    """Return what can be named: no value of an unspoken attribute, and no colour of a missing bag."""
     value = truth["bag"] if name == "bag_colour" and truth["bag"] in UNSPOKEN else truth[name]
     return None if value in UNSPOKEN else value
 
@@ -174,12 +174,12 @@ def _share(cases: Sequence[bool]) -> float:
 
 
 def colour_share(sentences: Sequence[str]) -> float:
-    """Share of sentences with a colour word, 0-1; 0 is right for infrared."""
+    """Return the share of sentences with a colour word, 0-1; 0 is right for infrared."""
     return _share([bool(find_colors(sentence)) for sentence in sentences])
 
 
 def language_scores(sentences: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """BLEU-4 and CIDEr against one reference each, words without punctuation and case.
+    """Return BLEU-4 and CIDEr against one reference each, without punctuation and case.
 
     Args:
         sentences: one a picture.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def hetero_center_loss(feats_ND: Tensor, labels_N: Tensor, groups_N: Tensor) -> Tensor:
-    """Squared distance between an identity's mean in each group of rows and its mean in the visible group.
+    """Return the squared distance between an identity's mean in each group and in the visible group.
 
     The identity loss and WRT compare single images; this compares what a modality says of an identity on average, and
     leaves the spread within a modality alone.

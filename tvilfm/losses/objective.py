@@ -43,7 +43,7 @@ class JointObjective(nn.Module):
         self.section = section
 
     def stack(self, features: ModalityFeatures) -> Tensor:
-        """The rows that the losses see, (N, D), modality by modality."""
+        """Return the rows that the losses see, (N, D), modality by modality."""
         rows = [features.visible_BD, features.visible_augmented_BD]
         if features.fusion_BD is None:
             rows.append(features.infrared_BD)
@@ -57,7 +57,7 @@ class JointObjective(nn.Module):
     def forward(
         self, raw_ND: Tensor, logits_NC: Tensor, labels_N: Tensor, groups_N: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Weighted terms of the loss; their sum is what is minimised.
+        """Return the weighted terms of the loss; their sum is minimized.
 
         Args:
             raw_ND: raw features, rows of the global batch.

@@ -51,7 +51,7 @@ def wrt_triplet_loss(
 
 
 def _published_distance(feats_ND: Tensor) -> Tensor:
-    """(N, N) Euclidean distances; the clamp keeps the square root's slope finite on the diagonal."""
+    """Return (N, N) Euclidean distances; the clamp keeps the square root's slope finite on the diagonal."""
     square_N = feats_ND.pow(2).sum(dim=1)
     return (square_N[:, None] + square_N[None, :] - 2 * feats_ND @ feats_ND.T).clamp(min=1e-12).sqrt()
 

@@ -1,4 +1,4 @@
-"""The visual backbone: two stems, one a modality, and four layers that both share."""
+"""The visual backbone: one stem per modality, and four shared layers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def image_format(device: torch.device) -> torch.memory_format:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A ResNet as data: torchvision's block and its expansion, blocks a layer, channels of the stem."""
+    """The sizes of a ResNet: torchvision's block and its expansion, blocks per layer, channels of the stem."""
 
     block: str
     expansion: int
@@ -80,7 +80,7 @@ class DualStemResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, visible: Tensor | None, infrared: Tensor | None) -> Tensor:
-        """Feature maps of the visible images, then of the infrared ones, through the shared layers as one batch.
+        """Return feature maps of the visible, then of the infrared images; the shared layers see one batch.
 
         One batch matters in training: the shared BN layers see both modalities' statistics.
 
@@ -160,7 +160,7 @@ def load_imagenet(backbone: DualStemResNet, name: str, source: str = "imagenet")
 
 
 def read_state_dict(source: str, key: str) -> dict[str, Tensor]:
-    """A state dict from a .safetensors or a torch file, never unpickling code.
+    """Read a state dict from a .safetensors or torch file, without unpickling code.
 
     Raises:
         ValueError: when the file is not there or is not a state dict.

@@ -1,4 +1,4 @@
-"""The head that all modalities share: batch normalisation, then an identity classifier."""
+"""The head that all modalities share: batch normalization, then an identity classifier."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class BNNeck(nn.Module):
         nn.init.normal_(self.classifier.weight, std=1e-3)
 
     def forward(self, raw_BD: Tensor) -> Tensor:
-        """Raw features (B, D) -> logits (B, C)."""
+        """Map raw features (B, D) to logits (B, C)."""
         logits: Tensor = self.classifier(self.bn(raw_BD))
         return logits
 
     def embed(self, raw_BD: Tensor) -> Tensor:
-        """Raw features (B, D) -> unit vectors (B, D)."""
+        """Map raw features (B, D) to unit vectors (B, D)."""
         return F.normalize(self.bn(raw_BD), dim=1)

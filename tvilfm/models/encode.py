@@ -28,7 +28,7 @@ def encode_pixels(
     draws: Draws | None = None,
     pad: int = 0,
 ) -> Features:
-    """Raw features of one batch of images; augmented when draws are given.
+    """Return raw features of one batch of images, which is augmented if draws are given.
 
     Args:
         model: in eval mode, on its device.
@@ -54,7 +54,7 @@ def encode_pixels(
 
 @torch.inference_mode()
 def encode_texts(model: TVILFM, texts: Sequence[str], *, batch: int = 128) -> Features:
-    """Raw features of sentences, (N, D) float32, each batch as long as its longest sentence.
+    """Return raw features of sentences, (N, D) float32; each batch is cut to its longest sentence.
 
     Sentences are encoded in order of length, so that a short one does not wait for a long neighbour.
     """

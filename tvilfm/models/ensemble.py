@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def ensemble_query(features: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """The weighted sum of a query's unit vectors.
+    """Return the weighted sum of a query's unit vectors.
 
     All modalities meet the same gallery vector g, so w_f f.g + w_i i.g + w_t t.g = (w_f f + w_i i + w_t t).g: three
     votes cost one search.

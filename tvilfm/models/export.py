@@ -1,4 +1,4 @@
-"""Export a model for programs that do not have this package: ONNX, TorchScript, safetensors, or a folder for a hub.
+"""Export a model for programs without this package: ONNX, TorchScript, safetensors, or a hub folder.
 
 A model is exported as its parts, because a search combines them: the image encoders and the text tower give raw
 features, `head` makes unit vectors of raw features of any modality, and `base_head` of infrared images that search
@@ -34,7 +34,7 @@ CARD_FILE = "README.md"
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """How an exported part compares with the model, over all inputs of `BATCHES`.
+    """The comparison of an exported part with the model, over all inputs of `BATCHES`.
 
     Attributes:
         part: visible, infrared, text, head or base_head.

@@ -1,4 +1,4 @@
-"""Generalised-mean pooling."""
+"""Generalized-mean pooling (GeM)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class GeMPool(nn.Module):
-    """Pool a feature map by a power mean whose exponent is learnt.
+    """Pool a feature map by a power mean with a learned exponent.
 
     p = 1 is average pooling, p -> infinity max pooling.
 
@@ -21,7 +21,7 @@ class GeMPool(nn.Module):
         self.eps = eps
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(B, D, H, W) -> (B, D), never in half precision, whose range a cube leaves."""
+        """Pool (B, D, H, W) to (B, D), never in half precision, whose range a cube exceeds."""
         with torch.autocast(maps.device.type, enabled=False):
             maps = maps if maps.dtype == torch.float64 else maps.float()
             return maps.clamp(min=self.eps).pow(self.p).mean(dim=(2, 3)).pow(1.0 / self.p)

@@ -1,4 +1,4 @@
-"""Open a model from whatever holds one: a run folder, a model folder, or a checkpoint file of the released code."""
+"""Open a model from a run folder, a model folder, a hub, or a checkpoint file of the released code."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class OpenedModel:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a search needs to know beside the weights; `open_model` reads it from `SETTINGS_FILE`."""
+        """What a search needs beside the weights; `open_model` reads it from `SETTINGS_FILE`."""
         config = self.config
         return {
             "height": config.data.height,
@@ -159,7 +159,7 @@ def model_fingerprint(path: Path) -> str:
 
 
 def _run_model(path: Path) -> tuple[Path, str]:
-    """The folder of a run's model, and the stage that made it."""
+    """Return the folder of a run's model, and the stage that wrote it."""
     try:
         stages = dict(json.loads((path / "run.json").read_text())["stages"])
     except (ValueError, KeyError, TypeError) as error:
@@ -197,7 +197,7 @@ def _read_file(path: Path) -> tuple[Mapping[str, Tensor], list[str]]:
 
 
 def _without_prefixes(held: Any) -> tuple[Mapping[str, Tensor], str]:
-    """The state dict without what wrappers put before all of its keys, and that prefix."""
+    """Return the state dict without a prefix that wrappers put before all keys, and the prefix."""
     removed = ""
     while isinstance(held, Mapping) and held:
         prefix = next((prefix for prefix in PREFIXES if all(str(key).startswith(prefix) for key in held)), None)

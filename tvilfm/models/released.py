@@ -59,7 +59,7 @@ _RENAMED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Notes:
-    """What a released file holds beside our network.
+    """Contents of a released file that have no place in our network.
 
     Attributes:
         logit_scale: scalar.
@@ -116,7 +116,7 @@ def load_released(path_or_state_dict: str | Path | Mapping[str, Tensor], *, num_
 
 
 def released_state_dict(model: TVILFM, *, stage: Stage) -> dict[str, Tensor]:
-    """A model's weights under the released names.
+    """Return a model's weights under the released names.
 
     Args:
         model: ours; the released code can only build resnet50 with CLIP's RN50 tower.
@@ -152,7 +152,7 @@ def write_released(model: TVILFM, path: Path, *, stage: Stage) -> None:
 
 
 def read_pickle(path: Path) -> Any:
-    """What a checkpoint file holds, read onto the CPU with `weights_only=True`.
+    """Read a checkpoint file onto the CPU with `weights_only=True`.
 
     Raises:
         ValueError: no such file, or one that this refuses.
@@ -180,7 +180,7 @@ def _read(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _spec(state: Mapping[str, Tensor]) -> ModelSpec:
-    """The network that a file's keys and shapes ask for; what is missing is taken as published, and named later."""
+    """Return the network that a file's keys and shapes describe; missing ones are assumed as published."""
     with_text = any(key.startswith((*_TEXT, *_BACKUP)) for key in state)
     classifier, embedding = state.get(_CLASSIFIER), state.get(_EMBEDDING)
     width = embedding.shape[1] if embedding is not None and embedding.ndim == 2 else 512
@@ -230,14 +230,14 @@ def _released_name(name: str) -> str:
 
 
 def _source(key: str, has_backup: bool) -> str:
-    """Where a weight is read from: the kept copy of a base-stage file is its present GeM and head."""
+    """Return the key to read a weight from: a base-stage file has no kept copy, so its own GeM and head are used."""
     if has_backup or not key.startswith(_BACKUP):
         return key
     return key.replace("backup_pool.", "base_model.visual.GEM.").replace("backup_classifier.", "classifier.")
 
 
 def _position(key: str) -> tuple[int, int]:
-    """Sorts METHOD 10's groups, and leaves the order inside a group, which is the network's."""
+    """Return a sort key: METHOD 10's groups in order, and the network's order within a group."""
     groups = [released for _, released in _RENAMED if released != "base_model."]
     for index, released in enumerate(groups):
         if key.startswith(released):

@@ -1,4 +1,4 @@
-"""The similarity that everything is ranked by.
+"""The similarity that ranks all results.
 
 Shapes: Q queries, R rows of a gallery, D feature.
 """
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def similarity(query_QD: Tensor, gallery_RD: Tensor) -> Tensor:
-    """(Q, R) float32 products of vectors, whatever they are computed together with.
+    """Return (Q, R) float32 products of vectors, which do not depend on what else is in the batch.
 
     A product in single precision adds up in another order for a handful of rows than for many, and on another
     processor, which moves near ties and parts equal images. Summed in double precision and then rounded, it does not.

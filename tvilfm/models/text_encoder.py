@@ -1,4 +1,4 @@
-"""The text tower: CLIP RN50's text transformer, its projection stretched to the visual feature's width.
+"""The text tower: CLIP RN50's text transformer, with its projection stretched to the visual width.
 
 Shapes: B sentences, L tokens, D feature.
 """
@@ -37,7 +37,7 @@ class TextEncoder(nn.Module):
         )
 
     def forward(self, tokens_BL: Tensor) -> Tensor:
-        """Token ids (B, L <= 77) -> raw text features (B, D) in float32."""
+        """Map token ids (B, L <= 77) to raw text features (B, D) in float32."""
         tower = self.tower
         length = tokens_BL.shape[1]
         x = tower.token_embedding(tokens_BL) + tower.positional_embedding[:length]

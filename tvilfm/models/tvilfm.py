@@ -1,4 +1,4 @@
-"""The whole network, one public `encode_*` a modality.
+"""The whole network, with one public `encode_*` per modality.
 
 Raw features are what the losses and the fusion see; unit vectors are what retrieval compares. After the base stage a
 copy of its GeM and head is kept, so that infrared-only retrieval stays what it was while the text stage moves the
@@ -30,7 +30,7 @@ from tvilfm.models.text_encoder import TextEncoder, load_clip_text
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """What has to be known to build the network before its weights are read."""
+    """Everything needed to build the network before its weights are read."""
 
     backbone: str
     num_classes: int
@@ -42,7 +42,7 @@ class ModelSpec:
 
     @property
     def dim(self) -> int:
-        """D, the width of what the heads take."""
+        """D, the width of the heads' input."""
         return ARCHITECTURES[self.backbone].dim
 
     @property
@@ -108,7 +108,7 @@ class TVILFM(nn.Module):
         self._add_text()
 
     def encode_images(self, visible: Tensor | None, infrared: Tensor | None) -> Tensor:
-        """Raw features of visible, then infrared images, as one batch: (B + B', `spec.image_dim`) float32."""
+        """Return raw features of visible, then infrared images, as one batch: (B + B', `spec.image_dim`) float32."""
         maps = self.backbone(visible, infrared)
         raw_BD: Tensor = self.pool(maps)
         if self.spec.trained_pool:
@@ -117,42 +117,42 @@ class TVILFM(nn.Module):
         return raw_BD
 
     def encode_visible(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised float -> raw features (B, `spec.image_dim`)."""
+        """Map (B, 3, H, W) normalized float to raw features (B, `spec.image_dim`)."""
         return self.encode_images(images, None)
 
     def encode_infrared(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised float, one channel repeated -> raw features (B, `spec.image_dim`)."""
+        """Map (B, 3, H, W) normalized float, one channel repeated, to raw features (B, `spec.image_dim`)."""
         return self.encode_images(None, images)
 
     def encode_text(self, tokens_BL: Tensor) -> Tensor:
-        """(B, L) token ids -> raw features (B, D)."""
+        """Map (B, L) token ids to raw features (B, D)."""
         assert self.text is not None, "a base-stage model has no text tower"
         raw_BD: Tensor = self.text(tokens_BL)
         return raw_BD
 
     def current(self, raw: Tensor) -> Tensor:
-        """The part of raw features (..., `spec.image_dim`) that the current GeM pooled: (..., D)."""
+        """Return the part of raw features (..., `spec.image_dim`) that the current GeM pooled: (..., D)."""
         return raw[..., : self.spec.dim]
 
     def embed(self, raw: Tensor) -> Tensor:
-        """Raw features of any modality -> unit vectors (B, D) through the current head."""
+        """Map raw features of any modality to unit vectors (B, D) through the current head."""
         return self.head.embed(self.current(raw))
 
     def embed_base(self, raw: Tensor) -> Tensor:
-        """Raw image features (B, `spec.image_dim`) -> unit vectors (B, D) through the base stage's GeM and head."""
+        """Map raw image features (B, `spec.image_dim`) to unit vectors (B, D) by the base stage's GeM and head."""
         head = self.head if self.base_head is None else self.base_head
         return head.embed(raw[..., -self.spec.dim :])
 
     def embed_visible_only(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) visible images -> unit vectors (B, D) through the base stage's GeM and head."""
+        """Map (B, 3, H, W) visible images to unit vectors (B, D) through the base stage's GeM and head."""
         return self.embed_base(self.encode_visible(images))
 
     def embed_infrared_only(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) infrared images -> unit vectors (B, D) through the base stage's GeM and head."""
+        """Map (B, 3, H, W) infrared images to unit vectors (B, D) through the base stage's GeM and head."""
         return self.embed_base(self.encode_infrared(images))
 
     def visual_parameters(self) -> Iterator[nn.Parameter]:
-        """Backbone and GeM: what the text stage freezes."""
+        """Yield the parameters of backbone and GeM, which the text stage freezes."""
         yield from self.backbone.parameters()
         yield from self.pool.parameters()
 
@@ -169,7 +169,7 @@ class TVILFM(nn.Module):
                 module.requires_grad_(False)
 
     def train_text_stage(self, *, freeze_batch_norm: bool) -> None:
-        """Train mode for head and text; the visual part in eval mode, unless its BN statistics shall move on."""
+        """Set head and text to train mode, and the visual part to eval mode if its BN statistics are frozen."""
         self.train()
         self.backbone.train(not freeze_batch_norm)
         for module in (self.base_pool, self.base_head):
@@ -251,7 +251,7 @@ def load_text_weights(model: TVILFM, section: ModelSection) -> None:
 
 @torch.no_grad()
 def parameter_digest(model: nn.Module) -> str:
-    """A hash of all weights: equal digests are equal models."""
+    """Return a hash of all weights; equal digests mean equal models."""
     import hashlib
 
     digest = hashlib.sha256()

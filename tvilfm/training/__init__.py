@@ -1,1 +1,1 @@
-"""Optimiser, step, loop and checkpoint of both stages."""
+"""Optimizer, step, loop and checkpoint of both stages."""

@@ -15,7 +15,7 @@ from tvilfm.models import TVILFM
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a stage stands after an epoch.
+    """The progress of a stage after an epoch.
 
     Attributes:
         epochs_done: whole epochs.
@@ -36,7 +36,7 @@ def save_checkpoint(
     optimizer: list[dict[str, Any]],
     scaler: dict[str, Any],
 ) -> None:
-    """Write `model/`, `best/`, `trainer.pt` (optimiser and scaler state) and `progress.json`.
+    """Write `model/`, `best/`, `trainer.pt` (optimizer and scaler state) and `progress.json`.
 
     Args:
         folder: filled; made if absent.
@@ -53,7 +53,7 @@ def save_checkpoint(
 
 
 def load_trainer(folder: Path) -> tuple[Progress, list[dict[str, Any]], dict[str, Any]]:
-    """Progress, optimiser state and scaler state of a checkpoint folder."""
+    """Return progress, optimizer state and scaler state of a checkpoint folder."""
     state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
     progress = Progress(**json.loads((folder / "progress.json").read_text()))
     return progress, state["optimizer"], state["scaler"]

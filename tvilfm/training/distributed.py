@@ -1,4 +1,4 @@
-"""What makes several workers equal one: losses, BN neck and BN layers see the global batch.
+"""Several workers equal one: losses, BN neck and BN layers see the global batch.
 
 Convention: every worker computes the same global loss; gathering sums, backwards, the gradients of all workers'
 losses; DDP then averages over workers. The result is the gradient of one global loss.
@@ -22,7 +22,7 @@ def rank() -> int:
 
 
 class _GatherRows(torch.autograd.Function):
-    """Forward: all workers' rows, rank by rank. Backward: the sum over workers of the gradients of my rows."""
+    """Gather all workers' rows, rank by rank; the gradient is the sum over workers of that of the own rows."""
 
     @staticmethod
     def forward(context: Any, rows: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 class _SumOverWorkers(torch.autograd.Function):
-    """The sum over workers, in both directions."""
+    """Sum over workers, forward and backward."""
 
     @staticmethod
     def forward(context: Any, values: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class _SumOverWorkers(torch.autograd.Function):
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """All workers' rows, rank by rank, with gradient; the rows themselves with one worker.
+    """Return all workers' rows, rank by rank, with gradient; with one worker, the rows themselves.
 
     Args:
         rows: (B, ...), the same B on every worker.
@@ -73,7 +73,7 @@ def _sum_over_workers(values: Tensor) -> Tensor:
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d whose statistics are those of all workers' rows together.
+    """BatchNorm2d with the statistics of all workers' rows.
 
     torch's SyncBatchNorm does the same on CUDA and refuses CPU tensors.
     """
@@ -96,7 +96,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronise_batch_norm(module: nn.Module, device: torch.device) -> None:
-    """Let the module's BatchNorm2d layers normalise over all workers, in place; parameters and names stay."""
+    """Make a module's BatchNorm2d layers normalize over all workers, in place; parameters and names are kept."""
     if world_size() == 1:
         return
     for name, child in module.named_children():

@@ -35,7 +35,7 @@ AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Listener(Protocol):
-    """Told by a stage of what happens; every worker calls it alike."""
+    """Receives the events of a stage; every worker calls it in the same way."""
 
     def on_step(self, record: Mapping[str, float | int]) -> None:
         """After each step: epoch, step, num_steps, steps_per_s and the loss terms."""
@@ -46,7 +46,7 @@ class Listener(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class StageSettings:
-    """The sections a stage follows."""
+    """The config sections that a stage uses."""
 
     train: TrainSection
     schedule: ScheduleSection

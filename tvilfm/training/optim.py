@@ -1,4 +1,4 @@
-"""Optimiser and schedule of both stages."""
+"""Optimizer and learning-rate schedule of both stages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def lr_factor(
     milestones: Iterable[int] = (40, 60, 100),
     gamma: float = 0.1,
 ) -> float:
-    """Factor on every learning rate during an epoch: linear warm-up, then steps.
+    """Return the factor of all learning rates in an epoch: linear warm-up, then steps.
 
     Args:
         epoch: counted from 0.
@@ -42,7 +42,7 @@ def lr_factor(
 
 
 def parameter_groups(model: TVILFM, section: OptimSection) -> list[dict[str, Any]]:
-    """Trainable parameters by learning rate and decay, the token embedding left out when it is kept sparse.
+    """Group trainable parameters by learning rate and decay, without a token embedding that is kept sparse.
 
     Backbone and GeM: lr. Text transformer: text_lr; its biases: text_lr x factor, with a decay of
     their own. Head: lr x factor.
@@ -74,7 +74,7 @@ def parameter_groups(model: TVILFM, section: OptimSection) -> list[dict[str, Any
 
 
 class StageOptimizer:
-    """Adam, and for the token embedding an Adam that touches only rows with a gradient.
+    """Adam, with a sparse Adam for the token embedding that changes only rows with a gradient.
 
     Adam's coupled decay pulls every token row to zero that the training captions do not use; a caption at query time
     then meets erased words. SparseAdam leaves such rows bit-identical.
@@ -105,7 +105,7 @@ class StageOptimizer:
             optimizer.zero_grad(set_to_none=True)
 
     def step(self, scaler: torch.amp.GradScaler) -> None:
-        """Update from the gradients; `scaler` undoes loss scaling, and a step that overflowed is skipped."""
+        """Update the parameters; `scaler` undoes loss scaling, and a step with an overflow is skipped."""
         if self._tokens is not None and self._tokens.grad is not None:
             self._tokens.grad = _touched_rows(self._tokens.grad)
         if not scaler.is_enabled():
@@ -129,7 +129,7 @@ class StageOptimizer:
 
 
 def _touched_rows(gradient: Tensor) -> Tensor:
-    """The same gradient as a sparse tensor of its non-zero rows."""
+    """Return the gradient as a sparse tensor of its non-zero rows."""
     if gradient.is_sparse:
         gradient = gradient.coalesce()
         rows, values = gradient.indices()[0], gradient.values()

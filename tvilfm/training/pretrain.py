@@ -25,7 +25,7 @@ from tvilfm.models.backbone import DualStemResNet, image_format
 
 
 def attribute_labels(root: Path, manifest: pa.Table) -> npt.NDArray[np.int64]:
-    """(N, A) index of every attribute's value for every manifest row, from the benchmark's `attributes.json`."""
+    """Return (N, A) indices of attribute values for every manifest row, from `attributes.json`."""
     truth = json.loads((root / "attributes.json").read_text())
     by_pid = {int(pid): [values.index(truth[pid][name]) for name, values in ATTRIBUTES.items()] for pid in truth}
     return np.array([by_pid[pid] for pid in column(manifest, "pid")], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""The two stages put together from a config: what `cluster` runs on workers, and what runs as well without Ray."""
+"""Both stages built from a config. `cluster` runs them on workers; they also run without Ray."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tvilfm.training.loop import Listener, StageSettings, train_stage
 
 @dataclass(frozen=True, kw_only=True)
 class StageData:
-    """What a stage reads.
+    """The input of a stage.
 
     Attributes:
         manifest: all rows, in the order of `pixels`.
@@ -52,7 +52,7 @@ def train_base(
     listener: Listener,
     resume: Path | None = None,
 ) -> TVILFM:
-    """Stage 1: backbone, GeM and head from images alone.
+    """Train stage 1: backbone, GeM and head from images alone.
 
     Args:
         config: the run.
@@ -85,7 +85,7 @@ def train_text(
     listener: Listener,
     resume: Path | None = None,
 ) -> TVILFM:
-    """Stage 2, incremental fine-tuning: text tower and head, the visual part frozen.
+    """Train stage 2, incremental fine-tuning: text tower and head, with the visual part frozen.
 
     Args:
         config: the run.

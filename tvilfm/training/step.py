@@ -18,7 +18,7 @@ from tvilfm.training.distributed import gather_rows
 
 
 class StageStep(nn.Module):
-    """Batch in, named loss terms of the global batch out; with tokens the text stage, without the base stage.
+    """Map a batch to named loss terms of the global batch; with tokens in the text stage, without in the base stage.
 
     Args:
         model: the network, already in the stage's train mode.
