@@ -1,1 +1,1 @@
-"""Search spaces for `tvilfm tune`, as YAML."""
+"""Search spaces of `tvilfm tune`, as YAML files."""

@@ -101,7 +101,7 @@ def test_pairs_of_each_modality(tiny_benchmark: Path) -> None:
     assert len(visible.thin(5)) == 5 and len(visible.thin(10**6)) == len(visible)
     assert len(pairs("visible", split="val")) == 2 * 4
     alone = select(manifest, modality="visible")
-    with pytest.raises(ValueError, match=r"caption\.train: expected infrared pictures.*infrared_pairs=gray"):
+    with pytest.raises(ValueError, match=r"caption\.train: expected infrared images.*infrared_pairs=gray"):
         caption_pairs(alone, captions, pixels, modality="infrared", split="train", infrared_pairs="infrared")
 
 

@@ -224,7 +224,7 @@ def test_official_galleries_are_those_of_the_authors_kit(tmp_path: Path) -> None
                 gallery = select_gallery(pq_round_trip(manifest, tmp_path), protocol, trial=trial)
                 assert [image.rpartition(".")[0] for image in gallery["image"].to_pylist()] == expected
     assert fingerprint(manifest) != fingerprint(manifest.replace_schema_metadata(None))
-    with pytest.raises(ValueError, match=r"expected rand_perm_cam\.mat .* pick sysu_mm01/all/single"):
+    with pytest.raises(ValueError, match=r"expected rand_perm_cam\.mat .* use sysu_mm01/all/single"):
         select_gallery(manifest.replace_schema_metadata(None), get_protocol("sysu_mm01/official/all/single"), trial=0)
     savemat(tmp_path / "exp" / "rand_perm_cam.mat", {"other": 1})
     with pytest.raises(ValueError, match="expected the authors' cell array rand_perm_cam"):

@@ -1,1 +1,1 @@
-"""Modality-specific captioning: a sentence per image, without colours for infrared (METHOD 5)."""
+"""Modality-specific captioning: one sentence per image, without colour words for infrared images (METHOD 5)."""

@@ -1,11 +1,11 @@
-"""A captioner: sentences of images, by any image-to-text model of transformers.
+"""Caption images with any image-to-text model of transformers.
 
-Families differ in three ways only: where the prompt goes, whether the answer repeats it, and how a picture becomes
-numbers. Chat models get a question through their own template, models whose text decoder continues a prompt word by
-word get its first words, every other model gets prompt and picture from its own processor; what an answer repeats of
-its prompt is cut off by comparing the two.
+Model families differ in how they take the prompt, whether the answer repeats it, and how images are preprocessed. Chat
+models take the prompt as a question through their chat template. Models with a decoder that continues a prompt take the
+prompt as the first tokens of the answer. All other models take prompt and image through their own processor. If an
+answer begins with its prompt, the prompt is cut off.
 
-Shapes: B pictures, P tokens of the prompt, L tokens of prompt and answer.
+Shapes: B images, P tokens of the prompt, L tokens of prompt and answer.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from tvilfm.captioning.conv_captioner import NAME, register
 from tvilfm.config import CaptionerSection
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-# Families whose decoder continues the prompt, and the name of the input it is given by.
+# Families whose decoder continues the prompt -> name of the model input for the prompt.
 CONTINUES = {"blip": "input_ids", "git": "input_ids", "vision-encoder-decoder": "decoder_input_ids"}
-# BLIP takes what a BERT tokenizer gives, and drops its closing token.
+# BLIP expects the closing token of a BERT tokenizer, and drops it.
 DROPS_LAST = frozenset({"blip"})
-# Switches of an image processor that keep the picture's proportions or cut it up.
+# Options of an image processor that keep the aspect ratio or split the image.
 NOT_SQUASHED = ("do_center_crop", "do_pad", "do_thumbnail", "do_align_long_axis", "crop_to_patches")
 
 
@@ -50,26 +50,27 @@ class Captioner:
     ) -> None:
         self.section, self.model, self.tokenizer = section, model, tokenizer
         self._processor, self._image_processor, self._revision = processor, image_processor, revision
-        # Answers of a batch begin in the same column.
+        # With left padding, all answers of a batch begin in the same column.
         tokenizer.padding_side = "left"
         self._family = model.config.model_type
 
     @classmethod
     def load(cls, section: CaptionerSection, *, device: str = "cpu", dtype: Dtype = "float32") -> Captioner:
-        """Read a captioner from a transformers folder or, by name, from the model hub.
+        """Load a captioner from a transformers folder or, by name, from the model hub.
 
         Args:
-            section: which model and how it writes.
-            device: to write on.
-            dtype: of the weights on CUDA; a CPU always computes in float32.
+            section: model and generation settings.
+            device: device to run on.
+            dtype: type of the weights on CUDA; a CPU always computes in float32.
 
         Raises:
-            ValueError: the model is neither a folder nor to be had by its name, or not one that describes pictures.
+            ValueError: the model is neither a folder nor available on the hub, is not an image-to-text model, or has
+                too few positions for `max_new_tokens`.
         """
         if section.model == NAME:
             raise ValueError(
-                f"model: expected a trained captioner, got {NAME}, which is yet to be trained. Run tvilfm "
-                "caption-train and name the folder it leaves."
+                f"model: expected a trained captioner, got {NAME}, which is untrained. Run tvilfm caption-train and "
+                "set this to its output folder."
             )
         register()
         logging.disable_progress_bar()
@@ -89,8 +90,8 @@ class Captioner:
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"model: expected a transformers image-to-text model, by name or folder, got {name} "
-                f"({str(error).splitlines()[0]}). Without a connection, download its files elsewhere and name their "
-                "folder, or train one here: tvilfm caption-train with model=conv."
+                f"({str(error).splitlines()[0]}). Without internet access, download its files elsewhere and use their "
+                "folder, or train a captioner here: tvilfm caption-train with model=conv."
             ) from None
         positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
         if positions is not None and section.max_new_tokens >= positions:
@@ -103,9 +104,9 @@ class Captioner:
 
     @property
     def input_size(self) -> tuple[int, int] | None:
-        """Height and width that the model resizes every image to; None if it keeps the proportions.
+        """Height and width to which the model resizes every image; None if it keeps the aspect ratio.
 
-        A picture that is resized to it beforehand costs less on its way here.
+        A caller may resize images to this size first, so that they are cheaper to transfer.
         """
         processor = self._image_processor
         chat = self._processor is not None and self._processor.chat_template
@@ -116,7 +117,7 @@ class Captioner:
 
     @property
     def provenance(self) -> dict[str, str]:
-        """What a sentence depends on beside its image: model, revision, hash of the prompt, settings as JSON."""
+        """Everything besides the image that affects a sentence: model, revision, prompt hash, and settings as JSON."""
         settings = self.section.model_dump(include={"beams", "temperature", "top_p", "max_new_tokens"})
         settings["dtype"] = str(self.model.dtype).removeprefix("torch.")
         return {
@@ -131,10 +132,10 @@ class Captioner:
 
         Args:
             images: uint8 (H, W, 3) each, of any sizes.
-            seed: of sampling (`temperature` above 0); the same batch and seed give the same sentences.
+            seed: seed of sampling (`temperature` above 0); the same batch and seed give the same sentences.
 
         Returns:
-            A sentence a picture, without prompt and outer spaces.
+            One sentence per image, without the prompt and without surrounding spaces.
         """
         section = self.section
         inputs = self.prompt_inputs(images)
@@ -156,7 +157,7 @@ class Captioner:
         return [sentence.strip() for sentence in sentences]
 
     def prompt_inputs(self, images: Sequence[npt.NDArray[np.uint8]]) -> dict[str, Tensor]:
-        """Return images and prompt as the model's inputs, on its device.
+        """Return the model inputs for images and prompt, on the model's device.
 
         Args:
             images: uint8 (H, W, 3) each, of any sizes.
@@ -186,14 +187,14 @@ class Captioner:
         }
 
     def prompt_ids(self) -> list[int]:
-        """Return the tokens that the answer continues, for model families that continue a prompt."""
+        """Return the start token and the prompt's tokens, for model families that continue a prompt."""
         start = self.model.generation_config.decoder_start_token_id
         if start is None:
             start = self.model.config.get_text_config(decoder=True).bos_token_id
         return [start, *self.tokenizer(self.section.prompt, add_special_tokens=False)["input_ids"]]
 
     def save(self, folder: Path) -> None:
-        """Write the transformers folder that `load` and `from_pretrained` read."""
+        """Write a transformers folder for `load` and `from_pretrained`."""
         self.model.save_pretrained(folder)
         if self._processor is not None:
             self._processor.save_pretrained(folder)

@@ -1,12 +1,12 @@
-"""Colour words: find them in a sentence, and remove them in a way that leaves a sentence.
+"""Find colour words in a sentence, and remove them so that the rest is still a sentence.
 
-Infrared cameras see no colour, so an infrared caption must name none (METHOD 5). A colour phrase is a run of colour
-words with what belongs to them: degrees ("dark blue"), compounds ("sky-blue", "multi - color"), lists ("red, white and
-blue"), the word colour itself ("red colour", "a soft shade of pink"). Each phrase becomes a mark, and a list of
-rewriting rules looks at a mark's neighbours only: commas, "and", articles, "that is", "in a". What lies further away
-stays as it was, and a text without a colour word is returned as it came, faults included.
+Infrared cameras see no colour, so an infrared caption must not name any (METHOD 5). A colour phrase is a sequence of
+colour words with their modifiers: degrees ("dark blue"), compounds ("sky-blue", "multi - color"), lists ("red, white
+and blue"), and the word colour itself ("red colour", "a soft shade of pink"). Each phrase is replaced by a mark. A list
+of rewriting rules then edits only the neighbours of a mark: commas, "and", articles, "that is", "in a". Words further
+away do not change, and a text without a colour word is returned unchanged, including its errors.
 
-"light", "dark" and "bright" name no colour where they stand alone: infrared cameras see brightness.
+"light", "dark" and "bright" alone are not colours, because infrared cameras see brightness.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ _COLORS = (
     "mustard|navy|ochre|orange|pastel|pink|purple|purplish|red|reddish|rosy|scarlet|silver|tan|taupe|teal|turquoise|"
     "vermilion|violet|white|whitish|yellow"
 )
-# Things as well as colours: a colour where an adjective stands, as in "a wine jacket", but not in "a glass of wine".
+# Words for both a thing and a colour: a colour in the place of an adjective ("a wine jacket"), but not as a noun
+# ("a glass of wine").
 _THINGS = (
     "chestnut|chocolate|coral|cream|emerald|ginger|honey|lemon|lime|mint|olive|peach|plum|rose|ruby|rust|salmon|wine"
 )
 _THINGS_BEFORE = "and|bar|bottle|bush|cake|cone|cup|flower|glass|jar|juice|leaf|leaves|mug|oil|or|plant|tree"
-# Words that speak of colour and name none.
+# Words about colour that do not name a colour.
 _UNNAMED = r"colou?r-block(?:ed)?|multi\s?-?\s?colou?r(?:ed|s)?|(?:\w+-)?colou?r(?:s|ed|ful|less|ation)?"
-# What goes with a colour word when it stands before it, or after it.
+# Words that belong to a colour word before it (degrees, heads) or after it (tails).
 _DEGREES = (
     "all|army|baby|blood|bottle|bright|dark|darkish|deep|dusty|electric|entirely|fiery|forest|fully|half|hot|jet|light|lightish|medium|"
     "midnight|mild|milky|mostly|muted|neon|neutral|off|pale|predominantly|pure|rich|royal|seaweed|sky|soft|steel|sunny|"
@@ -44,7 +45,7 @@ _FUNCTION_WORDS = (
 )
 _DETERMINERS = "an?|the|his|her|their|its|this|these|some"
 _QUANTIFIERS = r"a\s+variety\s+of|many|multiple|various|several|different|two|three|matching|same|similar|neutral"
-# What qualifies a noun: "long-sleeved" and "knee - length", but not "t-shirt", which is a noun.
+# Adjectives such as "long-sleeved" and "knee - length", but not the noun "t-shirt".
 _ADJECTIVE = (
     r"(?:[\w-]+\s?-\s?(?:bald|collar|collared|cut|fit|fitting|length|neck|necked|sleeved?|waisted)|"
     "bald|beautiful|big|bold|brief|casual|checked|checkered|clean|collared|crisp|cropped|curly|dark|elegant|fitted|"
@@ -72,10 +73,10 @@ _UNNAMED_WORD = re.compile(_UNNAMED, re.IGNORECASE)
 _BRIGHTNESS = re.compile(r"(?:light|dark|bright)\b", re.IGNORECASE)
 _NOUN_PHRASE = re.compile(rf"{_HEAD}|.*\b(?:hues?|shade|tones?|tints?|tinge|colou?r(?:s|ation)?)$", re.IGNORECASE)
 
-# A phrase becomes one of three marks: it begins with a capital, it is a noun ("red hue"), or neither.
+# A phrase is replaced by one of three marks: it begins with a capital letter, it is a noun ("red hue"), or neither.
 _CAPITAL, _NOUN, _OTHER = "\0", "\1", "\2"
 _MARK = f"[{_CAPITAL}{_NOUN}{_OTHER}]"
-# What follows a phrase that stood for a noun, as in "dressed in black, ..." or "shoes that are white".
+# Text after a phrase that is used as a noun, as in "dressed in black, ..." or "shoes that are white".
 _END = (
     rf"(?=\s*(?:[.;:!?)]|$)|\s*,?\s+(?:and\s+)?(?:{_FUNCTION_WORDS})\b"
     rf"|(?:\s*,|\s*,?\s+and)\s+(?:{_DETERMINERS})\b)"
@@ -86,15 +87,15 @@ _RULES = tuple(
     for pattern, replacement in (
         (rf"\(\s*({_MARK})\s*\)|[\"'“]({_MARK})[\"'”]", r"\1\2"),
         (rf"(?<=\w)-(?={_MARK})", " "),
-        # Somebody: "a blonde wearing a hat".
+        # A person: "a blonde wearing a hat".
         (rf"(^|[.!?]\s+)(a)n?\s+{_MARK}\s+(?=(?:wearing|with|in|is|has|who|carrying|holding)\b)", r"\1\2 person "),
-        # Said of a thing: "that is red and long" -> "that is long", "her shoes are red" -> "her shoes are visible".
+        # Predicates: "that is red and long" -> "that is long", "her shoes are red" -> "her shoes are visible".
         (rf"\b({_BE}(?:\s+also)?)\s+(?:both\s+)?{_MARK}(?:\s*,|,?\s+and)\s+(?={_ADJECTIVE})", r"\1 "),
         (rf"\b{_BE}\s+{_MARK}\s+and\s+(?=(?:has|have|extends?|features?|reaches|falls|covers|comes|{_BE})\b)", ""),
         (rf",?\s+(?:that|which)\s+(?:{_BE}|appears?\s+to\s+be)(?:\s+(?:also|both|all|an?|the))*\s+{_MARK}{_END}", ""),
         (rf"\b({_BE}(?:\s+also)?)\s+(?:(?:all|both|an?|the)\s+)*{_MARK}{_END}", r"\1 visible"),
         (rf"\bboth\s+([\w-]+)\s+and\s+{_MARK}{_END}", r"\1"),
-        # Worn, or what something is in.
+        # Clothes ("wearing red"), and phrases after a preposition ("in red").
         (rf"(?<!\bis)(?<!\bare)\s+(?:dressed|clad|attired|outfitted)\s+in\s+{_MARK}{_END}", ""),
         (rf"\b(wearing|wears|wore|sporting|dons|donning)\s+{_MARK}{_END}", r"\1 clothes"),
         (
@@ -115,7 +116,7 @@ _RULES = tuple(
             r"(?=\s+\w)",
             rf"\1 {_OTHER}",
         ),
-        # What is left of lists and articles.
+        # Remains of lists and articles.
         (rf"\s*,\s*{_MARK}\s*,", ","),
         (rf",?\s+(?:and|as\s+well\s+as)\s+(?:an?\s+)?{_MARK}(?=\s*(?:[,.;:!?)]|$))", ""),
         (rf"\b(?:an?|the)\s+{_MARK}{_END}", _OTHER),
@@ -128,9 +129,9 @@ _SOUNDS_AS_VOWEL = re.compile(r"[aei]|o(?!ne\b|nce\b)|u(?!ni|se|su|\W|$)|hour|ho
 def find_colors(text: str) -> list[str]:
     """Return the colour words of a text, in order, in lower case and American spelling.
 
-    Never a part of another word ("redressed", "greenhouse"). A thing that lends its name counts where it stands for
-    the colour ("a wine jacket") and not where it is the thing ("a glass of wine"). The words colour, coloured,
-    multicolored and colourful count too.
+    Parts of other words ("redressed", "greenhouse") do not count. A word for both a thing and a colour counts as a
+    colour ("a wine jacket") but not as a thing ("a glass of wine"). The words colour, coloured, multicolored and
+    colourful also count.
 
     Args:
         text: one or more sentences.
@@ -142,23 +143,23 @@ def find_colors(text: str) -> list[str]:
 def remove_colors(text: str) -> str:
     """Return a text without its colour words, as complete sentences.
 
-    Removing twice is removing once; a text without a colour word is returned unchanged, byte for byte. A text of
-    nothing but colour words becomes empty.
+    The function is idempotent. A text without a colour word is returned unchanged, byte for byte. A text that consists
+    only of colour words becomes empty.
 
     Args:
         text: one or more sentences.
 
-    Source: METHOD 5. Differs: the published filter left conjunctions behind ("has worn and casual shoes") and knew no
-        crimson; ours keeps light, dark and bright where no colour follows them.
+    Source: METHOD 5. Differs: the published filter left conjunctions behind ("has worn and casual shoes") and did not
+        know crimson; ours keeps light, dark and bright where no colour follows them.
     """
-    # Taking a word away can make an adjective's place of a thing's, so once is not always enough.
+    # Repeat: after a removal, a remaining noun can be in the place of an adjective and then counts as a colour.
     while _PHRASE.search(text):
         text = _repair(_PHRASE.sub(_mark, re.sub(_MARK, " ", text)))
     return text
 
 
 def indefinite_article(word: str, *, capital: bool = False) -> str:
-    """Return the article of a word, a or an, by the sound of its first letters."""
+    """Return the indefinite article (a or an) of a word, chosen by the sound of its first letters."""
     return ("A" if capital else "a") + ("n" if _SOUNDS_AS_VOWEL.match(word) else "")
 
 
@@ -173,7 +174,7 @@ def _mark(phrase: re.Match[str]) -> str:
 
 
 def _repair(text: str) -> str:
-    """Rewrite the neighbourhood of marks, then take the marks out."""
+    """Rewrite the neighbours of all marks, then remove the marks."""
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
     text = _ARTICLE.sub(_article, text)

@@ -1,7 +1,7 @@
-"""A small captioner that trains on two CPU cores in two minutes: a convolutional encoder, two decoder layers.
+"""A small captioner that trains in two minutes on two CPU cores: a convolutional encoder and two decoder layers.
 
-Made of library parts, a `VisionEncoderDecoderModel` whose decoder is a small GPT-2, so that it is loaded, fine-tuned
-and asked exactly like BLIP. Only the encoder is ours: at a hundred pixels of height and a few thousand pictures a
+It is a `VisionEncoderDecoderModel` with a small GPT-2 as decoder, so it is loaded, fine-tuned and used exactly like
+BLIP. Only the encoder is our own: with images of about a hundred rows and a few thousand training images, a
 convolutional network learns garments and colours in a fraction of a vision transformer's time.
 """
 
@@ -29,17 +29,17 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
-NAME = "conv"  # what `caption.<modality>.model` calls a new one
+NAME = "conv"  # value of `caption.<modality>.model` for a new captioner of this kind
 WIDTHS = (32, 64, 96, 128)  # channels; every stage halves height and width
 DECODER_LAYERS = 2
 DECODER_HEADS = 4
 MAX_TOKENS = 128  # positions of the decoder: twice the longest published caption
-VOCABULARY = 8192  # rarer words become <unk>
+VOCABULARY = 8192  # most frequent words; others become <unk>
 PAD, START, END, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
 
 
 class ConvEncoderConfig(PreTrainedConfig):
-    """The configuration of `ConvEncoder`."""
+    """Configuration of `ConvEncoder`."""
 
     model_type = "tvilfm_conv_encoder"
 
@@ -53,7 +53,7 @@ class ConvEncoderConfig(PreTrainedConfig):
 
 
 class ConvEncoder(PreTrainedModel):
-    """Convolutions, then one token per cell of the last feature map, with a learned position."""
+    """Convolutional encoder with one token per cell of the last feature map, plus a learned position."""
 
     config_class = ConvEncoderConfig
     main_input_name = "pixel_values"
@@ -67,17 +67,17 @@ class ConvEncoder(PreTrainedModel):
         rows, columns = config.height, config.width
         for _ in config.widths:
             rows, columns = (rows + 1) // 2, (columns + 1) // 2
-        # As large as the cells' own values: what is worn where is told apart by place from the first step on.
+        # As large as the cell values, so that the decoder can tell positions (and garments) apart from the first step.
         self.positions = nn.Parameter(torch.randn(rows * columns, config.hidden_size))
         self.norm = nn.LayerNorm(config.hidden_size)
         self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(self, pixel_values: Tensor, **ignored: object) -> BaseModelOutput:
-        """Tokens of the feature map.
+        """Return the tokens of the feature map.
 
         Args:
-            pixel_values: float (B, 3, H, W) as the folder's image processor makes them.
-            ignored: switches that `VisionEncoderDecoderModel` hands to every encoder.
+            pixel_values: float (B, 3, H, W), from the folder's image processor.
+            ignored: options that `VisionEncoderDecoderModel` passes to every encoder.
 
         Returns:
             `last_hidden_state` (B, L, D), L cells row by row.
@@ -102,14 +102,14 @@ def build_conv_captioner(folder: Path, texts: Sequence[str], *, height: int, wid
     """Write an untrained captioner: a transformers folder with model, tokenizer and image processor.
 
     Args:
-        folder: filled; made if absent.
-        texts: sentences it is to learn from; their words are its vocabulary.
-        height: rows of the pictures it sees; others are resized.
-        width: columns likewise.
-        seed: of the weights.
+        folder: folder to write; created if missing.
+        texts: training sentences; their words form the vocabulary.
+        height: rows of the model's input images; images are resized to this size.
+        width: columns of the model's input images.
+        seed: seed of the weights.
 
     Raises:
-        ValueError: no sentence.
+        ValueError: `texts` is empty.
     """
     if not texts:
         raise ValueError("texts: expected sentences to take the vocabulary from, got none. Caption training images.")
@@ -129,9 +129,10 @@ def build_conv_captioner(folder: Path, texts: Sequence[str], *, height: int, wid
         n_layer=DECODER_LAYERS,
         n_head=DECODER_HEADS,
         add_cross_attention=True,
-        # 1 / sqrt(width) keeps variances: with GPT-2's own 0.02 so narrow a decoder takes long to look at the picture.
+        # 1 / sqrt(width) keeps variances. With GPT-2's default of 0.02, such a narrow decoder takes long to use the
+        # image.
         initializer_range=encoder.hidden_size**-0.5,
-        # A few epochs over many sentences fit nothing by heart.
+        # No dropout: a few epochs over many sentences do not overfit.
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -152,7 +153,7 @@ def word_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     """Return a lower-case tokenizer of whole words and punctuation marks; decoding restores the sentence.
 
     Args:
-        texts: sentences whose words it knows.
+        texts: sentences whose words form the vocabulary.
     """
     tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.Lowercase()])

@@ -1,8 +1,10 @@
 """Rephrasing engines: a transformers language model, an OpenAI-compatible endpoint, or rules.
 
-All three are a `Rephraser`; what they answer is cleaned and checked in `tvilfm.captioning.rephrase`, and a batch is
-the same with Ray and without. An engine's library is imported where the engine is made: a worker that asks an endpoint
-needs neither torch nor transformers. Shapes: B texts, P tokens of a prompt, L tokens of prompt and answer.
+All engines implement `Rephraser`. `tvilfm.captioning.rephrase` cleans and checks their answers. A batch has the same
+result with and without Ray. Each engine imports its library when it is created, so a worker that uses an endpoint needs
+neither torch nor transformers.
+
+Shapes: B texts, P tokens of a prompt, L tokens of prompt and answer.
 """
 
 from __future__ import annotations
@@ -23,19 +25,19 @@ from tvilfm.datasets.synthetic.sentences import SYNONYMS
 if TYPE_CHECKING:
     import openai
 
-ENDPOINT_RETRIES = 5  # waits of 0.5 s, doubled up to 8 s, unless the endpoint names a time
+ENDPOINT_RETRIES = 5  # with waits from 0.5 s, doubled up to 8 s, unless the endpoint sets the wait
 
 
 class TransformersRephraser:
     """A causal language model from a transformers folder or, by name, from the model hub.
 
     Args:
-        section: which model and how it writes.
-        device: to write on.
-        dtype: of the weights on CUDA; a CPU always computes in float32.
+        section: model and generation settings.
+        device: device to run on.
+        dtype: type of the weights on CUDA; a CPU always computes in float32.
 
     Raises:
-        ValueError: the model is neither a folder nor to be had by its name, or no language model.
+        ValueError: the model is neither a folder nor available on the hub, or is not a language model.
     """
 
     def __init__(self, section: RephraseSection, *, device: str = "cpu", dtype: str = "float32") -> None:
@@ -46,7 +48,7 @@ class TransformersRephraser:
         logging.disable_progress_bar()
         self._section = section
         try:
-            # Answers of a batch begin in the same column.
+            # With left padding, all answers of a batch begin in the same column.
             self._tokenizer: Any = AutoTokenizer.from_pretrained(section.model, padding_side="left")
             model: Any = AutoModelForCausalLM.from_pretrained(
                 section.model, dtype=torch.float32 if device == "cpu" else getattr(torch, dtype)
@@ -54,8 +56,8 @@ class TransformersRephraser:
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"caption.rephrase.model: expected a transformers language model, by name or folder, got "
-                f"{section.model} ({str(error).splitlines()[0]}). Without a connection, download its files elsewhere "
-                "and name their folder."
+                f"{section.model} ({str(error).splitlines()[0]}). Without internet access, download its files "
+                "elsewhere and use their folder."
             ) from None
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
@@ -75,7 +77,7 @@ class TransformersRephraser:
             else completion_prompt(text, modality, max_words=section.max_words)
             for text, modality in zip(texts, modalities, strict=True)
         ]
-        # A chat template writes the special tokens itself.
+        # A chat template already contains the special tokens.
         inputs_BP = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=not chat)
         inputs_BP = inputs_BP.to(self._model.device)
         sampling = section.temperature > 0
@@ -93,13 +95,14 @@ class TransformersRephraser:
 
 
 class EndpointRephraser:
-    """Any OpenAI-compatible endpoint: a vLLM server, Ollama, or a hosted one; requests of a batch are concurrent.
+    """An OpenAI-compatible endpoint: a vLLM server, Ollama or a hosted service.
 
-    The client asks again by itself, with growing pauses, where the endpoint is busy (429), broken (5xx) or silent.
+    The requests of a batch are concurrent. The client retries with growing pauses if the endpoint is busy (429), fails
+    (5xx) or does not answer.
 
     Args:
-        section: address, model and how it writes.
-        key: that the endpoint asks for; None = it asks for none.
+        section: address, model and generation settings.
+        key: API key of the endpoint; None if it requires none.
     """
 
     def __init__(self, section: RephraseSection, *, key: SecretStr | None) -> None:
@@ -108,22 +111,22 @@ class EndpointRephraser:
         self._section, self._serves = section, False
         self._client = openai.OpenAI(
             base_url=section.url,
-            # The client insists on one; an endpoint without keys ignores it.
+            # The client requires a key; an endpoint without keys ignores it.
             api_key=key.get_secret_value() if key else "none",
             timeout=section.timeout_s,
             max_retries=ENDPOINT_RETRIES,
         )
 
     def rephrase(self, texts: Sequence[str], modalities: Sequence[str], *, seed: int) -> list[str]:
-        """Return one answer per text. A text that the endpoint refuses by itself (400, 422) gets an empty one.
+        """Return one answer per text; a text that the endpoint rejects (400, 422) has an empty answer.
 
         Raises:
-            ConnectionError: there is no such endpoint, it does not know the key or model, it stays broken, or it has
-                refused everything so far, which says more of the request than of the texts.
+            ConnectionError: the endpoint cannot be reached, rejects the key or model, keeps failing, or has rejected
+                every text so far, which means that the request itself is wrong.
         """
         import openai
 
-        seeds = [seed_of(seed, i) for i in range(len(texts))]  # twice the same caption is not twice the same rephrase
+        seeds = [seed_of(seed, i) for i in range(len(texts))]  # equal captions get different rephrases
         try:
             with ThreadPoolExecutor(self._section.batch) as pool:
                 answers = list(pool.map(self._ask, texts, modalities, seeds))
@@ -155,12 +158,12 @@ class EndpointRephraser:
         section = self._section
         return ConnectionError(
             f"caption.rephrase.url: expected an OpenAI-compatible endpoint with model {section.model} at "
-            f"{section.url}, got {type(error).__name__} ({error}). Check address, model and the key in "
-            f"${section.key_variable}; finished rephrases are kept, and the next run continues from there."
+            f"{section.url}, got {type(error).__name__} ({error}). Check the address, the model and the key in "
+            f"${section.key_variable}. Finished rephrases are kept; the next run continues from there."
         )
 
 
-# Words that may stand for each other whatever is around them; the benchmark's, and those of published captions.
+# Words that can replace each other in any context: those of the benchmark and of the published captions.
 _SYNONYMS = [
     [word for word in words if " " not in word]
     for name, words in SYNONYMS.items()
@@ -178,24 +181,24 @@ _SYNONYMS += [
 ]
 _OTHERS = {word: [other for other in group if other != word] for group in _SYNONYMS for word in group if len(group) > 1}
 _OTHERS["dressed in"] = ["wearing"]
-# A word of another's making ("t-shirt", "t - shirt", "female individual") stays.
+# Words that are part of a compound ("t-shirt", "t - shirt", "female individual") are not replaced.
 _REPLACEABLE = re.compile(
     rf"(?<![\w-])(?<!- )(?P<article>an?\s+)?\b(?P<word>{'|'.join(sorted(_OTHERS, key=len, reverse=True))})"
     r"(?!\s*-|\s+(?:individual|person|shirt))\b"
 )
 _CLAUSE = re.compile(r",\s+(?=(?:wearing|sporting|carrying|holding|paired with|matched with|with|dressed in)\b)")
-_SHARE = 0.6  # of the words with a synonym that get one
+_SHARE = 0.6  # share of the words with a synonym that are replaced
 
 
 class RuleParaphraser:
-    """Rules in place of a language model: synonyms, and clauses in another order.
+    """Rules instead of a language model: synonyms, and clauses in another order.
 
-    It knows the words of the benchmark's and the published captions, and adds and drops nothing; a caption without any
-    of these words is introduced in other words.
+    The rules know the words of the benchmark and of the published captions. They never add or remove content. A caption
+    that the rules do not change gets an introduction ("There is ...").
     """
 
     def rephrase(self, texts: Sequence[str], modalities: Sequence[str], *, seed: int) -> list[str]:
-        """Return one rephrase per text; see `Rephraser`. The modality has no effect, because nothing is added."""
+        """Return one rephrase per text; see `Rephraser`. The modality has no effect, because rules add no content."""
         return [self._rephrase(text, random.Random(f"{seed}/{i}/{text}")) for i, text in enumerate(texts)]
 
     def _rephrase(self, text: str, rng: random.Random) -> str:
@@ -210,7 +213,7 @@ class RuleParaphraser:
 
 
 def _reorder(sentence: str, rng: random.Random) -> str:
-    """Shuffle the clauses after the first, each with its dependents."""
+    """Shuffle the clauses after the first one."""
     body = sentence.removesuffix(".")
     first, *clauses = _CLAUSE.split(body)
     rng.shuffle(clauses)

@@ -1,9 +1,10 @@
-"""Fine-tune a captioner on (image, sentence) pairs, teacher-forced through the model's own `labels`.
+"""Fine-tune a captioner on (image, sentence) pairs, with teacher forcing through the model's `labels` input.
 
-Nothing here knows who runs it: the caller hands over pairs and is told of every epoch. What chance decides follows
-from (seed, epoch, worker), so training that was killed and resumed ends with the weights of the undisturbed one.
+This module does not depend on Ray: the caller provides the pairs and receives the events of every epoch. All random
+choices depend only on (seed, epoch, worker), so training that is killed and resumed ends with the same weights as
+uninterrupted training.
 
-Shapes: B pictures, P tokens of the prompt, A tokens of the answer.
+Shapes: B images, P tokens of the prompt, A tokens of the answer.
 """
 
 from __future__ import annotations
@@ -30,18 +31,21 @@ from tvilfm.data.captions import texts_of
 from tvilfm.data.manifest import rows_of, select
 from tvilfm.terms import Modality
 
-IGNORED = -100  # a label that the loss leaves out
-LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's conversion to gray
+IGNORED = -100  # label that the loss ignores
+LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow's conversion to gray
 
 
 class Listener(Protocol):
-    """Receives the events of fine-tuning; every worker calls it in the same way."""
+    """Receiver of the events of fine-tuning; every worker calls it in the same way."""
 
     def on_step(self, record: Mapping[str, float | int]) -> None:
-        """After each step: epoch, step, num_steps, loss."""
+        """Receive epoch, step, num_steps and loss after each step."""
 
     def on_epoch(self, record: Mapping[str, float | int], checkpoint: Path | None) -> None:
-        """After each epoch: mean loss, seconds; worker 0 brings a checkpoint folder to keep."""
+        """Receive the mean loss and the seconds after each epoch.
+
+        Worker 0 also passes a temporary checkpoint folder, which the listener has to copy; other workers pass None.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +53,10 @@ class Pairs:
     """The training pairs of a captioner.
 
     Attributes:
-        pixels: uint8 (N, H, W, 3), often a mapped file.
-        rows: row in `pixels` of each pair's picture.
-        texts: its sentence.
-        gray: show the picture without colour.
+        pixels: uint8 (N, H, W, 3), often memory-mapped.
+        rows: row in `pixels` of each pair's image.
+        texts: sentence of each pair.
+        gray: whether to show the images without colour.
     """
 
     pixels: npt.NDArray[np.uint8]
@@ -64,7 +68,7 @@ class Pairs:
         return len(self.rows)
 
     def thin(self, count: int) -> Pairs:
-        """Return at most `count` pairs, evenly spread."""
+        """Return at most `count` evenly spaced pairs."""
         chosen = np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int))
         return replace(self, rows=self.rows[chosen], texts=tuple(self.texts[i] for i in chosen))
 
@@ -91,19 +95,19 @@ def caption_pairs(
 ) -> Pairs:
     """Return the pairs of a modality from a dataset's captions.
 
-    Infrared sentences lose their colour words. Where a dataset has no described infrared pictures, visible ones
-    without colour stand in for them.
+    Colour words are removed from infrared sentences. For datasets without captioned infrared images, an infrared
+    captioner can be trained on visible images without colour (`infrared_pairs="gray"`).
 
     Args:
         manifest: rows in the order of `pixels`.
         captions: caption table.
         pixels: uint8 (N, H, W, 3).
-        modality: of the captioner.
+        modality: modality of the captioner.
         split: train or val.
-        infrared_pairs: what an infrared captioner sees, `caption.train.infrared_pairs`.
+        infrared_pairs: training images of an infrared captioner, `caption.train.infrared_pairs`.
 
     Raises:
-        ValueError: no picture of that kind in that split.
+        ValueError: the split has no such images.
 
     Source: METHOD 5. Differs: none known.
     """
@@ -111,8 +115,8 @@ def caption_pairs(
     shown = select(manifest, split=split, modality="visible" if gray else modality)
     if not shown.num_rows:
         raise ValueError(
-            f"caption.train: expected {modality} pictures with captions in the {split} split, got none. Caption some, "
-            "or set caption.train.infrared_pairs=gray to learn infrared captions from visible pictures."
+            f"caption.train: expected {modality} images with captions in the {split} split, got none. Caption some, "
+            "or set caption.train.infrared_pairs=gray to learn infrared captions from visible images."
         )
     texts, _ = texts_of(captions, shown["image"].to_pylist())
     if modality == "infrared":
@@ -123,15 +127,15 @@ def caption_pairs(
 def training_inputs(
     captioner: Captioner, images: Sequence[npt.NDArray[np.uint8]], texts: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Return inputs and labels of teacher forcing: the prompt, then the sentence, which alone is scored.
+    """Return inputs and labels for teacher forcing: the prompt, followed by the sentence; only the sentence is scored.
 
     Args:
-        captioner: whose model is trained.
+        captioner: captioner whose model is trained.
         images: uint8 (H, W, 3) each.
-        texts: a sentence each; cut at the section's `max_new_tokens`.
+        texts: one sentence per image, truncated to the section's `max_new_tokens`.
 
     Returns:
-        What the model's `forward` takes, `labels` among it.
+        Arguments of the model's `forward`, including `labels`.
     """
     inputs = captioner.prompt_inputs(images)
     config, tokenizer = captioner.model.config, captioner.tokenizer
@@ -153,18 +157,18 @@ def training_inputs(
     ids = torch.cat([prompt_BP, labels_BA.masked_fill(labels_BA == IGNORED, padding)], dim=1)
     labels = torch.cat([torch.full_like(prompt_BP, IGNORED), labels_BA], dim=1)
     if config.is_encoder_decoder:
-        # Such a decoder compares position by position; the others shift the labels themselves.
+        # These decoders compare outputs and labels position by position; all other models shift the labels themselves.
         return inputs | {name: ids[:, :-1], "labels": labels[:, 1:]}
     mask_BP = inputs.get("attention_mask", torch.ones_like(prompt_BP))
     mask = torch.cat([mask_BP, (labels_BA != IGNORED).to(mask_BP.dtype)], dim=1)
-    # Whatever else a processor says of each token (its kind), the sentence's tokens are plain text.
+    # Extend other per-token inputs (token types) with zeros: the sentence's tokens are plain text.
     kinds = {key: value for key, value in inputs.items() if value.shape == prompt_BP.shape and key != "attention_mask"}
     longer = {key: torch.cat([value, torch.zeros_like(labels_BA)], dim=1) for key, value in kinds.items()}
     return inputs | longer | {name: ids, "attention_mask": mask, "labels": labels}
 
 
 def mean_loss(captioner: Captioner, pairs: Pairs, *, batch: int) -> float:
-    """Return the loss of held-out sentences, in evaluation mode."""
+    """Return the mean loss of held-out sentences; sets the model to evaluation mode."""
     captioner.model.eval()
     losses = []
     for start in range(0, len(pairs), batch):
@@ -176,12 +180,12 @@ def mean_loss(captioner: Captioner, pairs: Pairs, *, batch: int) -> float:
 
 
 def learning_rate_factor(step: int, *, warmup_steps: int, num_steps: int) -> float:
-    """Return the rate's factor: linear warm-up to 1 over `warmup_steps`, then linear decay to 0 at `num_steps`.
+    """Return the learning-rate factor: linear warm-up to 1 over `warmup_steps`, then linear decay to 0 at `num_steps`.
 
     Args:
         step: counted from 0.
-        warmup_steps: steps until the peak.
-        num_steps: of the whole training.
+        warmup_steps: number of steps until the peak.
+        num_steps: number of steps of the whole training.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -202,21 +206,21 @@ def finetune(
 ) -> None:
     """Train a captioner in place.
 
-    With several workers each takes its share of every batch and gradients are averaged.
+    With several workers, each processes its share of every batch, and the gradients are averaged.
 
     Args:
-        captioner: loaded in float32 on this worker's device.
-        pairs: to learn from.
-        section: epochs, batch, rates.
-        seed: of order, flips and dropout.
-        listener: told of steps and epochs.
-        autocast: half precision on CUDA; None = float32.
-        rank: of this worker.
-        workers: how many there are, joined in one process group when more than one.
+        captioner: captioner in float32 on this worker's device.
+        pairs: training pairs.
+        section: epochs, batch size and learning rates.
+        seed: seed of order, flips and dropout.
+        listener: receiver of step and epoch events.
+        autocast: half-precision type on CUDA; None = float32.
+        rank: rank of this worker.
+        workers: number of workers; more than one must have joined a process group.
         resume: checkpoint folder to continue from: `model/` (a transformers folder), `trainer.pt`, `progress.json`.
 
     Raises:
-        FloatingPointError: when the loss is not finite, naming epoch and batch.
+        FloatingPointError: when the loss is not finite; the message names the epoch and batch.
     """
     model: nn.Module = captioner.model
     device = captioner.model.device
@@ -234,7 +238,7 @@ def finetune(
         wrapped = DistributedDataParallel(
             model, device_ids=[device] if device.type == "cuda" else None, find_unused_parameters=True
         )
-    # The last, incomplete batch of an epoch is left out: every step weighs the same.
+    # Skip the last, incomplete batch of an epoch, so that every step has the same weight.
     batch = min(section.batch, len(pairs))
     num_steps = len(pairs) // batch
     for epoch in range(epochs_done, section.epochs):
@@ -261,7 +265,7 @@ def finetune(
             if value != value or abs(value) == float("inf"):
                 raise FloatingPointError(
                     f"caption.train loss: expected a finite number, got {value} in epoch {epoch}, batch {step}. "
-                    "Lower caption.train.lr or look at this batch's pictures."
+                    "Lower caption.train.lr or check this batch's images."
                 )
             scaler.scale(loss).backward()
             scaler.step(optimizer)

@@ -1,8 +1,9 @@
-"""Rephrasing: prompts for a language model, and checks of its answers.
+"""Rephrase captions: prompts for a language model, and checks of its answers.
 
-A caption that is said in other words makes the text encoder look at the meaning (METHOD 4 and 5). A language model adds
-things, though: chatter, a second person, a colour that nobody saw. So every answer is cleaned, checked against its
-caption, asked for again with another seed, and given up after a few tries: then the caption stays, and is counted.
+Rephrased captions make the text encoder learn the meaning instead of the wording (METHOD 4 and 5). However, a language
+model can add chatter, a second person or an invented colour. Therefore, every answer is cleaned and checked against its
+caption. A rejected answer is retried with another seed. After a few attempts, the original caption is kept and the
+failure is counted.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ PROMPTS = {
     f"garment and everything that is carried or worn, add nothing, and never name a colour. {_ANSWER}",
 }
 
-_THOUGHT = re.compile(r".*</think>|<think>.*", re.DOTALL)  # some endpoints leave the first tag out
+_THOUGHT = re.compile(r".*</think>|<think>.*", re.DOTALL)  # some endpoints omit the opening tag
 _CHATTER = re.compile(
     r"(?:sure(?: thing)?|certainly|of course|okay|ok|absolutely)[,.!:]\s*"
     r"|(?:sure|certainly|here|note|user|assistant"
@@ -37,15 +38,17 @@ _QUOTES = "\"'`*\u201c\u201d\u2018\u2019\u00ab\u00bb "
 
 
 class Rephraser(Protocol):
-    """Rephrases sentences: a transformers model, an endpoint or rules (`tvilfm.captioning.engines`)."""
+    """Engine that rephrases sentences: a transformers model, an endpoint or rules (`tvilfm.captioning.engines`)."""
 
     def rephrase(self, texts: Sequence[str], modalities: Sequence[str], *, seed: int) -> list[str]:
-        """Return one raw answer per text; with the same texts, modalities and seed, the same answers if the engine can.
+        """Return one raw answer per text.
+
+        If the engine supports it, the same texts, modalities and seed give the same answers.
 
         Args:
             texts: captions.
-            modalities: visible or infrared, of each.
-            seed: of sampling.
+            modalities: modality of each caption, visible or infrared.
+            seed: seed of sampling.
         """
         ...
 
@@ -55,9 +58,9 @@ class Rephrase:
     """The result for one caption.
 
     Attributes:
-        text: the caption in other words; None = the caption stays.
-        refused: why the last answer was refused; None = it was not.
-        tries: answers asked for.
+        text: the rephrased caption; None = the original caption is kept.
+        refused: reason why the last answer was rejected; None = it was accepted.
+        tries: number of requested answers.
     """
 
     text: str | None
@@ -69,16 +72,16 @@ def messages(text: str, modality: str, *, max_words: int) -> list[dict[str, str]
     """Return the messages that ask a chat model for a rephrase.
 
     Args:
-        text: a caption.
+        text: caption.
         modality: visible or infrared.
-        max_words: that the answer may have.
+        max_words: maximum number of words in the answer.
     """
     task = PROMPTS[modality].format(max_words=max_words)
     return [{"role": "user", "content": f"{task}\n\nDescription: {text}"}]
 
 
 def completion_prompt(text: str, modality: str, *, max_words: int) -> str:
-    """Return the prompt for a model without a chat template, which continues the text."""
+    """Return the prompt for a model without a chat template, which continues the prompt."""
     (message,) = messages(text, modality, max_words=max_words)
     return f"{message['content']}\nNew description:"
 
@@ -91,13 +94,13 @@ def prompt_hash() -> str:
 def clean(answer: str) -> str:
     """Return the sentence in a model's answer, without thoughts, chatter ("Sure, here is ..."), bullets and quotes.
 
-    The first line that is no chatter counts; what follows is another version or a remark.
+    The first line that is not chatter is used; later lines are other versions or remarks.
 
     Args:
-        answer: as the model wrote it.
+        answer: raw answer of the model.
 
     Returns:
-        One line with single spaces; empty where there is nothing else.
+        One line with single spaces; empty if the answer has no such line.
     """
     for line in _THOUGHT.sub("", answer).splitlines():
         line = _BULLET.sub("", line.strip(_QUOTES), count=1)
@@ -110,20 +113,20 @@ def clean(answer: str) -> str:
 
 
 def validate(text: str, rephrase: str, *, modality: str, max_words: int) -> str | None:
-    """Return why a rephrase is refused, or None.
+    """Return the reason to reject a rephrase, or None if it is valid.
 
-    A colour that the caption does not name is refused in both modalities: invented in visible, impossible in infrared.
-    Words that only speak of colour ("colourful") are let through in visible texts. A rephrase that has the caption's
-    own words is refused too: it is none.
+    A colour that the caption does not name is rejected: it is invented in a visible caption and impossible in an
+    infrared one. Visible rephrases may contain words about colour that name none ("colourful"). A rephrase with the
+    same words as the caption is also rejected.
 
     Args:
-        text: the caption.
-        rephrase: cleaned.
+        text: caption.
+        rephrase: cleaned rephrase.
         modality: visible or infrared.
-        max_words: longest rephrase.
+        max_words: maximum number of words in the rephrase.
 
     Returns:
-        None when it is valid, else one of: empty, too long, new colour, same words.
+        One of: empty, too long, new colour, same words; None if the rephrase is valid.
     """
     if not re.search(r"\w", rephrase):
         return "empty"
@@ -140,41 +143,41 @@ def validate(text: str, rephrase: str, *, modality: str, max_words: int) -> str 
 def rephrase_all(
     rephraser: Rephraser, texts: Sequence[str], modalities: Sequence[str], *, seed: int, retries: int, max_words: int
 ) -> list[Rephrase]:
-    """Rephrase captions; a refused answer is retried with another seed.
+    """Rephrase captions; a rejected answer is retried with another seed.
 
     Args:
-        rephraser: the engine.
+        rephraser: engine.
         texts: captions.
-        modalities: visible or infrared, of each.
-        seed: of the first try; further seeds follow from it.
-        retries: further tries at a refused one.
-        max_words: longest rephrase.
+        modalities: modality of each caption, visible or infrared.
+        seed: seed of the first attempt; the seeds of retries are derived from it.
+        retries: maximum number of retries of a rejected answer.
+        max_words: maximum number of words in a rephrase.
 
     Returns:
-        One a caption, in order.
+        One result per caption, in order.
     """
-    found: dict[int, Rephrase] = {}
+    results: dict[int, Rephrase] = {}
     for attempt in range(1 + retries):
-        pending = [i for i in range(len(texts)) if i not in found or found[i].refused]
+        pending = [i for i in range(len(texts)) if i not in results or results[i].refused]
         if not pending:
             break
         answers = rephraser.rephrase(
             [texts[i] for i in pending], [modalities[i] for i in pending], seed=seed_of(seed, attempt)
         )
         for i, answer in zip(pending, answers, strict=True):
-            found[i] = judge(texts[i], answer, modalities[i], max_words=max_words, tries=attempt + 1)
-    return [found[i] for i in range(len(texts))]
+            results[i] = judge(texts[i], answer, modalities[i], max_words=max_words, tries=attempt + 1)
+    return [results[i] for i in range(len(texts))]
 
 
 def judge(text: str, answer: str, modality: str, *, max_words: int, tries: int) -> Rephrase:
-    """Clean an answer, and accept or refuse it."""
+    """Clean an answer, and accept or reject it."""
     rephrase = clean(answer)
     refused = validate(text, rephrase, modality=modality, max_words=max_words)
     return Rephrase(text=None if refused else rephrase, refused=refused, tries=tries)
 
 
 def seed_of(*numbers: int) -> int:
-    """Return a seed from numbers, below 2^31, which is the limit of endpoints."""
+    """Return a seed derived from numbers; it is below 2^31, the limit of endpoints."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0] >> 1)
 
 

@@ -1,7 +1,7 @@
-"""Scores of captions: whether they name what the image shows, and how close they are to a reference.
+"""Score captions: whether they name what the image shows, and how similar they are to a reference.
 
-The synthetic benchmark knows every person's attributes, so its captions can be marked exactly; on real pictures only
-the distance to other captions is left (BLEU, CIDEr).
+The attributes of every person in the synthetic benchmark are known, so its captions can be scored exactly. For real
+images, only the similarity to other captions can be measured (BLEU, CIDEr).
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from tvilfm.captioning.colors import find_colors
 from tvilfm.datasets.synthetic.people import ATTRIBUTES, COLOUR_ATTRIBUTES, RGB, SHAPE_ATTRIBUTES
 from tvilfm.datasets.synthetic.sentences import SYNONYMS
 
-UNSPOKEN = ("plain", "none")  # values that a sentence states by saying nothing
+UNSPOKEN = ("plain", "none")  # values that sentences do not mention
 GARMENTS = ("top", "pattern", "bottom")
-# Nouns that name a part without an attribute of it, as `write_sentence` puts them.
+# Nouns of `write_sentence` that name a part without naming an attribute of it.
 BARE_NOUNS = {"hair": "hair", "top": "top", "bottoms": "bottom", "shoes": "shoe", "footwear": "shoe"}
-# Attributes whose words stand before a noun, and the part that noun names.
+# Attributes whose words are adjectives -> part that the following noun names.
 ADJECTIVES = {"hair": "hair", "pattern": "top"}
 
 
 def _vocabulary() -> dict[tuple[str, ...], tuple[str, str]]:
-    """Return a mapping from words to (attribute, value); a colour's attribute depends on its noun."""
+    """Return the mapping from words to (attribute, value); the attribute of a colour depends on its noun."""
     values = [("colour", value) for value in RGB]
     values += [(name, value) for name, options in SHAPE_ATTRIBUTES.items() for value in options]
     spoken = {
@@ -44,17 +44,17 @@ LONGEST = max(len(words) for words in VOCABULARY)
 def named_attributes(sentence: str) -> dict[str, str]:
     """Return the attributes of a person that a sentence names.
 
-    The longest known phrase wins ("short sleeved shirt" is no short hair); colours and other adjectives belong to the
-    next noun.
+    The longest known phrase is used ("short sleeved shirt" is not short hair). Colours and other adjectives belong to
+    the next noun.
 
     Args:
-        sentence: in the benchmark's words.
+        sentence: sentence in the benchmark's words.
 
     Returns:
-        Attribute -> value, names and values of `synthetic.ATTRIBUTES`.
+        Attribute -> value, with the names and values of `synthetic.ATTRIBUTES`.
     """
     words = tuple(re.findall(r"[\w-]+", sentence.lower()))
-    found: dict[str, str] = {}
+    attributes: dict[str, str] = {}
     adjectives: dict[str, str] = {}
     start = 0
     while start < len(words):
@@ -67,13 +67,13 @@ def named_attributes(sentence: str) -> dict[str, str]:
             else:
                 part = value if name == "part" else name
                 if name != "part":
-                    found[name] = value
-                found |= {name: value for name, value in adjectives.items() if ADJECTIVES.get(name) == part}
+                    attributes[name] = value
+                attributes |= {name: value for name, value in adjectives.items() if ADJECTIVES.get(name) == part}
                 if f"{part}_colour" in COLOUR_ATTRIBUTES and "colour" in adjectives:
-                    found[f"{part}_colour"] = adjectives["colour"]
+                    attributes[f"{part}_colour"] = adjectives["colour"]
                 adjectives = {}
         start += size or 1
-    return found
+    return attributes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +81,8 @@ class AttributeScore:
     """The scores of captions on one attribute.
 
     Attributes:
-        accuracy: share of right values among the sentences that name one, 0-1; 0 when none does.
-        named: share of sentences that name one, over people who have something to name, 0-1.
+        accuracy: share of correct values among the sentences that name a value, 0-1; 0 if none does.
+        named: share of sentences that name a value, among the people who have a value to name, 0-1.
     """
 
     accuracy: float
@@ -94,12 +94,12 @@ class Marks:
     """The scores of a captioner on held-out images.
 
     Attributes:
-        pictures: how many.
-        loss: cross-entropy of their reference sentences, nats a token.
+        pictures: number of images.
+        loss: cross-entropy of the reference sentences, nats per token.
         bleu4: 0-1.
         cider: 0-10.
-        colour_words: share of its sentences with a colour word, 0-1; 0 is right for infrared.
-        attributes: on the synthetic benchmark, see `attribute_scores`; else empty.
+        colour_words: share of generated sentences with a colour word, 0-1; should be 0 for infrared.
+        attributes: scores of `attribute_scores` on the synthetic benchmark; else empty.
     """
 
     pictures: int
@@ -119,12 +119,12 @@ class Marks:
         return Marks(**values, attributes=attributes)
 
     def lines(self) -> list[str]:
-        """Return the lines that a terminal prints."""
+        """Return the scores as lines for the terminal."""
         return [
-            f"{self.pictures} validation pictures: loss {self.loss:.3f}, BLEU-4 {self.bleu4:.3f}, "
+            f"{self.pictures} validation images: loss {self.loss:.3f}, BLEU-4 {self.bleu4:.3f}, "
             f"CIDEr {self.cider:.2f}, {self.colour_words:.1%} of sentences with a colour word",
             *(
-                f"{name.replace('_', ' '):<14} {score.accuracy:6.1%} right, named in {score.named:.1%}"
+                f"{name.replace('_', ' '):<14} {score.accuracy:6.1%} correct, named in {score.named:.1%}"
                 for name, score in self.attributes.items()
             ),
         ]
@@ -133,15 +133,16 @@ class Marks:
 def attribute_scores(
     sentences: Sequence[str], truths: Sequence[Mapping[str, str]], modality: str
 ) -> dict[str, AttributeScore]:
-    """Score sentences against what the people in the images wear.
+    """Score sentences against the true attributes of the people in the images.
 
-    Naming what is not there (a bag, a hat, stripes) is wrong; saying nothing lowers `named` alone, as a captioner that
-    writes its likeliest sentence leaves out what half of its teachers leave out.
+    Naming something that the person does not have (a bag, a hat, stripes) counts as wrong. Omitting an attribute only
+    lowers `named`, because a captioner that writes its most likely sentence omits what half of its training sentences
+    omit.
 
     Args:
-        sentences: one a picture.
-        truths: attributes of the person in it.
-        modality: visible: all attributes; infrared: those without colour.
+        sentences: one sentence per image.
+        truths: attributes of the person in each image.
+        modality: visible: all attributes; infrared: attributes other than colours.
 
     Returns:
         Attribute -> score, and the means `garments` (top, pattern, bottom) and `colours` (visible only).
@@ -164,7 +165,7 @@ def attribute_scores(
 
 
 def _truth(truth: Mapping[str, str], name: str) -> str | None:
-    """Return what can be named: no value of an unspoken attribute, and no colour of a missing bag."""
+    """Return the value that a sentence can name; None for an unspoken value and for the colour of a missing bag."""
     value = truth["bag"] if name == "bag_colour" and truth["bag"] in UNSPOKEN else truth[name]
     return None if value in UNSPOKEN else value
 
@@ -174,29 +175,29 @@ def _share(cases: Sequence[bool]) -> float:
 
 
 def colour_share(sentences: Sequence[str]) -> float:
-    """Return the share of sentences with a colour word, 0-1; 0 is right for infrared."""
+    """Return the share of sentences with a colour word, 0-1; it should be 0 for infrared."""
     return _share([bool(find_colors(sentence)) for sentence in sentences])
 
 
 def language_scores(sentences: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Return BLEU-4 and CIDEr against one reference each, without punctuation and case.
+    """Return BLEU-4 and CIDEr against one reference per sentence, ignoring punctuation and case.
 
     Args:
-        sentences: one a picture.
-        references: likewise.
+        sentences: one sentence per image.
+        references: one reference per image.
 
     Returns:
         `bleu4` 0-1, `cider` 0-10.
     """
-    # The library's own tokenizer needs Java; captions are plain enough for words alone.
+    # The library's tokenizer requires Java; splitting into words is enough for captions.
     given = {i: [_words(sentence)] for i, sentence in enumerate(sentences)}
-    wanted = {i: [_words(reference)] for i, reference in enumerate(references)}
-    # Imported here: only fine-tuning a captioner needs these scorers.
+    expected = {i: [_words(reference)] for i, reference in enumerate(references)}
+    # Imported here because only the fine-tuning of captioners needs these scorers.
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
 
-    bleu, _ = Bleu(4).compute_score(wanted, given, verbose=0)
-    cider, _ = Cider().compute_score(wanted, given)
+    bleu, _ = Bleu(4).compute_score(expected, given, verbose=0)
+    cider, _ = Cider().compute_score(expected, given)
     return {"bleu4": float(bleu[3]), "cider": float(cider)}
 
 

@@ -1,9 +1,9 @@
-"""The run description: frozen, typed sections that are read once and written beside the results.
+"""The run description: frozen, typed sections that are read once and stored with the results.
 
-Precedence: defaults < fidelity preset < YAML file < `section.key=value` overrides. The preset is how
-`fidelity: published` and `fidelity: corrected` choose the switches in which the released code and ours differ
-(`FIDELITY_SWITCHES`); in the file, `null` for such a switch means "as fidelity says". The resolved configuration that
-is written to the run folder spells every choice out.
+Precedence, lowest first: defaults, fidelity preset, YAML file, size recipe, `section.key=value` overrides. The preset
+(`fidelity: published` or `fidelity: corrected`) sets the switches in which the released code and this code differ
+(`FIDELITY_SWITCHES`). In the file, `null` for such a switch means that the preset sets it. The resolved configuration
+in the run folder contains the value of every key.
 """
 
 from tvilfm.config.caption import CaptionerSection, CaptionSection, CaptionTrainSection, RephraseEngine, RephraseSection

@@ -1,4 +1,4 @@
-"""The section `cluster`: machines, what they reserve per worker, and where jobs store results."""
+"""The section `cluster`: machines, resources per worker, and the storage of results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tvilfm.place import Place
 class HeadSection(Section):
     """The head node of a rendered cluster."""
 
-    machine: str | None = Field(None, description="machine type of the head, as the cloud names it, such as m5.2xlarge")
+    machine: str | None = Field(None, description="cloud machine type of the head, such as m5.2xlarge")
     cpus: int = Field(8, ge=1, description="CPUs of the head")
     memory_gb: int = Field(32, ge=1, description="memory of the head, GB")
 
@@ -21,99 +21,107 @@ class HeadSection(Section):
 class WorkersSection(Section):
     """The worker nodes of a rendered cluster."""
 
-    machine: str | None = Field(None, description="machine type of a worker, as the cloud names it, such as g5.4xlarge")
+    machine: str | None = Field(None, description="cloud machine type of a worker, such as g5.4xlarge")
     cpus: int = Field(8, ge=1, description="CPUs of a worker")
     gpus: int = Field(0, ge=0, description="GPUs of a worker")
     accelerator: str | None = Field(
-        None, description="type of those GPUs: nvidia-tesla-t4 (GCP; AWS has it in the machine), a100 (Slurm gres)"
+        None, description="GPU type: nvidia-tesla-t4 (GCP), a100 (Slurm gres); AWS: part of workers.machine"
     )
     memory_gb: int = Field(32, ge=1, description="memory of a worker, GB")
     min: int = Field(0, ge=0, description="minimum number of workers")
     max: int = Field(2, ge=0, description="maximum number of workers")
-    idle_minutes: int = Field(5, ge=1, description="minutes without work after which a worker above min is removed")
+    idle_minutes: int = Field(5, ge=1, description="idle minutes after which a worker above workers.min is removed")
     spot: bool = Field(
-        False, description="use spot machines for workers, which may be lost at any time; never for the head"
+        False, description="use spot machines, which the cloud may take back, for workers; never for the head"
     )
     node_selector: tuple[str, ...] = Field(
-        (), description="Kubernetes: labels of the nodes for workers, as key=value; those of spot nodes with spot"
+        (), description="Kubernetes: labels of worker nodes, as key=value; with spot, labels of spot nodes"
     )
 
     @model_validator(mode="after")
     def _min_below_max(self) -> WorkersSection:
         if self.min > self.max:
-            raise ValueError(f"min: expected at most workers.max = {self.max}, got {self.min}. Raise max.")
+            raise ValueError(f"min: expected at most workers.max = {self.max}, got {self.min}. Lower min or raise max.")
         wrong = [label for label in self.node_selector if not all(label.partition("=")[::2])]
         if wrong:
-            raise ValueError(f"node_selector: expected labels as key=value, got {wrong[0]}. Put an = between the two.")
+            raise ValueError(
+                f"node_selector: expected labels as key=value, got {wrong[0]}. Write a key, = and a value."
+            )
         return self
 
 
 class ProviderSection(Section):
-    """The cloud or the hosts of a rendered cluster."""
+    """The cloud or own machines of a rendered cluster."""
 
     region: str | None = Field(None, description="AWS or GCP region, such as us-west-2")
-    zone: str | None = Field(None, description="GCP zone, such as us-west1-a; AWS: null = any of the region")
+    zone: str | None = Field(
+        None, description="GCP or AWS zone, such as us-west1-a; AWS: null = any zone of the region"
+    )
     project: str | None = Field(None, description="GCP project id")
     machine_image: str | None = Field(
-        None, description="what cloud machines start from: AMI id, or GCP image path; null = Ray's choice without GPUs"
+        None, description="boot image: AMI id or GCP image path; null = default of Ray, without GPU drivers"
     )
     disk_gb: int = Field(256, ge=10, description="disk of a cloud machine, GB")
-    hosts: tuple[str, ...] = Field((), description="own machines (ray-up-onprem): addresses, the head's first")
-    ssh_user: str = Field("ubuntu", description="user that ray up logs in as")
-    ssh_key: Path | None = Field(None, description="private key that ray up logs in with; null = as ssh finds it")
+    hosts: tuple[str, ...] = Field((), description="addresses of own machines (ray-up-onprem), the head first")
+    ssh_user: str = Field("ubuntu", description="SSH user of ray up")
+    ssh_key: Path | None = Field(None, description="private SSH key of ray up; null = default of ssh")
 
 
 class PortsSection(Section):
-    """Ports of a rendered cluster's head."""
+    """Ports of a rendered cluster."""
 
-    gcs: int = Field(6379, ge=1, le=65535, description="port that workers join")
-    dashboard: int = Field(8265, ge=1, le=65535, description="dashboard and job server")
+    gcs: int = Field(6379, ge=1, le=65535, description="port that workers connect to")
+    dashboard: int = Field(8265, ge=1, le=65535, description="port of the dashboard and the job server")
     metrics: int = Field(8080, ge=1, le=65535, description="port of Prometheus metrics, on every machine")
 
 
 class DriverSection(Section):
-    """Resources of a submitted job's driver, without the workers that it starts."""
+    """Resources of the driver of a submitted job, without the workers that it starts."""
 
-    cpus: float = Field(0, ge=0, description="CPUs of the driver; if all three are 0, it runs on the head")
-    gpus: float = Field(0, ge=0, description="GPUs")
-    memory_gb: float = Field(0, ge=0, description="memory, GB")
+    cpus: float = Field(
+        0, ge=0, description="CPUs reserved for a submitted job's driver; if all three are 0, it runs on the head"
+    )
+    gpus: float = Field(0, ge=0, description="GPUs reserved for the driver")
+    memory_gb: float = Field(0, ge=0, description="memory reserved for the driver, GB")
 
 
 class ClusterSection(Section):
     address: str | None = Field(None, description="Ray address; null = RAY_ADDRESS, or start Ray on this machine")
-    train_workers: int = Field(1, ge=1, description="Ray Train workers; each sees p/workers identities per batch")
-    gpus_per_worker: float = Field(0, ge=0, description="GPUs of each train and extraction worker and encoder; 0 = CPU")
-    cpus_per_train_worker: float = Field(2, gt=0, description="CPUs (and torch threads) of each train worker")
-    extract_workers: int = Field(2, ge=1, description="actors that decode or extract in parallel")
+    train_workers: int = Field(
+        1, ge=1, description="Ray Train workers; each gets train.p / train_workers identities per batch"
+    )
+    gpus_per_worker: float = Field(
+        0, ge=0, description="GPUs per worker (training, extraction, captions) and per serve encoder; 0 = CPU"
+    )
+    cpus_per_train_worker: float = Field(2, gt=0, description="CPUs (and torch threads) of each training worker")
+    extract_workers: int = Field(2, ge=1, description="actors that extract features in parallel")
     max_failures: int = Field(
         3, ge=-1, description="maximum restarts of a stage or trial, from its last checkpoint; -1 = unlimited"
     )
     storage: str | None = Field(
         None,
-        description="folder that every machine sees (relative paths of a submitted job lie in it), or URI of an object "
-        "store, where machines that share no folder keep stages, checkpoints and results; null = this machine alone",
+        description="shared folder or object store URI for runs (docs/cluster.md); null = this machine only",
     )
     job_address: str | None = Field(
         None,
-        description="Ray's job server; null = RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or http://127.0.0.1:8265",
+        description="job server; null = RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or http://127.0.0.1:8265",
     )
     token_path: Path | None = Field(
         None,
-        description="file with the cluster's token; null = as RAY_AUTH_MODE and RAY_AUTH_TOKEN say. Rendered clusters "
-        "ask for a token when it is set",
+        description="token file (rendered clusters require it); null = RAY_AUTH_MODE, RAY_AUTH_TOKEN",
     )
-    python: str = Field("python", description="Python of the cluster's machines that runs a submitted job")
+    python: str = Field("python", description="Python executable that runs a submitted job on the cluster")
     install: bool = Field(
-        False, description="a submitted job first installs pyproject.toml's requirements; our images have them"
+        False, description="install the requirements of pyproject.toml before a submitted job; images contain them"
     )
-    env: tuple[str, ...] = Field((), description="environment variables that a submitted job takes along, where set")
+    env: tuple[str, ...] = Field((), description="environment variables that are passed to a submitted job, if set")
     driver: DriverSection = DriverSection()
     name: str = Field("tvilfm", pattern=r"^[a-z]([a-z0-9-]{0,40}[a-z0-9])?$", description="name of a rendered cluster")
     image: str | None = Field(
-        None, description="container image of a rendered cluster; null = own machines install this folder"
+        None, description="container image; null = this folder is installed on own machines (ray-up-onprem)"
     )
     redis: str | None = Field(
-        None, description="host:port of a Redis that keeps the cluster's state, for a head that may be lost"
+        None, description="host:port of a Redis for the cluster state, which then survives a lost head"
     )
     head: HeadSection = HeadSection()
     workers: WorkersSection = WorkersSection()
@@ -123,6 +131,6 @@ class ClusterSection(Section):
     @model_validator(mode="after")
     def _storage_is_the_same_everywhere(self) -> ClusterSection:
         if self.storage is not None and Place(self.storage).is_relative:
-            raise ValueError(f"storage: expected an absolute path or a URI, got {self.storage}. Begin it with a /.")
+            raise ValueError(f"storage: expected an absolute path or a URI, got {self.storage}. Start it with /.")
         check_no_keys("storage", self.storage)
         return self

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from tvilfm.config.section import Section
 
-# What is evaluated when `evaluate.protocols` is null; the first also chooses checkpoints.
+# Protocols that are evaluated when `evaluate.protocols` is null; the first one also selects checkpoints.
 PROTOCOLS: dict[str, tuple[str, ...]] = {
     "synthetic": ("sysu_mm01/all/single", "sysu_mm01/indoor/single"),
     "sysu_mm01": ("sysu_mm01/all/single", "sysu_mm01/indoor/single"),
@@ -20,26 +20,28 @@ PROTOCOLS: dict[str, tuple[str, ...]] = {
 
 
 class SyntheticSection(Section):
-    size: Literal["tiny", "small", "large"] = Field("small", description="identities of the synthetic benchmark")
-    seed: int = Field(0, ge=0, description="seed of the rendered people, apart from run.seed")
+    size: Literal["tiny", "small", "large"] = Field(
+        "small", description="identities of the synthetic benchmark: tiny, small, large"
+    )
+    seed: int = Field(0, ge=0, description="seed of the rendered people, independent of run.seed")
 
 
 class DataSection(Section):
     name: Literal["synthetic", "sysu_mm01", "regdb", "llcm", "folder"] = Field(
-        "synthetic", description="synthetic (rendered when absent), sysu_mm01, regdb, llcm, or folder (your own)"
+        "synthetic", description="synthetic (rendered if missing), sysu_mm01, regdb, llcm, folder (your own images)"
     )
-    root: Path | None = Field(None, description="dataset folder; null = run.dir/data/<synthetic size and seed>")
-    split: int = Field(1, ge=1, le=10, description="RegDB: which of its ten splits to train and test on")
+    root: Path | None = Field(None, description="dataset folder; null = run.dir/data/synthetic-<size>-<seed>")
+    split: int = Field(1, ge=1, le=10, description="RegDB: number of the split (1 to 10) to train and test on")
     captions: Path | None = Field(
-        None, description="folder of published caption files or a .parquet caption table; null = data.root/Text"
+        None, description="folder of published caption files or caption table (.parquet); null = data.root/Text"
     )
-    height: int = Field(288, ge=16, description="pixels after resizing (METHOD 2)")
-    width: int = Field(144, ge=8, description="pixels after resizing (METHOD 2)")
+    height: int = Field(288, ge=16, description="image height after resizing, pixels (METHOD 2)")
+    width: int = Field(144, ge=8, description="image width after resizing, pixels (METHOD 2)")
     pad: int = Field(10, ge=0, description="padding before the random crop, pixels (METHOD 4)")
-    decode_batch: int = Field(64, ge=1, description="images that one Ray Data task decodes at once")
+    decode_batch: int = Field(64, ge=1, description="images per decoding task of Ray Data")
     synthetic: SyntheticSection = SyntheticSection()
 
     @property
     def reader_options(self) -> dict[str, object]:
-        """Further options of `read_dataset` for this dataset."""
+        """Options that the reader of this dataset takes."""
         return {"split": self.split} if self.name == "regdb" else {}

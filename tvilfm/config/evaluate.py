@@ -14,19 +14,19 @@ QueryTextSource = Literal["witness", "witness-heldout", "own"]
 
 
 class EnsembleWeights(Section):
-    """MER (METHOD 7): weights of the three query vectors."""
+    """Weights of the three query vectors in the ensemble (MER, METHOD 7)."""
 
-    infrared: float = Field(1.0, ge=0, description="weight of the infrared query")
-    text: float = Field(1.0, ge=0, description="weight of the text query")
-    fusion: float = Field(1.0, ge=0, description="weight of the fusion query")
+    infrared: float = Field(1.0, ge=0, description="weight of the infrared query in the ensemble")
+    text: float = Field(1.0, ge=0, description="weight of the text query in the ensemble")
+    fusion: float = Field(1.0, ge=0, description="weight of the fusion query in the ensemble")
     temperature: float | None = Field(
-        None, gt=0, description="temperature of a softmax over the gallery for each vote; null = plain similarities"
+        None, gt=0, description="temperature of each vote's softmax over the gallery; null = plain similarities"
     )
 
     @model_validator(mode="after")
     def _somebody_votes(self) -> EnsembleWeights:
         if not (self.infrared or self.text or self.fusion):
-            raise ValueError("fusion: expected a weight above 0 for one query at least, got three zeros. Raise one.")
+            raise ValueError("fusion: expected at least one weight above 0, got three zeros. Raise one.")
         return self
 
     @property
@@ -35,29 +35,34 @@ class EnsembleWeights(Section):
 
 
 class RerankSection(Section):
-    """Re-ranking with the gallery's help."""
+    """Re-ranking of the hits."""
 
     method: Literal["none", "k_reciprocal", "query_expansion"] = Field(
-        "none", description="none, k_reciprocal (Zhong et al. 2017) or query_expansion; applies to all queries"
+        "none", description="re-ranking of all queries: none, k_reciprocal (Zhong et al. 2017), query_expansion"
     )
-    k1: int = Field(20, ge=1, description="k_reciprocal: neighbourhood size")
-    k2: int = Field(6, ge=1, description="k_reciprocal: encodings averaged; 1 = none")
-    lambda_value: float = Field(0.3, ge=0, le=1, description="k_reciprocal: share of the original distance")
-    k: int = Field(5, ge=1, description="query_expansion: gallery features added")
-    alpha: float = Field(3.0, ge=0, description="query_expansion: power of the similarity that weighs them")
+    k1: int = Field(20, ge=1, description="k_reciprocal: size of the neighbourhood")
+    k2: int = Field(6, ge=1, description="k_reciprocal: neighbours whose encodings are averaged; 1 = no averaging")
+    lambda_value: float = Field(0.3, ge=0, le=1, description="k_reciprocal: weight of the original distance, 0 to 1")
+    k: int = Field(5, ge=1, description="query_expansion: gallery features added to the query")
+    alpha: float = Field(
+        3.0, ge=0, description="query_expansion: exponent of the similarity, the weight of an added feature"
+    )
 
 
 class EvaluateSection(Section):
     protocols: tuple[str, ...] = Field(
-        PROTOCOLS["synthetic"], description="the first one is that of the default table; null = the dataset's own"
+        PROTOCOLS["synthetic"],
+        description="protocols to report, the first in the default table; null = all of the dataset",
     )
     text_sources: tuple[QueryTextSource, ...] = Field(
         ("witness", "witness-heldout", "own"), description="sources of query texts to report (METHOD 6)"
     )
-    default_text_source: QueryTextSource = Field("witness", description="text source of the default table")
+    default_text_source: QueryTextSource = Field(
+        "witness", description="text source of the default table; witness = drawn with the ground truth (published)"
+    )
     witness_draw: WitnessDraw = Field(
         "seeded",
-        description="who draws witness sentences: run.seed (seeded), or RandomState(1) as released; null = fidelity",
+        description="seed of witness sentences: seeded (run.seed), released (1); null = set by fidelity",
     )
     ensemble: EnsembleWeights = EnsembleWeights()
     rerank: RerankSection = RerankSection()
@@ -72,8 +77,8 @@ class EvaluateSection(Section):
         if self.ensemble.temperature is not None and self.rerank.method != "none":
             raise ValueError(
                 f"ensemble.temperature: expected null with rerank.method={self.rerank.method}, got "
-                f"{self.ensemble.temperature}. A second look takes one query vector, and soft votes have three."
+                f"{self.ensemble.temperature}. Re-ranking takes one query vector, an ensemble with temperature three."
             )
         if not self.protocols:
-            raise ValueError("protocols: expected at least one, got none. Set null for the dataset's own.")
+            raise ValueError("protocols: expected at least one, got none. Set null for all of the dataset.")
         return self

@@ -1,4 +1,4 @@
-"""The whole run description: read from a file, overridden, checked and written."""
+"""The complete run description: reading, overriding, validating and writing it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ from tvilfm.config.training import LossSection, OptimSection, TrainSection
 
 
 class Config(Section):
-    fidelity: Fidelity = Field("corrected", description="published = the released code's choices, corrected = ours")
+    fidelity: Fidelity = Field(
+        "corrected", description="published = settings of the released code, corrected = our settings (docs/method.md)"
+    )
     run: RunSection = RunSection()
     data: DataSection = DataSection()
     caption: CaptionSection = CaptionSection()
@@ -44,7 +46,7 @@ class Config(Section):
         if self.train.p % self.cluster.train_workers:
             raise ValueError(
                 f"cluster.train_workers: expected a divisor of train.p = {self.train.p}, got "
-                f"{self.cluster.train_workers}. Every worker takes the same number of identities."
+                f"{self.cluster.train_workers}. Every worker gets the same number of identities."
             )
         if self.data.name != "synthetic" and self.data.root is None:
             raise ValueError(
@@ -69,12 +71,12 @@ class Config(Section):
 
     @property
     def trains_gem(self) -> bool:
-        """Whether the text stage trains p of the GeM."""
+        """Whether the text stage trains p of GeM."""
         return not (self.train.text.freeze_gem or self.loss.filter_text)
 
     @property
     def freezes_features(self) -> bool:
-        """Whether the text stage leaves raw image features as they are."""
+        """Whether raw image features stay constant in the text stage."""
         return self.train.text.freeze_batch_norm and not self.trains_gem
 
     @property
@@ -100,27 +102,28 @@ def load_config(path: Path | None = None, overrides: Iterable[str] = (), *, size
     """Resolve a run description.
 
     Args:
-        path: YAML file whose nesting is the sections' nesting; None = defaults alone.
-        overrides: `section.key=value` strings, the value read as YAML.
-        size: name of a recipe of the file's `sizes` mapping, applied between the file and the overrides.
+        path: YAML file, nested like the sections; None = only defaults.
+        overrides: `section.key=value` strings; the value is parsed as YAML.
+        size: name of a recipe in the file's `sizes` mapping, applied after the file and before the overrides.
 
     Raises:
-        ValueError: unreadable YAML, an unknown key (its nearest neighbour is named), or a value out of bounds.
+        ValueError: the YAML cannot be parsed, a key is unknown (the message suggests the closest key), or a value is
+            not valid.
     """
     return resolve(read_description(path), overrides, size=size)
 
 
 def default_description() -> Path:
-    """Return ./ray_config.yaml or, in a folder without one, the description that the package contains."""
+    """Return ./ray_config.yaml, or the description in the package if the current folder has none."""
     own = Path("ray_config.yaml")
     return own if own.is_file() else Path(__file__).parents[1] / "ray_config.yaml"
 
 
 def run_folder(arguments: Sequence[str]) -> Path | None:
-    """Return the run folder that is the first of a command's arguments, before its overrides; None without one.
+    """Return the run folder that a command's first argument names; None if that argument is an override or missing.
 
     Raises:
-        ValueError: the first argument is neither an override nor the folder of a run.
+        ValueError: the first argument is neither an override nor a run folder.
     """
     if not arguments or "=" in arguments[0]:
         return None
@@ -128,17 +131,17 @@ def run_folder(arguments: Sequence[str]) -> Path | None:
     if not (folder / "config.yaml").is_file():
         raise ValueError(
             f"{arguments[0]}: expected section.key=value or the folder of a run, such as runs/demo, got neither "
-            "(no config.yaml there). Check the path, or make the run with `tvilfm run`."
+            "(it has no config.yaml). Check the path, or create the run with `tvilfm run`."
         )
     return folder
 
 
 def load_run(folder: Path, overrides: Iterable[str] = ()) -> Config:
-    """Return the resolved description of a run, as its folder holds it.
+    """Return the resolved description that is stored in a run folder.
 
     Args:
-        folder: of the run, where it is now.
-        overrides: what is to differ.
+        folder: current path of the run folder; it replaces the stored run.dir and run.name.
+        overrides: as in `load_config`.
     """
     folder = Path(os.path.normpath(folder))
     if folder.name in ("", ".."):
@@ -149,7 +152,7 @@ def load_run(folder: Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def read_description(path: Path | None) -> dict[str, Any]:
-    """Return the sections of a description file, not validated; arguments and errors as of `load_config`."""
+    """Return the sections of a description file without validation; see `load_config` for arguments and errors."""
     values: dict[str, Any] = {}
     if path is not None:
         if not path.is_file():
@@ -159,12 +162,12 @@ def read_description(path: Path | None) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise ValueError(f"{path}: expected YAML, got {error}. Fix the file.") from None
         if not isinstance(values, dict):
-            raise ValueError(f"{path}: expected sections, got {type(values).__name__}. Begin as ray_config.yaml does.")
+            raise ValueError(f"{path}: expected sections, got {type(values).__name__}. See ray_config.yaml.")
     return values
 
 
 def resolve(description: Mapping[str, Any], overrides: Iterable[str] = (), *, size: str | None = None) -> Config:
-    """Resolve a description that was read before, which is not changed; see `load_config`."""
+    """Resolve a description from `read_description`, which is not modified; see `load_config`."""
     values: dict[str, Any] = copy.deepcopy(dict(description))
     sizes = values.pop("sizes", None) or {}
     if size is not None:
@@ -172,18 +175,18 @@ def resolve(description: Mapping[str, Any], overrides: Iterable[str] = (), *, si
             raise ValueError(f"--size: expected one of {sorted(sizes)}, got {size}.")
         _merge(values, sizes[size])
     for override in overrides:
-        key, found, text = override.partition("=")
-        if not found or not all(key.split(".")):
+        key, separator, text = override.partition("=")
+        if not separator or not all(key.split(".")):
             raise ValueError(f"override: expected section.key=value, got {override!r}.")
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
-            raise ValueError(f"{key}: expected a YAML value, got {text!r}. Close its quotes and brackets.") from None
+            raise ValueError(f"{key}: expected a YAML value, got {text!r}. Check its quotes and brackets.") from None
         node: dict[str, Any] = {}
         set_value(node, key, value)
         _merge(values, node)
     fidelity, dataset = values.get("fidelity", "corrected"), str(value_at(values, "data.name"))
-    if fidelity in get_args(Fidelity):  # else validation refuses it by name
+    if fidelity in get_args(Fidelity):  # other values fail in the validation
         for key, switch in FIDELITY_SWITCHES.items():
             if value_at(values, key) is None:
                 set_value(values, key, switch.value(fidelity, dataset))
@@ -200,12 +203,12 @@ def resolve(description: Mapping[str, Any], overrides: Iterable[str] = (), *, si
 def explain(
     error: ValidationError, known: Collection[str] | None = None, *, see: str = "`tvilfm config schema`"
 ) -> str:
-    """Return one line per fault: dotted key, what was expected, what was found, what to do.
+    """Return one line per error: the dotted key, the expected value, the actual value, and what to do.
 
     Args:
-        error: of pydantic.
-        known: dotted keys that there are; None = those of the run description.
-        see: where they are described.
+        error: the pydantic error.
+        known: existing dotted keys; None = keys of the run description.
+        see: where the keys are described.
     """
     known = known_keys() if known is None else known
     lines = []
@@ -214,9 +217,9 @@ def explain(
         if fault["type"] == "extra_forbidden":
             sections = {one.rpartition(".")[0] for one in known} - {""}
             near = difflib.get_close_matches(key, [*known, *sections], n=1, cutoff=0.0)
-            lines.append(f"{key}: expected a known key, got this one. Did you mean {near[0]}?")
+            lines.append(f"{key}: expected a known key, got an unknown one. Did you mean {near[0]}?")
         elif fault["type"] == "value_error":
-            # A section's own check names the key within the section.
+            # The message of a section's validator begins with the key inside that section.
             lines.append(f"{key}.{fault['ctx']['error']}" if key else str(fault["ctx"]["error"]))
         else:
             lines.append(f"{key}: {fault['msg'].lower()}, got {fault['input']!r}. See {see}.")
@@ -224,7 +227,7 @@ def explain(
 
 
 def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, str]:
-    """Return every dotted key with its one-line description."""
+    """Return a mapping from every dotted key to its description."""
     keys: dict[str, str] = {}
     for name, info in section.model_fields.items():
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
@@ -248,13 +251,13 @@ def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
 
 
 def set_value(values: dict[str, Any], dotted: str, value: object) -> None:
-    """Set the value at a dotted key of nested mappings; missing mappings are created."""
+    """Set the value at a dotted key of nested mappings, and create missing mappings."""
     *sections, key = dotted.split(".")
     for section in sections:
         if values.get(section) is None:
             values[section] = {}
         values = values[section]
-        if not isinstance(values, dict):  # left for the validation to refuse by name
+        if not isinstance(values, dict):  # fails in the validation, which names the key
             return
     values[key] = value
 

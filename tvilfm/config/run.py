@@ -1,4 +1,4 @@
-"""The section `run`: names, folders, seed and trackers."""
+"""The section `run`: name, folders, seed and trackers."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from tvilfm.config.section import Section
 
 
 class RunSection(Section):
-    name: str = Field("demo", pattern=r"^\w[\w.-]*$", description="folder under run.dir that holds this run")
-    dir: Path = Field(Path("runs"), description="folder that holds the runs")
+    name: str = Field("demo", pattern=r"^\w[\w.-]*$", description="folder of this run, in run.dir")
+    dir: Path = Field(Path("runs"), description="folder of all runs")
     stages_dir: Path | None = Field(
-        None, description="folder of finished stages, which runs share; null = inside the run folder"
+        None, description="folder of finished stages that runs share; null = inside the run folder"
     )
-    seed: int = Field(0, ge=0, description="every random draw of training and evaluation follows from it")
+    seed: int = Field(0, ge=0, description="seed of all random draws of training and evaluation")
     trackers: tuple[Literal["mlflow", "wandb"], ...] = Field(
-        (), description="also log to mlflow, wandb (JSON lines and TensorBoard always)"
+        (), description="further trackers: mlflow, wandb; JSON lines and TensorBoard are always written"
     )
-    mlflow_uri: str | None = Field(None, description="MLflow server or database; null = SQLite file in run.dir")
+    mlflow_uri: str | None = Field(None, description="MLflow server or database; null = an SQLite file in run.dir")
 
     @property
     def path(self) -> Path:

@@ -1,4 +1,4 @@
-"""What all sections of the run description have in common."""
+"""The base class of the sections of the run description, and a check that several sections share."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ class Section(BaseModel):
 
 
 def check_no_keys(name: str, uri: str | None) -> None:
-    """Refuse keys in a URI, because the description is written into run folders, reports and rendered files."""
+    """Check that a URI contains no keys: the description is written to run folders, reports and rendered files.
+
+    Raises:
+        ValueError: the URI contains a user or keys.
+    """
     user = "" if uri is None else uri.partition("://")[2].partition("?")[0].rpartition("@")[0]
     if user not in ("", "anonymous"):
         raise ValueError(
-            f"{name}: expected a URI without keys, got one with. Set them in the environment of every machine "
+            f"{name}: expected a URI without keys, got one with keys. Set them in the environment of every machine "
             "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, ...)."
         )

@@ -1,4 +1,4 @@
-"""The sections `gallery` and `serve`: the gallery that is searched, and the service."""
+"""The sections `gallery` and `serve`: the gallery and the service that searches it."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ from pydantic import Field, model_validator
 
 from tvilfm.config.section import Section, check_no_keys
 
-MAX_BATCH = 10_000  # that serve.max_batch may be: so much is checked of a body before it is counted
+# Upper bound of serve.max_batch; bodies are validated against it before the configured limit applies.
+MAX_BATCH = 10_000
 
 
 class GallerySection(Section):
-    """The people that a service searches, and how."""
+    """The gallery that a service searches, and its index."""
 
     uri: str | None = Field(
         None, description="folder or object store prefix of the gallery; null = gallery/ in the run folder"
     )
     exact_limit: int = Field(
-        100_000, ge=0, description="up to this many rows, search is exact and in memory; above, it uses IVF_PQ"
+        100_000, ge=0, description="maximum rows for exact search in memory; larger galleries use an index (IVF_PQ)"
     )
-    partitions: int | None = Field(None, ge=1, description="lists of the index (IVF); null = square root of the rows")
+    partitions: int | None = Field(
+        None, ge=1, description="lists of the index (IVF); null = square root of the number of rows"
+    )
     sub_vectors: int = Field(
         128, ge=1, description="bytes per vector in the index (PQ); must divide the vector's dimension"
     )
-    probes: int = Field(32, ge=1, description="lists of the index that a search reads; more if they have too few rows")
-    refine: int = Field(10, ge=1, description="candidates per hit that are compared by their full vectors")
+    probes: int = Field(32, ge=1, description="lists of the index per search; more are read if these have too few rows")
+    refine: int = Field(10, ge=1, description="candidates per hit that are compared with their full vectors")
     thumbnail_height: int = Field(192, ge=16, description="height of the stored thumbnails, pixels")
 
     @model_validator(mode="after")
@@ -36,50 +39,49 @@ class GallerySection(Section):
 
 
 class ServeSection(Section):
-    """The retrieval service: where it listens, how far it scales, what it refuses and what it keeps."""
+    """The retrieval service: address, scaling, limits and retention."""
 
-    host: str = Field("127.0.0.1", description="address to listen on; any address but loopback needs serve.keys")
+    host: str = Field("127.0.0.1", description="address to listen on; all addresses except loopback require serve.keys")
     port: int = Field(8000, ge=1, le=65535, description="port to listen on")
-    keys: Path | None = Field(
-        None, description="file of API keys (`tvilfm keys add`); null = no keys, only on loopback"
-    )
+    keys: Path | None = Field(None, description="file of API keys (`tvilfm keys add`); null = no keys, loopback only")
     tls_cert: Path | None = Field(None, description="certificate (PEM) for HTTPS; null = HTTP")
     tls_key: Path | None = Field(None, description="private key (PEM) of serve.tls_cert")
     captioner: str | None = Field(
         None,
-        description="who says what an infrared image shows if the client does not: null = nobody, run = the run's "
-        "fine-tuned captioner, or a transformers model",
+        description="used when a client sends no infrared caption: null = none, run = the run's, or a model",
     )
-    encoders: int = Field(1, ge=1, description="encoder replicas without load")
-    max_encoders: int = Field(1, ge=1, description="encoder replicas under load")
-    searchers: int = Field(2, ge=1, description="searcher replicas; each holds the gallery in memory")
-    searcher_gpus: float = Field(0, ge=0, description="GPUs of each searcher; 0.2 lets it share one, 0 = CPU")
-    batch: int = Field(16, ge=1, description="maximum queries that are encoded or searched together")
-    batch_wait_ms: float = Field(2.0, ge=0, description="how long a batch waits for more queries, milliseconds")
-    follow_s: float = Field(1.0, gt=0, description="how often searchers look for a new gallery version, seconds")
-    max_body_mb: float = Field(16.0, gt=0, description="largest request body, megabytes (413)")
+    encoders: int = Field(1, ge=1, description="encoder replicas without load (minimum)")
+    max_encoders: int = Field(1, ge=1, description="encoder replicas under load (maximum)")
+    searchers: int = Field(2, ge=1, description="searcher replicas; each one holds the gallery in memory")
+    searcher_gpus: float = Field(0, ge=0, description="GPUs per searcher; 0.2 = five searchers share one GPU, 0 = CPU")
+    batch: int = Field(16, ge=1, description="maximum queries that are encoded or searched in one batch")
+    batch_wait_ms: float = Field(2.0, ge=0, description="time that a batch waits for more queries, milliseconds")
+    follow_s: float = Field(
+        1.0, gt=0, description="interval at which searchers check for a new gallery version, seconds"
+    )
+    max_body_mb: float = Field(16.0, gt=0, description="maximum size of a request body, megabytes (413)")
     max_pixels: int = Field(
-        16_000_000, ge=1, description="maximum pixels of an image, and of all images of a request together (422)"
+        16_000_000, ge=1, description="maximum pixels of an image, and of all images of a request in total (422)"
     )
     max_batch: int = Field(
-        64, ge=1, le=MAX_BATCH, description="queries of a batch search, and rows of a bulk write (422)"
+        64, ge=1, le=MAX_BATCH, description="maximum queries of a batch search, and rows of a bulk write (422)"
     )
     max_queued: int = Field(128, ge=1, description="maximum requests that wait for a replica (429)")
     audit: Path | None = Field(None, description="folder of the audit trail; null = audit/ in the run folder")
     audit_days: int | None = Field(None, ge=1, description="days to keep the audit trail; null = forever")
     retention_days: int | None = Field(
-        None, ge=1, description="days after which people are deleted from the gallery and its files; null = never"
+        None, ge=1, description="days after which rows are deleted from the gallery and its files; null = never"
     )
 
     @model_validator(mode="after")
     def _agree(self) -> ServeSection:
         if self.keys is None and not is_loopback(self.host):
             raise ValueError(
-                f"keys: expected a file of API keys with host {self.host}, got null. Make one with `tvilfm keys add`, "
-                "or listen at 127.0.0.1."
+                f"keys: expected a file of API keys with host {self.host}, got null. "
+                "Create one with `tvilfm keys add`, or set host to 127.0.0.1."
             )
         if (self.tls_cert is None) != (self.tls_key is None):
-            raise ValueError("tls_key: expected both tls_cert and tls_key or none of them, got one.")
+            raise ValueError("tls_key: expected both tls_cert and tls_key or neither, got one. Set the other one too.")
         if self.max_encoders < self.encoders:
             raise ValueError(f"max_encoders: expected at least encoders = {self.encoders}, got {self.max_encoders}.")
         return self

@@ -1,1 +1,1 @@
-"""Protocols, query texts, metrics and results."""
+"""Evaluation: protocols, query texts, metrics and results."""

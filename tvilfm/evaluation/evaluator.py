@@ -1,9 +1,10 @@
-"""Evaluation: from raw features and texts to the rows of the result table.
+"""Evaluate raw features and texts, and return the rows of the result table.
 
-An infrared query is asked four ways: alone (through the base stage's head, which the text stage does not move), text
-alone, fusion, and the ensemble of the three (all through the current head). A visible query, of the protocols that
-search infrared images, is asked alone: there is no missing colour for a text to bring. Where a text takes part, its
-source is said: who wrote the query's sentence decides more than any part of the network (METHOD 6).
+An infrared query is evaluated in four ways: infrared alone (through the base stage's head, which the text stage does
+not change), text alone, fusion, and the ensemble of the three (all through the current head). In protocols that search
+infrared images, a visible query is evaluated alone, because a text has no missing colour to add. Every result with a
+text names its text source: who wrote the query's sentence affects the numbers more than any part of the network
+(METHOD 6).
 
 Shapes: Q queries, G gallery, D feature.
 """
@@ -38,7 +39,7 @@ Similarity = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class CaseResult:
-    """One row of the table: one kind of query, text source and protocol, over all gallery draws."""
+    """One row of the table: the result of one query kind, text source and protocol over all gallery draws."""
 
     query: str
     text_source: TextSource
@@ -48,16 +49,16 @@ class CaseResult:
 
 
 class Evaluator:
-    """Scores a model's features under the protocols.
+    """Evaluator of a model's features under the protocols.
 
     Args:
-        model: heads are used, not the encoders; in eval mode.
-        manifest: the dataset's rows.
-        query_texts: sentences of the queries, as `draw_query_texts` returns.
+        model: network in eval mode; only its heads are used, not its encoders.
+        manifest: rows of the dataset.
+        query_texts: sentences of the queries, from `draw_query_texts`.
         images: raw features by image path.
-        texts: raw features by sentence; None evaluates infrared alone.
-        section: protocols, text sources, ensemble weights.
-        filter_text: SFF on (subtract the infrared caption) or its ablation.
+        texts: raw features by sentence; None evaluates queries without text only.
+        section: protocols, text sources and ensemble weights.
+        filter_text: whether to subtract the infrared caption (SFF); False is the ablation.
         split: test or val identities.
     """
 
@@ -76,7 +77,7 @@ class Evaluator:
         self._model, self._manifest, self._query_texts = model, manifest, query_texts
         self._images, self._texts, self._section = images, texts, section
         self._filter_text, self._split = filter_text, split
-        self._galleries: dict[tuple[str, int], pa.Table] = {}  # every query of a protocol meets the same draws
+        self._galleries: dict[tuple[str, int], pa.Table] = {}  # all query kinds of a protocol share the draws
 
     @property
     def section(self) -> EvaluateSection:
@@ -92,7 +93,7 @@ class Evaluator:
         return self._galleries[key]
 
     def texts(self, protocol: Protocol, source: TextSource) -> QueryTexts | None:
-        """Return the sentences of a protocol's queries; None where the source does not apply or no text is encoded."""
+        """Return the sentences of a protocol's queries; None if the source does not apply or no text is encoded."""
         if self._texts is None:
             return None
         return select_query_texts(self._query_texts, self.query(protocol), protocol, source, split=self._split)
@@ -105,7 +106,7 @@ class Evaluator:
 
     @torch.inference_mode()
     def part_vectors(self, query: pa.Table, texts: QueryTexts) -> dict[str, Tensor]:
-        """Return unit vectors (Q, D) of the ensemble's parts, infrared, text and fusion, through the current head."""
+        """Return unit vectors (Q, D) of the ensemble's parts (infrared, text, fusion) through the current head."""
         assert self._texts is not None
         raw = self._on_device(self._images.select(query["image"].take(pa.array(texts.kept)).to_pylist()))
         text = self._on_device(self._texts.select(texts.texts))
@@ -123,10 +124,10 @@ class Evaluator:
         return {"text": parts["text"], "fusion": parts["fusion"], "ensemble": ensemble}
 
     def evaluate(self, *, only_default: bool = False) -> list[CaseResult]:
-        """Return the rows of the table: the image alone, then each text source that applies, for each protocol.
+        """Return the rows of the table: per protocol, the image alone, then each text source that applies.
 
         Args:
-            only_default: the default table's protocol and text source alone.
+            only_default: whether to evaluate only the protocol and text source of the default table.
         """
         section = self._section
         protocols = section.protocols[:1] if only_default else section.protocols
@@ -148,12 +149,12 @@ class Evaluator:
         return results
 
     def similarity(self, vectors_QD: Tensor, gallery: pa.Table, *, base: bool) -> Similarity:
-        """Return (Q, G) similarity of query vectors to gallery images, re-ranked as `rerank` says."""
+        """Return the (Q, G) similarity of query vectors to gallery images, re-ranked according to `rerank`."""
         rerank, gallery_GD = self._section.rerank, self.image_vectors(gallery, base=base)
         if rerank.method == "none":
             similarity_QG = similarity(vectors_QD, gallery_GD)
         else:
-            unit_QD = F.normalize(vectors_QD, dim=1)  # an ensemble is a sum
+            unit_QD = F.normalize(vectors_QD, dim=1)  # an ensemble vector is a sum
             if rerank.method == "k_reciprocal":
                 similarity_QG = k_reciprocal_rerank(
                     unit_QD, gallery_GD, k1=rerank.k1, k2=rerank.k2, lambda_value=rerank.lambda_value
@@ -164,10 +165,10 @@ class Evaluator:
         return _numbers(similarity_QG)
 
     def votes(self, parts: Mapping[str, Tensor], gallery: pa.Table) -> dict[str, Tensor]:
-        """Return (Q, G) votes of each part of the ensemble, before weights and re-ranking.
+        """Return the (Q, G) votes of each part of the ensemble, before weighting and re-ranking.
 
         Args:
-            parts: of `part_vectors`.
+            parts: unit vectors from `part_vectors`.
             gallery: rows of the manifest.
         """
         gallery_GD, temperature = self.image_vectors(gallery, base=False), self._section.ensemble.temperature
@@ -177,13 +178,13 @@ class Evaluator:
         return {name: (of_part / temperature).softmax(dim=1) for name, of_part in votes.items()}
 
     def ensemble_similarity(self, parts: Mapping[str, Tensor], gallery: pa.Table) -> Similarity:
-        """Return (Q, G) similarity of the ensemble: one search with the summed vectors, or a sum of soft votes.
+        """Return the (Q, G) similarity of the ensemble: one search with the summed vectors, or a sum of soft votes.
 
         Args:
-            parts: of `part_vectors`.
+            parts: unit vectors from `part_vectors`.
             gallery: rows of the manifest.
 
-        Source: METHOD 7. Differs: `ensemble.temperature`, which is ours; soft votes cannot be one search.
+        Source: METHOD 7. Differs: `ensemble.temperature`, which is ours; soft votes need one search per part.
         """
         ensemble = self._section.ensemble
         if ensemble.temperature is None:
@@ -239,7 +240,7 @@ def _numbers(similarity_QG: Tensor) -> Similarity:
 
 
 def default_case(results: Sequence[CaseResult], section: EvaluateSection, kind: str) -> CaseResult | None:
-    """Return a query's case in the default table, or None if it was not evaluated."""
+    """Return the result of a query kind in the default table, or None if it was not evaluated."""
     source = "none" if kind in ("infrared", "visible") else section.default_text_source
     for case in results:
         if (case.query, case.text_source, case.protocol) == (kind, source, section.protocols[0]):

@@ -1,4 +1,4 @@
-"""Feature tables: raw features by key (an image path, a sentence), in memory and as Parquet."""
+"""Feature tables: raw features by key (image path or sentence), in memory and as Parquet."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-IMAGES_FILE = "images.parquet"  # of a stage: the features of the images that are evaluated
+IMAGES_FILE = "images.parquet"  # in a stage's folder: features of the evaluated images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class FeatureTable:
             )
 
     def select(self, keys: Sequence[str]) -> npt.NDArray[np.float32]:
-        """Return (len(keys), D) vectors of the keys, in their order.
+        """Return the vectors (len(keys), D) of the keys, in their order.
 
         Raises:
             KeyError: when a key has no vector.

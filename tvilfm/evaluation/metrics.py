@@ -1,17 +1,17 @@
-"""CMC, mAP and mINP from a similarity matrix, without sorting it.
+"""Compute CMC, mAP and mINP from a similarity matrix, without sorting it.
 
-All three need only the rank of each true match, and a rank is a count: one more than the kept gallery images ahead
-of it. Counting is one comparison of a row with each of its few true matches, which processors do on many numbers
-at once; sorting a row to read a handful of positions from it is the expensive way. Eight comparison results, one
-byte each, are summed in one 64-bit addition.
+All three need only the rank of each true match: one plus the number of kept gallery images ahead of it. Counting
+compares a row with each of its few true matches, which processors do on many numbers at once. Sorting the whole row for
+a few positions would be slower. Eight comparison results, one byte each, are summed in one 64-bit addition.
 
-Ties rank by the stable order of the gallery: left of a true match an equal similarity is ahead of it (>=), right of
-it not (>). Queries are taken in order of identity, so that in a gallery sorted by identity, as every protocol here
-draws it, the matches of a whole chunk lie in a few columns; only these need the two cases told apart one by one.
+Ties rank by the order of the gallery: an equal similarity is ahead of a true match if it is left of it (>=), but not if
+it is right of it (>). Queries are processed in order of identity. In a gallery sorted by identity, as every protocol
+here draws it, the matches of a chunk are then close together, and only the columns between the first and the last match
+need both comparisons.
 
-Queries do not influence each other: chunks bound the memory and never change a number.
+Queries are independent of each other: chunks limit the memory and never change a result.
 
-Shape suffixes: Q query, G gallery, R query rows of one chunk, P true matches of a query (padded to the most of the
+Shape suffixes: Q query, G gallery, R query rows of one chunk, P true matches of a query (padded to the maximum of the
 chunk), M true matches of one chunk in one list, I identities, K ranks.
 """
 
@@ -36,13 +36,14 @@ _Floats = npt.NDArray[np.float64]
 _Bools = npt.NDArray[np.bool_]
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
-# Similarities handed to a thread at a time, at most 16 MB once copied.
+# Similarities that one thread processes at a time, at most 16 MB when copied.
 CHUNK_ELEMENTS = 2**21
-# Comparison results, one byte each, worked on at a time: on a processor about a level-2 cache (measured with one of
-# 1 MiB: an eighth of it is up to 1.3 times slower, the double no faster), elsewhere what fills the device.
+# Comparison results, one byte each, that are processed at a time. On a CPU, about the size of a level-2 cache (measured
+# with 1 MiB: an eighth is up to 1.3 times slower, twice the size is no faster). On other devices, enough to fill the
+# device.
 _CACHE_BYTES = 2**20
 _DEVICE_BYTES = 2**28
-# Below this many similarities, about 0.3 ms of work, starting threads costs more than it saves.
+# Below this number of similarities (about 0.3 ms of work), starting threads costs more than it saves.
 _WORTH_THREADS = 2**17
 
 
@@ -76,7 +77,7 @@ def ranking_metrics(
     max_rank: int = 20,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> RankingMetrics:
-    """Score how a similarity matrix ranks the gallery for each query, by the rules of one benchmark.
+    """Score the ranking of the gallery for each query, by the rules of one benchmark.
 
     | protocol | gallery ignored by a query | CMC counts |
     |---|---|---|
@@ -85,27 +86,27 @@ def ranking_metrics(
     | llcm | same identity and same camera | identities |
     | market1501 | same identity and same camera | images |
 
-    "Identities" is the deduplicated CMC: each identity of the ranked list is counted once, where it first
-    occurs. mAP and mINP always use all kept images. Average precision is not interpolated: the mean, over true
-    matches, of (matches so far) / rank; INP is (number of matches) / (rank of the last one).
+    "Identities" is the deduplicated CMC: each identity in the ranked list is counted once, at its first occurrence.
+    mAP and mINP always use all kept images. Average precision is not interpolated: it is the mean, over true matches,
+    of (matches so far) / rank. INP is (number of matches) / (rank of the last match).
 
     Args:
-        similarity_QG: [Q, G] float16, bfloat16, float32 or float64, higher is closer, no NaN, not necessarily
-            normalised; numpy, or torch on any device (compared on that device).
+        similarity_QG: [Q, G] float16, bfloat16, float32 or float64; higher is closer; without NaN; not necessarily
+            normalised. A numpy array, or a torch tensor on any device (compared on that device).
         query_pids: [Q] identity of each query.
         gallery_pids: [G] identity of each gallery image.
         query_camids: [Q] camera of each query.
         gallery_camids: [G] camera of each gallery image.
-        protocol: whose rules; one of the table above.
+        protocol: benchmark rule from the table above.
         max_rank: length of the CMC curve, >= 1. Ranks past the end of the gallery repeat the last value.
-        chunk_elements: similarities treated at a time; bounds the memory, never changes a number.
+        chunk_elements: number of similarities processed at a time; limits the memory and never changes a result.
 
     Returns:
         Metrics as fractions 0-1. Equal similarities rank by gallery index, lowest first.
 
     Raises:
-        ValueError: an unknown protocol, a similarity that is not a two-dimensional float matrix or contains
-            NaN, labels of another length, `max_rank` or `chunk_elements` below 1, or no query with a match.
+        ValueError: the protocol is unknown, the similarity is not a two-dimensional float matrix or contains NaN,
+            labels have another length, `max_rank` or `chunk_elements` is below 1, or no query has a match.
 
     Source: CMC of SYSU-MM01: Wu et al., ICCV 2017, and the evaluators released with AGW (Ye et al., TPAMI 2021,
         which also defines mINP) and, for LLCM, with DEEN (Zhang and Wang, CVPR 2023); Market-1501: Zheng et
@@ -115,7 +116,7 @@ def ranking_metrics(
     """
     if protocol not in get_args(MetricRule):
         known = ", ".join(get_args(MetricRule))
-        raise ValueError(f"protocol: expected one of {known}, got {protocol!r}. Name the benchmark's rule.")
+        raise ValueError(f"protocol: expected one of {known}, got {protocol!r}. Choose the benchmark's rule.")
     for name, count in (("max_rank", max_rank), ("chunk_elements", chunk_elements)):
         if count < 1:
             raise ValueError(f"{name}: expected >= 1, got {count}. Raise it.")
@@ -153,7 +154,7 @@ class _Labels:
 
 @dataclass(frozen=True)
 class _Scores:
-    """Per valid query of one chunk: average precision, INP, and the rank at which CMC counts the hit."""
+    """Average precision, INP, and the rank of the CMC hit for each valid query of one chunk."""
 
     precision: _Floats
     inp: _Floats
@@ -161,7 +162,7 @@ class _Scores:
 
 
 class _Ranker:
-    """The similarity matrix with what all its chunks share: the gallery by identity, and the rules."""
+    """Scorer of chunks of one similarity matrix, with the data that chunks share: gallery by identity, and rules."""
 
     def __init__(self, matrix: Matrix, labels: _Labels, rule: MetricRule) -> None:
         self.matrix = matrix
@@ -174,7 +175,7 @@ class _Ranker:
         self.turns = self._turns() if rule in ("sysu_mm01", "llcm") else None
 
     def _turns(self) -> list[_Ints]:
-        """Columns, one image of each identity at a time; identities with the most images come first."""
+        """Return columns in turns, with one image per identity in each; identities with the most images come first."""
         by_count = np.argsort(-self.count, kind="stable")
         turns = []
         for turn in range(int(self.count.max())):
@@ -183,9 +184,9 @@ class _Ranker:
         return turns
 
     def score(self, rows: _Ints) -> _Scores:
-        """Score these queries."""
+        """Score the queries in the given rows."""
         block_RG = _block(self.matrix, rows)
-        if np.isnan(float(block_RG.max())):  # a maximum hands NaN on
+        if np.isnan(float(block_RG.max())):  # a maximum propagates NaN
             raise ValueError(
                 f"similarity_QG: expected no NaN, got some in query rows {rows.min()} to {rows.max()}. "
                 "Check the features for zero-length or diverged vectors."
@@ -205,13 +206,13 @@ class _Ranker:
 
         nth_M = np.arange(len(row_M)) - (np.cumsum(num_matches_R) - num_matches_R)[row_M]
         column_RP = np.zeros((len(rows), int(num_matches_R.max())), dtype=np.int64)
-        # A place without a match repeats the row's first one, so it never beats the best.
+        # Padding repeats the row's first match, so it is never better than the best match.
         valid_R = num_matches_R > 0
         column_RP[valid_R] = column_M[nth_M == 0][:, None]
         column_RP[row_M, nth_M] = column_M
         if isinstance(block_RG, np.ndarray):
-            # Before it compares rows shorter than a quarter of its 8,192-element buffer with a column, numpy
-            # copies them into that buffer, at three times the cost of comparing them where they are.
+            # When numpy compares rows shorter than a quarter of its 8,192-element buffer with a column, it first
+            # copies them into the buffer, which takes three times as long as comparing them in place.
             numpy_buffer = np.setbufsize(1024)
             try:
                 ahead_RP, best_RG = _ahead_on_cpu(
@@ -235,12 +236,12 @@ class _Ranker:
             for turn in self.turns:
                 seen_RI[:, : len(turn)] |= np.take(best_RG, turn, axis=1)
             hit_rank = np.count_nonzero(seen_RI, axis=1)[valid_R] + 1
-        # A running sum, unlike a pairwise one, is the same however much padding follows.
+        # Unlike a pairwise sum, a running sum does not depend on the amount of padding.
         precision = precision_RP.cumsum(axis=1)[:, -1] / num_matches_R
         return _Scores(precision, num_matches_R / last_R, hit_rank)
 
     def _matches(self, query_pids: _Ints) -> tuple[_Ints, _Ints]:
-        """Row and column of every gallery image of each query's identity, rows and then columns ascending."""
+        """Return row and column of every gallery image of each query's identity, by ascending row, then column."""
         slot_R = np.minimum(np.searchsorted(self.pids, query_pids), len(self.pids) - 1)
         count_R = np.where(self.pids[slot_R] == query_pids, self.count[slot_R], 0)
         row_M = np.repeat(np.arange(len(query_pids)), count_R)
@@ -250,7 +251,10 @@ class _Ranker:
 
 @dataclass(frozen=True)
 class _Ignored:
-    """What takes no part: the hidden columns of the blind rows, and single entries, rows ascending."""
+    """Ignored entries: all hidden columns in the blind rows, and single entries in order of their rows.
+
+    By the SYSU-MM01 rule, blind rows are queries of camera 3, and hidden columns are gallery images of camera 2.
+    """
 
     blind_R: _Bools
     hidden_G: _Bools
@@ -259,7 +263,7 @@ class _Ignored:
 
 
 def _block(matrix: Matrix, rows: _Ints) -> Matrix:
-    """Rows of the matrix, without a copy where they are consecutive; numpy if they lie in main memory."""
+    """Return rows of the matrix, without a copy if they are consecutive; as numpy if they are in main memory."""
     index: Any = slice(int(rows[0]), int(rows[-1]) + 1) if bool((np.diff(rows) == 1).all()) else rows
     if isinstance(matrix, np.ndarray):
         block_RG: npt.NDArray[Any] = matrix[index]
@@ -273,20 +277,20 @@ def _block(matrix: Matrix, rows: _Ints) -> Matrix:
 def _ahead_on_cpu(
     block_RG: npt.NDArray[Any], column_RP: _Ints, num_matches_R: _Ints, ignored: _Ignored, *, want_best: bool
 ) -> tuple[_Ints, _Bools | None]:
-    """Count what ranks ahead of each true match, and mark what ranks ahead of the best one.
+    """Count the images ahead of each true match, and mark the images ahead of the best match.
 
     Args:
         block_RG: [R, G] similarity.
         column_RP: [R, P] columns of the true matches.
-        num_matches_R: [R] how many of these are not padding.
-        ignored: what takes no part.
-        want_best: whether the marks are asked for.
+        num_matches_R: [R] number of columns that are not padding.
+        ignored: ignored entries.
+        want_best: whether to return the marks.
 
     Returns:
-        Images ahead [R, P], anything where padded; marks [R, G], all false without a match, or None.
+        Number of images ahead [R, P], undefined for padding; and the marks [R, G], all false without a match, or None.
     """
     num_rows, num_gallery = block_RG.shape
-    # A byte of a 64-bit sum overflows past 255 words, so a row is cut into runs no longer than that.
+    # A byte of a 64-bit sum overflows after 255 words, so rows are split into runs of at most that length.
     words = -(-num_gallery // 8)
     runs = -(-words // 255)
     width = -(-words // runs) * runs * 8
@@ -315,7 +319,7 @@ def _ahead_on_cpu(
         between = mask_RPG[:, :, first:last]
         np.greater(block[:, :, first:last], value, out=between)
         equal = block[:, :, first:last] == value
-        if np.count_nonzero(equal) > rows * places:  # more than each match with itself
+        if np.count_nonzero(equal) > rows * places:  # more equal pairs than each match with itself
             between |= equal & (np.arange(first, last) < column_RP[low:high, :places, None])
         if ignored_of[n] < ignored_of[n + 1]:
             here = slice(ignored_of[n], ignored_of[n + 1])
@@ -331,7 +335,7 @@ def _ahead_on_cpu(
 
 
 def _byte_sums(words: npt.NDArray[np.uint64]) -> _Ints:
-    """Sum of the eight bytes of each word: add neighbours, then let one multiplication add the four pairs."""
+    """Return the sum of the eight bytes of each word: add neighbours, then add the four pairs by a multiplication."""
     even = np.uint64(0x00FF00FF00FF00FF)
     pairs = (words & even) + ((words >> np.uint64(8)) & even)
     return ((pairs * np.uint64(0x0001000100010001)) >> np.uint64(48)).astype(np.int64)
@@ -340,7 +344,7 @@ def _byte_sums(words: npt.NDArray[np.uint64]) -> _Ints:
 def _ahead_on_device(
     block_RG: Tensor, column_RP: _Ints, ignored: _Ignored, *, want_best: bool
 ) -> tuple[_Ints, _Bools | None]:
-    """`_ahead_on_cpu` for a torch device: the same answers, written plainly; a device has the bandwidth."""
+    """Do the same as `_ahead_on_cpu` on a torch device, in a simpler way that needs more memory bandwidth."""
 
     def send(array: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(block_RG.device)
@@ -360,14 +364,14 @@ def _ahead_on_device(
         count_RP = mask_RPG.sum(dim=2)
         ahead.append(count_RP.cpu().numpy())
         if want_best:
-            # The best match is the one that fewest images are ahead of; padding repeats a match.
+            # The best match has the fewest images ahead of it; padding repeats a match.
             nth_R = torch.arange(high - low, device=block_RG.device)
             best.append(mask_RPG[nth_R, count_RP.argmin(dim=1)].cpu().numpy())
     return np.concatenate(ahead), np.concatenate(best) if want_best else None
 
 
 def _cuts(cost_R: _Ints, budget: int) -> list[int]:
-    """Where to cut rows into runs of about `budget` cost each, one row at least; both ends included."""
+    """Return the bounds, including both ends, of runs of rows with a cost of about `budget` and at least one row."""
     run_R = (np.cumsum(cost_R) - cost_R) // budget
     return [0, *(np.flatnonzero(np.diff(run_R)) + 1).tolist(), len(cost_R)]
 
@@ -396,7 +400,7 @@ def _checked_similarity(matrix: Matrix) -> Matrix:
     if matrix.ndim != 2 or dtype not in _FLOATS or 0 in matrix.shape:
         raise ValueError(
             f"similarity_QG: expected a matrix of queries by gallery in {', '.join(_FLOATS)}, got shape "
-            f"{tuple(matrix.shape)} in {dtype}. Pass one row a query and one column a gallery image."
+            f"{tuple(matrix.shape)} in {dtype}. Pass one row per query and one column per gallery image."
         )
     return matrix
 
@@ -406,6 +410,6 @@ def _checked_labels(name: str, labels: Labels, length: int) -> _Ints:
     if array.shape != (length,) or array.dtype.kind not in "iu":
         raise ValueError(
             f"{name}: expected {length} integers to fit similarity_QG, got shape {array.shape} in "
-            f"{array.dtype}. Pass one a row for queries, one a column for the gallery."
+            f"{array.dtype}. Pass one label per row for queries and one per column for the gallery."
         )
     return array.astype(np.int64)

@@ -1,8 +1,8 @@
-"""Test protocols of the benchmarks: query images, gallery images, and the text of a query.
+"""Test protocols of the benchmarks: query images, gallery images, and query texts.
 
-A protocol is data plus a seeded draw. Both work on the manifest, so the same protocol runs on the test identities
-or, with `split="val"`, on the validation identities that choose the checkpoint. Draws use their own generator,
-seeded by the trial, and repeat the stream of the released code image for image; the global generator is untouched.
+A protocol consists of data and a seeded draw. Both work on the manifest, so the same protocol runs on the test
+identities or, with `split="val"`, on the validation identities that select the checkpoint. Every draw uses its own
+generator, seeded by the trial, and draws the same images as the released code. The global generator is not used.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ from tvilfm.terms import Modality, Split
 
 @dataclass(frozen=True)
 class Protocol:
-    """One way to test on one benchmark.
+    """One test protocol of one benchmark.
 
     Attributes:
         name: as in `get_protocol`.
-        dataset: whose rules the metrics follow, the `protocol` of `ranking_metrics`.
-        query_modality: modality that searches.
-        gallery_modality: modality that is searched.
+        dataset: benchmark whose rules the metrics follow; the `protocol` of `ranking_metrics`.
+        query_modality: modality of the queries.
+        gallery_modality: modality of the gallery.
         query_cameras: cameras of the queries, ascending; None for all.
         gallery_cameras: cameras of the gallery, ascending; None for all.
-        images_per_camera: gallery images drawn per identity and camera; None for all, without a draw.
-        num_trials: galleries drawn; a result is the mean over them.
-        official: galleries are those of the dataset authors' `rand_perm_cam.mat`, not drawn from the trial's seed.
+        images_per_camera: number of gallery images drawn per identity and camera; None for all, without a draw.
+        num_trials: number of drawn galleries; a result is the mean over them.
+        official: whether to use the galleries of the dataset authors' `rand_perm_cam.mat` instead of drawing them from
+            the trial's seed.
     """
 
     name: str
@@ -56,9 +57,9 @@ class Protocol:
 def get_protocol(name: str) -> Protocol:
     """Return a protocol by name.
 
-    The known ones are `sysu_mm01/{all,indoor}/{single,multi}`, the same of the dataset authors' evaluation kit
-    `sysu_mm01/official/{all,indoor}/{single,multi}`, `regdb/{infrared-visible,visible-infrared}` and
-    `llcm/{infrared-visible,visible-infrared}`; a pair of modalities reads query-gallery.
+    Known protocols are `sysu_mm01/{all,indoor}/{single,multi}`, the same with the galleries of the dataset authors'
+    evaluation kit as `sysu_mm01/official/{all,indoor}/{single,multi}`, `regdb/{infrared-visible,visible-infrared}`,
+    `llcm/{infrared-visible,visible-infrared}` and `folder/infrared-visible`. A pair of modalities means query-gallery.
 
     Args:
         name: one of the above.
@@ -67,32 +68,32 @@ def get_protocol(name: str) -> Protocol:
         The protocol.
 
     Raises:
-        ValueError: an unknown name; the message lists the known ones.
+        ValueError: the name is unknown; the message lists the known names.
 
     Source: SYSU-MM01: Wu et al., ICCV 2017. RegDB: Nguyen et al., Sensors 2017, with the ten splits of Ye et al.,
         AAAI 2018. LLCM: Zhang and Wang, CVPR 2023; its near-infrared test images have no camera 3.
-    Differs: RegDB visible-infrared. Released TVI-LFM keeps the text on the infrared side there, so the gallery is
-        text-enhanced; here the query modality alone decides who searches.
+    Differs: RegDB visible-infrared. In released TVI-LFM, the text is on the infrared side, so the gallery is
+        text-enhanced; here, only queries can have a text.
     """
     known = {protocol.name: protocol for protocol in _protocols()}
     if name not in known:
-        raise ValueError(f"protocol: expected one of {', '.join(known)}, got {name!r}. Pick a known one.")
+        raise ValueError(f"protocol: expected one of {', '.join(known)}, got {name!r}. Choose a known one.")
     return known[name]
 
 
 def select_query(manifest: pa.Table, protocol: Protocol, *, split: Split = "test") -> pa.Table:
-    """Return the query rows in the order of the released code: identity, camera, file; RegDB as listed.
+    """Return the query rows in the order of the released code: by identity, camera and file; for RegDB, as listed.
 
     Args:
         manifest: rows with `image`, `pid`, `camid`, `modality`, `split`.
-        protocol: who searches.
+        protocol: protocol that selects the queries.
         split: test identities, or validation identities by the same rules.
 
     Returns:
         Rows of the manifest.
 
     Raises:
-        ValueError: no row qualifies.
+        ValueError: no row matches.
 
     Source: METHOD 8; released `process_query_sysu`, `process_query_llcm`, `process_test_regdb`.
     Differs: none known.
@@ -106,30 +107,31 @@ def select_query(manifest: pa.Table, protocol: Protocol, *, split: Split = "test
 def select_gallery(manifest: pa.Table, protocol: Protocol, *, trial: int, split: Split = "test") -> pa.Table:
     """Return the gallery rows of one trial, in the order drawn.
 
-    Official galleries: cameras and then identities ascending, images as `rand_perm_cam.mat` lists them for the trial.
-    Others: identities and then cameras ascending, one `random.choice` over the sorted files of each camera that shows
-    the identity, from a generator seeded by the trial. Multi-shot draws ten without replacement, or all if fewer.
+    Official galleries: by camera, then by identity, with images in the order of `rand_perm_cam.mat` for the trial.
+    Other galleries: by identity, then by camera, with one `random.choice` over the sorted files of each camera that
+    shows the identity, from a generator seeded by the trial. Multi-shot draws ten files without replacement, or all
+    files if there are fewer.
 
     Args:
         manifest: rows with `image`, `pid`, `camid`, `modality`, `split`.
-        protocol: who is searched.
-        trial: 0 to `protocol.num_trials` - 1, the seed.
+        protocol: protocol that selects the gallery.
+        trial: 0 to `protocol.num_trials` - 1; also the seed.
         split: test identities, or validation identities by the same rules.
 
     Returns:
         Rows of the manifest.
 
     Raises:
-        ValueError: a trial out of range, no row qualifies, or official galleries of a dataset without their file.
+        ValueError: the trial is out of range, no row matches, or the file of official galleries is missing.
 
     Source: METHOD 8; released `process_gallery_sysu` (AGW and its descendants) and `process_gallery_llcm` (DEEN).
         Both seed by trial and loop over zero-padded identities, then over camera folders in listed order: 1, 2,
         4, 5 or 1, 2 for SYSU-MM01, 1 to 9 for LLCM visible, the same without 3 for LLCM near-infrared.
-    Differs: multi-shot, which the released code draws from numpy's unseeded generator; ours repeats.
+    Differs: multi-shot, which the released code draws from numpy's unseeded generator; our draw is reproducible.
     """
     if not 0 <= trial < protocol.num_trials:
         raise ValueError(
-            f"trial: expected 0 to {protocol.num_trials - 1} for {protocol.name}, got {trial}. Pick one of these."
+            f"trial: expected 0 to {protocol.num_trials - 1} for {protocol.name}, got {trial}. Choose one of these."
         )
     rows = _rows(manifest, protocol, protocol.gallery_modality, protocol.gallery_cameras, split)
     if protocol.images_per_camera is None:
@@ -160,28 +162,29 @@ def witness_captions(
     split: Split = "test",
     draw: WitnessDraw = "seeded",
 ) -> list[str | None]:
-    """Draw each query's text like a witness description: a visible caption of the query's true identity.
+    """Draw a text for each query, as a witness would describe the person: a visible caption of the true identity.
 
-    The text is chosen with the ground truth, which is why a result carries its text source. Held out, only
-    captions of cameras that the gallery does not use are drawn, so none describes a gallery image; where the
-    gallery uses every visible camera there is none to draw.
+    The text is chosen with the ground truth, so every result names its text source. With `held_out`, only captions of
+    cameras that the gallery does not use are drawn, so that no text describes a gallery image. If the gallery uses
+    every visible camera, there are no such captions.
 
     Args:
         manifest: rows with `image`, `pid`, `camid`, `modality`, `split`.
-        captions: rows with `image` and `caption`.
+        captions: rows with `image`, `caption` and `captioner`.
         query: rows from `select_query`.
-        protocol: whose gallery cameras are held out.
-        seed: of the draw, one draw a query in query order.
-        held_out: `witness-heldout` rather than `witness`.
-        split: the identities that `query` is from.
-        draw: `released` draws as the released code does: `numpy.random.RandomState(1)`, whatever the seed, from the
-            lists of `id_caption_map_*.json` where the captions come with them. Held out is always `seeded`.
+        protocol: protocol whose gallery cameras are held out.
+        seed: seed of the draw; there is one draw per query, in query order.
+        held_out: whether to draw for `witness-heldout` instead of `witness`.
+        split: split of the identities in `query`.
+        draw: `released` draws as the released code does: from `numpy.random.RandomState(1)`, regardless of the seed,
+            and from the lists of `id_caption_map_*.json` if the captions include them. Held-out draws are always
+            `seeded`.
 
     Returns:
-        One text a query; None where held out leaves none.
+        One text per query; None if `held_out` leaves no caption.
 
     Raises:
-        ValueError: not held out, and an identity without a visible caption.
+        ValueError: without `held_out`, an identity has no visible caption.
 
     Source: METHOD 6.
     Differs: `seeded` follows the run's seed and draws from sorted captions.
@@ -191,7 +194,7 @@ def witness_captions(
         for image, text, captioner in zip(
             *(captions[name].to_pylist() for name in ("image", "caption", "captioner")), strict=True
         )
-        if not (held_out and captioner == BY_IDENTITY)  # whose camera saw it is not known
+        if not (held_out and captioner == BY_IDENTITY)  # the camera of such a caption is unknown
     }
     texts: dict[int, set[str]] = defaultdict(set)
     gallery_cameras = protocol.gallery_cameras
@@ -226,12 +229,12 @@ def ignored_gallery(protocol: Protocol, query_pid: int, query_camid: int, galler
     """Return which gallery images are ignored for one query.
 
     Args:
-        protocol: whose rule.
-        query_pid, query_camid: the query.
+        protocol: protocol whose rule applies.
+        query_pid, query_camid: identity and camera of the query.
         gallery: rows from `select_gallery`.
 
     Returns:
-        bool, one a gallery row.
+        One bool per gallery row.
 
     Source: METHOD 8. Differs: none known.
     """
@@ -245,15 +248,15 @@ def ignored_gallery(protocol: Protocol, query_pid: int, query_camid: int, galler
 
 
 def chance_level(query: pa.Table, gallery: pa.Table, protocol: Protocol) -> float:
-    """Return the mean rank-1 of a random order of the gallery.
+    """Return the expected rank-1 of a random order of the gallery.
 
-    The first image of a random order is a true match with probability (matches kept) / (images kept). That also
-    holds for the deduplicated CMC, whose first identity is that of the first image.
+    The first image of a random order is a true match with probability (kept matches) / (kept images). This also holds
+    for the deduplicated CMC, because the first identity is that of the first image.
 
     Args:
         query: rows from `select_query`.
         gallery: rows from `select_gallery`.
-        protocol: which gallery images a query ignores.
+        protocol: protocol that defines the ignored gallery images of a query.
 
     Returns:
         Fraction 0-1, mean over queries with a match.
@@ -305,7 +308,7 @@ def _protocols() -> list[Protocol]:
     pairs: tuple[tuple[Modality, Modality], ...] = (("infrared", "visible"), ("visible", "infrared"))
     for query, gallery in pairs:
         known.append(Protocol(f"regdb/{query}-{gallery}", "regdb", query, gallery, None, None, None, num_trials=1))
-    # Nobody has published a protocol for one's own images: every image, and what Market-1501 leaves out.
+    # There is no published protocol for a user's own images: use every image, and ignore what Market-1501 ignores.
     known.append(
         Protocol("folder/infrared-visible", "market1501", "infrared", "visible", None, None, None, num_trials=1)
     )
@@ -322,15 +325,15 @@ def _protocols() -> list[Protocol]:
 def _rows(
     manifest: pa.Table, protocol: Protocol, modality: Modality, cameras: tuple[int, ...] | None, split: Split
 ) -> list[_Row]:
-    wanted: str = split
+    manifest_split: str = split
     if split == "test" and protocol.dataset == "sysu_mm01":
-        wanted = "query" if modality == "infrared" else "gallery"
+        manifest_split = "query" if modality == "infrared" else "gallery"
     names = ("image", "pid", "camid", "modality", "split")
     columns: list[list[Any]] = [manifest[name].to_pylist() for name in names]
     return [
         _Row(index, image, pid, camid)
         for index, (image, pid, camid, of, part) in enumerate(zip(*columns, strict=True))
-        if of == modality and part == wanted and (cameras is None or camid in cameras)
+        if of == modality and part == manifest_split and (cameras is None or camid in cameras)
     ]
 
 
@@ -339,7 +342,7 @@ def _official_rows(manifest: pa.Table, rows: list[_Row], protocol: Protocol, tri
     if not drawn:
         raise ValueError(
             f"{protocol.name}: expected {PERMUTATIONS_FILE} of the dataset authors' evaluation kit in exp/, got none. "
-            f"Copy it there, or pick {protocol.name.replace('official/', '')}."
+            f"Copy it there, or use {protocol.name.replace('official/', '')}."
         )
     named = {(row.camid, row.pid, int(PurePosixPath(row.image).stem)): row for row in rows}
     chosen = []
@@ -348,7 +351,7 @@ def _official_rows(manifest: pa.Table, rows: list[_Row], protocol: Protocol, tri
             if (camid, pid, number) not in named:
                 raise ValueError(
                     f"{PERMUTATIONS_FILE}: expected image {number:04d} of identity {pid} in camera {camid}, got no "
-                    "such file. Unpack the dataset again: the file belongs to the whole of it."
+                    "such file. Unpack the dataset again; the evaluation kit requires the complete dataset."
                 )
             chosen.append(named[camid, pid, number])
     return chosen

@@ -1,4 +1,4 @@
-"""What is known about the training of a model that is evaluated on other data."""
+"""Record the known facts about the training of a model that is evaluated without training."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ FILE = "provenance.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Where a model comes from.
+    """The origin of a model.
 
     Attributes:
-        path: what was opened.
-        reported: what opening it assumed or changed, one sentence each.
+        path: the opened path.
+        reported: assumptions and changes made when opening it, one sentence each.
         dataset: `data.name` of its training; None = not recorded.
         split: `data.split` of its training.
-        pids: identities that it was trained on, as that dataset numbers them; empty = not recorded.
+        pids: training identities, with the numbers of that dataset; empty = not recorded.
     """
 
     path: str
@@ -38,7 +38,7 @@ class Provenance:
 
     @classmethod
     def of(cls, opened: OpenedModel) -> Provenance:
-        """Return what an opened model's folder records."""
+        """Return the provenance that an opened model's folder records."""
         run = opened.path / "run.json"
         pids: list[int] = []
         if run.is_file():
@@ -67,8 +67,8 @@ class Provenance:
         """Return notes for readers of the results; warnings begin with "Warning:".
 
         Args:
-            data: the dataset that the model is evaluated on.
-            manifest: its rows.
+            data: dataset of the evaluation.
+            manifest: rows of that dataset.
         """
         notes = [f"Nothing was trained: the model of {self.path} was evaluated.", *self.reported]
         if self.dataset is None:

@@ -1,4 +1,4 @@
-"""The sentences of the queries, drawn once and stored in a table that evaluation and report read.
+"""Draw the sentences of the queries once, as a table for the evaluation and the report.
 
 Shapes: Q queries.
 """
@@ -30,9 +30,9 @@ class QueryTexts:
     """The sentences of a protocol's queries.
 
     Attributes:
-        kept: int64, rows of the query table that have a text of this source.
-        texts: their query sentences.
-        filter_texts: their own infrared captions.
+        kept: int64, indices of the query rows that have a text of this source.
+        texts: query sentence of each of these rows.
+        filter_texts: infrared caption of each of these rows.
     """
 
     kept: npt.NDArray[np.int64]
@@ -53,13 +53,13 @@ def draw_query_texts(
     Args:
         manifest: all rows.
         captions: caption table.
-        section: protocols, text sources and how witness sentences are drawn.
-        seed: of the witness draw.
+        section: protocols, text sources and method of the witness draw.
+        seed: seed of the witness draw.
         splits: test, val or both.
 
     Returns:
-        Table of `QUERY_TEXTS_SCHEMA`, queries in the order of `select_query`; a query without a text of a source, or a
-        protocol that the source does not apply to, has no row.
+        Table of `QUERY_TEXTS_SCHEMA`, with queries in the order of `select_query`. There is no row for a query without
+        a text of a source, or for a protocol to which the source does not apply.
 
     Source: METHOD 6. Differs: with `evaluate.witness_draw: seeded`, `seed` decides the draw.
     """
@@ -68,7 +68,7 @@ def draw_query_texts(
         for name in section.protocols:
             protocol = get_protocol(name)
             if protocol.query_modality != "infrared":
-                continue  # a visible query lacks no colour
+                continue  # a visible query has colour, so it needs no text
             query = select_query(manifest, protocol, split=split)
             images = query["image"].to_pylist()
             own, _ = texts_of(captions, images)
@@ -101,23 +101,23 @@ def draw_query_texts(
 
 
 def sentences_of(query_texts: pa.Table) -> list[str]:
-    """Return the distinct sentences that an evaluation needs features of, sorted."""
+    """Return the sorted distinct sentences whose features an evaluation needs."""
     return sorted({text for name in ("text", "filter_text") for text in query_texts[name].to_pylist()})
 
 
 def select_query_texts(
     query_texts: pa.Table, query: pa.Table, protocol: Protocol, source: TextSource, *, split: Split
 ) -> QueryTexts | None:
-    """Return the sentences of a protocol's queries, or None where the source does not apply to the protocol.
+    """Return the sentences of a protocol's queries, or None if the source does not apply to the protocol.
 
     Args:
-        query_texts: as `draw_query_texts` returns.
-        query: rows of `select_query`.
-        protocol, source, split: whose.
+        query_texts: table from `draw_query_texts`.
+        query: rows from `select_query`.
+        protocol, source, split: protocol, text source and split of the sentences.
     """
-    wanted = {"protocol": protocol.name, "text_source": source, "split": split}
+    conditions = {"protocol": protocol.name, "text_source": source, "split": split}
     mask = pa.array(np.ones(query_texts.num_rows, dtype=bool))
-    for name, value in wanted.items():
+    for name, value in conditions.items():
         mask = pc.and_(mask, pc.equal(query_texts[name], value))
     rows = query_texts.filter(mask)
     if not rows.num_rows:

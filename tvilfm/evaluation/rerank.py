@@ -1,8 +1,8 @@
-"""Re-ranking: k-reciprocal encoding and query expansion.
+"""Re-rank with k-reciprocal encoding or query expansion.
 
-Both use the gallery itself to correct a query. Re-ranking asks whether two images name each other among their
-nearest neighbours; expansion adds a query's nearest gallery features to it and searches again. Neither ever holds
-the matrix of all pairs: rows are treated in chunks, and what is kept of each is its few neighbours.
+Both use the gallery to correct a query. k-reciprocal re-ranking checks whether two images are among each other's
+nearest neighbours. Query expansion adds a query's nearest gallery features to it and searches again. Neither stores the
+matrix of all pairs: rows are processed in chunks, and only the few neighbours of each are kept.
 
 Shape suffixes: Q query, G gallery, N query and gallery together (query first), D feature, C rows of one chunk,
 K neighbours, H neighbours of the smaller neighbourhood, E non-zero entries.
@@ -26,27 +26,27 @@ def k_reciprocal_rerank(
     lambda_value: float = 0.3,
     chunk: int = 256,
 ) -> Tensor:
-    """Re-rank by how much two images share their mutual neighbours.
+    """Re-rank by the overlap of the mutual neighbours of two images.
 
-    Each image is encoded by its k1-reciprocal neighbours (those that also have it among their own k1 nearest),
-    widened by the k1/2-reciprocal sets that overlap it by more than two thirds, weighted by exp(-distance) and
-    averaged over its k2 nearest. The Jaccard distance of two such encodings is mixed with the original distance,
-    which is squared Euclidean divided by the row's largest.
+    Each image is encoded by its k1-reciprocal neighbours: those that also have it among their own k1 nearest. This set
+    is extended by the k1/2-reciprocal sets that overlap it by more than two thirds. The encoding is weighted by
+    exp(-distance) and averaged over the image's k2 nearest. The Jaccard distance of two encodings is then mixed with
+    the original distance, which is squared Euclidean divided by the row's maximum.
 
     Args:
         query_QD: [Q, D] unit vectors.
         gallery_GD: [G, D] unit vectors, same dtype and device.
         k1: neighbourhood size, >= 1.
-        k2: encodings averaged, >= 1; 1 for none.
+        k2: number of averaged encodings, >= 1; 1 for no averaging.
         lambda_value: share of the original distance, 0-1.
-        chunk: rows treated at a time; bounds the memory at about chunk x (Q + G) numbers and, while sets are
-            widened, chunk x k1^3 / 2 bytes.
+        chunk: rows processed at a time; limits the memory to about chunk x (Q + G) numbers and, while sets are
+            extended, chunk x k1^3 / 2 bytes.
 
     Returns:
-        [Q, G] similarity, minus the mixed distance, so between -1 and 0; higher is closer.
+        [Q, G] similarity: the negative mixed distance, between -1 and 0; higher is closer.
 
     Raises:
-        ValueError: shapes that do not fit, vectors that are not unit length, or a parameter out of range.
+        ValueError: shapes do not fit, vectors are not of unit length, or a parameter is out of range.
 
     Source: Zhong et al., Re-ranking Person Re-identification with k-reciprocal Encoding, CVPR 2017.
     Differs: memory only. The released code holds several (Q + G)^2 matrices.
@@ -78,20 +78,20 @@ def expand_queries(
 ) -> Tensor:
     """Add to each query its k nearest gallery features, weighted by similarity to the power alpha.
 
-    Negative similarities weigh nothing unless alpha is 0, which is plain average query expansion.
+    Negative similarities have weight 0, except with alpha 0, which is plain average query expansion.
 
     Args:
         query_QD: [Q, D] unit vectors.
         gallery_GD: [G, D] unit vectors, same dtype and device.
-        k: gallery features added, >= 1; all of them if the gallery is smaller.
-        alpha: >= 0; higher trusts near neighbours more.
-        chunk: queries treated at a time; bounds the memory at chunk x G numbers.
+        k: number of added gallery features, >= 1; all of them if the gallery is smaller.
+        alpha: >= 0; higher values give near neighbours more weight.
+        chunk: queries processed at a time; limits the memory to chunk x G numbers.
 
     Returns:
         [Q, D] unit vectors.
 
     Raises:
-        ValueError: shapes that do not fit, vectors that are not unit length, or a parameter out of range.
+        ValueError: shapes do not fit, vectors are not of unit length, or a parameter is out of range.
 
     Source: average: Chum et al., Total Recall, ICCV 2007. alpha: Radenovic et al., TPAMI 2019.
     Differs: none known.
@@ -118,7 +118,7 @@ class _Code(NamedTuple):
     num_images: int
 
     def starts(self) -> Tensor:
-        """[N + 1] where each row's entries begin."""
+        """Return the index [N + 1] at which each row's entries begin."""
         counts = torch.bincount(self.row_E, minlength=self.num_images)
         return F.pad(counts.cumsum(0), (1, 0))
 
@@ -126,7 +126,7 @@ class _Code(NamedTuple):
 def _check_pair(query_QD: Tensor, gallery_GD: Tensor) -> None:
     shapes = (tuple(query_QD.shape), tuple(gallery_GD.shape))
     if query_QD.ndim != 2 or gallery_GD.ndim != 2 or query_QD.shape[1] != gallery_GD.shape[1]:
-        raise ValueError(f"query_QD, gallery_GD: expected [Q, D] and [G, D], got {shapes}. Pass one row an image.")
+        raise ValueError(f"query_QD, gallery_GD: expected [Q, D] and [G, D], got {shapes}. Pass one row per image.")
     if 0 in (*shapes[0], *shapes[1]):
         raise ValueError(f"query_QD, gallery_GD: expected at least one image each, got {shapes}. Check the split.")
     for name, feature in (("query_QD", query_QD), ("gallery_GD", gallery_GD)):
@@ -136,20 +136,20 @@ def _check_pair(query_QD: Tensor, gallery_GD: Tensor) -> None:
 
 
 def _distance(feature_ND: Tensor, low: int, high: int) -> Tensor:
-    """[C, N] squared Euclidean distance of rows [low, high) to all, over each row's largest."""
+    """Return the squared Euclidean distance [C, N] of rows [low, high) to all rows, divided by each row's maximum."""
     distance_CN = (2 - 2 * feature_ND[low:high] @ feature_ND.T).clamp(min=0)
     return distance_CN / distance_CN.amax(dim=1, keepdim=True).clamp(min=torch.finfo(distance_CN.dtype).tiny)
 
 
 def _nearest(feature_ND: Tensor, count: int, chunk: int) -> Tensor:
-    """[N, K] indices of the nearest images, the image itself among them, nearest first."""
+    """Return the indices [N, K] of the nearest images, including the image itself, nearest first."""
     return torch.cat(
         [(part_CD @ feature_ND.T).topk(count, dim=1).indices for part_CD in torch.split(feature_ND, chunk)]
     )
 
 
 def _mutual(neighbour_NK: Tensor, chunk: int) -> Tensor:
-    """[N, K] whether each neighbour has the image among its own."""
+    """Return whether each neighbour has the image among its own neighbours, [N, K]."""
     own_N = torch.arange(len(neighbour_NK), device=neighbour_NK.device)
     return torch.cat(
         [
@@ -188,7 +188,7 @@ def _reciprocal_code(feature_ND: Tensor, neighbour_NK: Tensor, k1: int, chunk: i
 
 
 def _averaged_code(code: _Code, near_NK: Tensor, chunk: int) -> _Code:
-    """Mean of the codes of each image's nearest images."""
+    """Return the mean of the codes of each image's nearest images."""
     start = code.starts()
     rows, columns, weights = [], [], []
     for low in range(0, code.num_images, chunk):
@@ -196,7 +196,7 @@ def _averaged_code(code: _Code, near_NK: Tensor, chunk: int) -> _Code:
         mean_CN = torch.zeros((len(near_CK), code.num_images), dtype=code.weight_E.dtype, device=near_CK.device)
         for nth in range(near_CK.shape[1]):
             row, entry = _entries(start, near_CK[:, nth])
-            # Within one neighbour's code a column occurs once, so adding in place loses nothing.
+            # A column occurs only once in a neighbour's code, so in-place addition is safe.
             mean_CN[row, code.column_E[entry]] += code.weight_E[entry]
         mean_CN /= near_CK.shape[1]
         row, column = mean_CN.nonzero(as_tuple=True)
@@ -207,7 +207,7 @@ def _averaged_code(code: _Code, near_NK: Tensor, chunk: int) -> _Code:
 
 
 def _entries(start: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
-    """Entries of the listed rows one after the other, and the place in the list that each belongs to."""
+    """Return the concatenated entries of the listed rows: the position of each in the list, and its entry index."""
     count = start[of + 1] - start[of]
     place = torch.repeat_interleave(torch.arange(len(of), device=of.device), count)
     within = torch.arange(len(place), device=of.device) - (count.cumsum(0) - count)[place]
@@ -215,10 +215,10 @@ def _entries(start: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _shared_weight(code: _Code, num_queries: int, num_images: int, chunk: int) -> Tensor:
-    """[Q, G] sum over all images of the smaller of the two weights.
+    """Return, for each query and gallery image, the sum over all images of the smaller of their two weights, [Q, G].
 
-    Only images in both codes count, so the gallery's codes are turned into one list of gallery images for each
-    image, and a query visits the lists of its own few.
+    Only images in both codes count. The gallery's codes are therefore inverted to one list of gallery images per image,
+    and a query visits only the lists of the images in its own code.
     """
     start = code.starts()
     first = start[num_queries]

@@ -1,4 +1,4 @@
-"""The numbers of a run: what `results.json` holds, checked when it is made and read."""
+"""The results of a run, stored as `results.json` and validated when created or read."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from tvilfm.terms import METRICS, QUERIES, TEXT_SOURCES
 
 @dataclass(frozen=True, kw_only=True)
 class ResultRow:
-    """One line of a results table: means over trials, as fractions, with their standard deviations.
+    """One line of a results table: means over trials with their standard deviations, as fractions.
 
     Args:
-        query: "infrared", "text", "fusion" or "ensemble".
-        text_source: "witness", "witness-heldout", "own" or "none"; where the query text came from.
+        query: one of `QUERIES`, e.g. "fusion".
+        text_source: origin of the query text: "witness", "witness-heldout", "own" or "none".
         protocol: e.g. "sysu_mm01/all/single".
         rank1, rank5, rank10, mAP, mINP: fractions 0-1.
         std: the same five names -> standard deviation over trials, fractions.
-        num_trials: how many trials the mean is over, >= 1.
+        num_trials: number of trials, >= 1.
 
     Raises:
         ValueError: a name is unknown, a metric is not a fraction, or `std` does not name the five metrics.
@@ -47,7 +47,7 @@ class ResultRow:
             "row.text_source",
             f"one of {list(TEXT_SOURCES)}",
             self.text_source,
-            "Name where the query text came from.",
+            "Name the origin of the query text.",
         )
         expect(self.num_trials >= 1, "row.num_trials", ">= 1", self.num_trials, "Evaluate at least one trial.")
         expect(
@@ -55,14 +55,14 @@ class ResultRow:
             "row.std",
             f"the keys {list(METRICS)}",
             sorted(self.std),
-            "Give one standard deviation a metric (0 for a single trial).",
+            "Pass one standard deviation per metric (0 for a single trial).",
         )
         for metric in METRICS:
             _expect_fraction(f"row.{metric}", getattr(self, metric))
             _expect_fraction(f"row.std.{metric}", self.std[metric])
 
     def metric(self, name: str) -> float:
-        """Return the mean of one of `METRICS`, a fraction."""
+        """Return the mean of one of `METRICS` as a fraction."""
         return float(getattr(self, name))
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class ResultRow:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ResultRow:
-        """Build a row from what `to_dict` returned.
+        """Build a row from the result of `to_dict`.
 
         Raises:
             ValueError: a key is missing or unknown, or a value is out of range.
@@ -96,18 +96,18 @@ class ResultRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """Every number of one run, and which of them is shown first; stored as results.json.
+    """All results of one run, and the choice of the headline table; stored as results.json.
 
     Args:
         dataset: e.g. "synthetic", "sysu_mm01", "regdb", "llcm".
-        default_text_source: the text source of the headline table.
-        default_protocol: the protocol of the headline table; some row must have it.
+        default_text_source: text source of the headline table.
+        default_protocol: protocol of the headline table; at least one row must have it.
         chance: protocol -> expected rank-1 of a random ranking, a fraction.
         rows: one `ResultRow` per query, text source and protocol; at least one.
 
     Raises:
-        ValueError: no rows, two rows for the same case, an unknown text source, or a default protocol
-        without rows.
+        ValueError: there are no rows, two rows for the same case, an unknown text source, or a default protocol
+            without rows.
     """
 
     dataset: str
@@ -154,7 +154,7 @@ class Results:
     def default_rows(self) -> tuple[ResultRow, ...]:
         """The headline rows, in the order of `QUERIES`.
 
-        An infrared query has no text, so its row (text source "none") stands beside the rows of the default
+        An infrared query has no text, so its row (text source "none") is included beside the rows of the default
         source.
         """
         chosen = []
@@ -181,7 +181,7 @@ class Results:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Results:
-        """Build the results from what `to_dict` returned.
+        """Build the results from the result of `to_dict`.
 
         Raises:
             ValueError: a key is missing or unknown, or a value is out of range.
@@ -197,15 +197,15 @@ class Results:
         return cls(**{**data, "rows": [ResultRow.from_dict(row) for row in data["rows"]]})
 
     def write(self, path: Path) -> None:
-        """Write results.json atomically; floats survive the round trip unchanged."""
+        """Write results.json atomically; floats are unchanged when read again."""
         write_whole(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        """Read what `write` wrote.
+        """Read a file of `write`.
 
         Raises:
-            ValueError: the file is not JSON, or not of this layout.
+            ValueError: the file is not JSON, or has another layout.
         """
         try:
             data = json.loads(path.read_text(encoding="utf-8"))

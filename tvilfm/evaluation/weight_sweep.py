@@ -1,16 +1,16 @@
-"""Sweep the ensemble's weights: many weightings of the same features, without a forward pass.
+"""Sweep the weights of the ensemble: score many weightings of the same features, without a forward pass.
 
-A weighted sum of votes ranks a gallery image g ahead of a true match p where w . (s_g - s_p) > 0, s being the three
-modalities' similarities. Where all three agree about g and p, as they do for most pairs, no weighting changes that;
-only the rest is multiplied by the weights, all weightings at once, and the ranks that CMC, mAP and mINP need are
-counts of it.
+A weighted sum of votes ranks a gallery image g ahead of a true match p if w . (s_g - s_p) > 0, where s are the
+similarities of the three modalities. For most pairs, all three modalities agree about the order of g and p, so the
+weights do not affect it. Only the other pairs are multiplied by the weights, for all weightings at once. Counting the
+positive results gives the ranks for CMC, mAP and mINP.
 
-The sweep chooses, on validation identities; what is reported of the chosen weights comes from the `Evaluator`, so it is
-what `tvilfm evaluate` says. In the sweep a difference within float rounding of zero may fall the other way, and no
-second look (`rerank`) is taken.
+The sweep only chooses weights, on validation identities. The reported results of the chosen weights come from the
+`Evaluator`, so they are equal to those of `tvilfm evaluate`. In the sweep, a difference within float rounding of zero
+can have the other sign, and there is no re-ranking (`rerank`).
 
-Shapes: W weightings, M modalities, Q queries, G gallery, K gallery kept for a query, P its true matches, U pairs that
-the modalities do not agree about.
+Shapes: W weightings, M modalities, Q queries, G gallery, K gallery kept for a query, P its true matches, U pairs about
+which the modalities disagree.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ SweptMetric = Literal["rank1", "mAP", "mINP"]
 _Floats = npt.NDArray[np.float64]
 _Single = npt.NDArray[np.float32]
 
-# Pairs counted at a time: as many as one byte can count, and with some 1,000 weightings about a level-2 cache.
+# Pairs counted at a time: the maximum of one byte; with about 1,000 weightings, this fills about a level-2 cache.
 _RUN = 255
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepResult:
-    """The scores of every weighting, fractions 0-1, mean over queries and then over gallery draws.
+    """The scores of every weighting: fractions 0-1, averaged over queries and then over gallery draws.
 
     Attributes:
-        metric: by which weightings are compared.
+        metric: metric by which weightings are compared.
         weights_WM: float64, in the order of `PARTS`.
         rank1, mAP, mINP: [W] float64.
     """
@@ -54,24 +54,24 @@ class SweepResult:
 
     @property
     def best_row(self) -> int:
-        """Return the weighting with the highest metric; of equals, the one nearest to equal weights, then the first."""
+        """The row with the highest metric; ties go to the weights nearest to equal weights, then to the first row."""
         share_WM = self.weights_WM / self.weights_WM.sum(axis=1, keepdims=True)
         away_W = np.abs(share_WM - 1 / len(PARTS)).sum(axis=1)
         return int(np.lexsort((away_W, -getattr(self, self.metric)))[0])
 
     @property
     def best(self) -> dict[str, float]:
-        """The best weighting by modality, as in `evaluate.ensemble`."""
+        """The best weighting as modality -> weight, as in `evaluate.ensemble`."""
         return dict(zip(PARTS, self.weights_WM[self.best_row].tolist(), strict=True))
 
 
 def weight_grid(steps: int) -> _Floats:
-    """Return all weightings whose shares are multiples of 1 / steps; equal weights come first.
+    """Return equal weights, followed by all weightings whose shares are multiples of 1 / steps.
 
-    Only the ratio of the weights matters, so they are shares that sum to 1.
+    Only the ratio of the weights matters, so the shares sum to 1.
 
     Args:
-        steps: cuts of a side of the triangle, >= 1.
+        steps: number of steps per side of the triangle of weightings, >= 1.
 
     Returns:
         (1 + (steps + 1)(steps + 2) / 2, 3), in the order of `PARTS`.
@@ -84,29 +84,30 @@ def sweep_ensemble(evaluator: Evaluator, weights_WM: npt.ArrayLike, *, metric: S
     """Score every weighting of the ensemble under the default protocol and text source.
 
     Args:
-        evaluator: features, protocol, text source and temperature; its own weights and `rerank` are not used.
-        weights_WM: (W, 3) >= 0, one above 0 in each row, in the order of `PARTS`.
-        metric: by which weightings are compared.
+        evaluator: provides features, protocol, text source and temperature; its own weights and `rerank` are not used.
+        weights_WM: (W, 3) in the order of `PARTS`; >= 0, with at least one weight above 0 in each row.
+        metric: metric by which weightings are compared.
 
     Returns:
-        rank-1, mAP and mINP of each weighting, as `Evaluator.evaluate` gives them up to float rounding.
+        rank-1, mAP and mINP of each weighting; equal to those of `Evaluator.evaluate` up to float rounding.
 
     Raises:
-        ValueError: weights that are not such, a protocol whose queries have no such text, or no query with a match.
+        ValueError: the weights are invalid, the protocol's queries have no text of this source, or no query has a
+            match.
 
-    Source: METHOD 7 and 8. Differs: ensemble weights are all 1 as published.
+    Source: METHOD 7 and 8. Differs: published ensemble weights are all 1.
     """
     weights_WM = np.asarray(weights_WM, dtype=np.float64)
     if weights_WM.ndim != 2 or weights_WM.shape[1] != len(PARTS) or not len(weights_WM):
-        raise ValueError(f"weights_WM: expected (W, {len(PARTS)}), got {weights_WM.shape}. One row a weighting.")
+        raise ValueError(f"weights_WM: expected (W, {len(PARTS)}), got {weights_WM.shape}. Pass one row per weighting.")
     if not (weights_WM >= 0).all() or not (weights_WM.sum(axis=1) > 0).all():
-        raise ValueError("weights_WM: expected weights >= 0 and one above 0 in every row, got others. Fix them.")
+        raise ValueError("weights_WM: expected weights >= 0 and one above 0 in every row, got others. Fix the weights.")
     protocol = get_protocol(evaluator.section.protocols[0])
     source = evaluator.section.default_text_source
     texts = evaluator.texts(protocol, source)
     if texts is None:
         raise ValueError(
-            f"evaluate.default_text_source: expected one that {protocol.name} has texts of, got {source}. "
+            f"evaluate.default_text_source: expected a source with texts for {protocol.name}, got {source}. "
             "Sweep another protocol or text source."
         )
     query = evaluator.query(protocol)
@@ -134,9 +135,9 @@ def sweep_ensemble(evaluator: Evaluator, weights_WM: npt.ArrayLike, *, metric: S
 
 
 def _mean(scores: Iterator[_Floats | None]) -> _Floats:
-    """(3, W) mean over the queries that have a match."""
+    """Return the mean (3, W) over the queries that have a match."""
     total, valid = np.zeros(1), 0
-    with threadpool_limits(1):  # on products this small, more threads wait for each other
+    with threadpool_limits(1):  # for such small products, more threads only wait for each other
         for score in scores:
             if score is not None:
                 total, valid = total + score, valid + 1
@@ -151,7 +152,7 @@ def _mean(scores: Iterator[_Floats | None]) -> _Floats:
 def _score(
     votes_MG: _Single, match_G: npt.NDArray[np.bool_], kept_G: npt.NDArray[np.bool_], weights_MW: _Single
 ) -> _Floats | None:
-    """(3, W) rank-1, average precision and INP of one query under every weighting; None without a true match."""
+    """Return rank-1, average precision and INP (3, W) of one query for every weighting; None without a true match."""
     votes_MK = votes_MG[:, kept_G]
     places_P = np.flatnonzero(match_G[kept_G])
     if not len(places_P):
@@ -173,7 +174,10 @@ def _score(
 
 
 def _count_ahead(ahead_UM: _Single, num_left: int, weights_MW: _Single) -> npt.NDArray[np.int32]:
-    """[W] how many of the pairs each weighting puts ahead of the match; left of it in the gallery, equal is ahead."""
+    """Return the number of pairs [W] that each weighting ranks ahead of the match.
+
+    The first `num_left` pairs are left of the match in the gallery; for them, an equal similarity is ahead.
+    """
     count_W = np.zeros(weights_MW.shape[1], dtype=np.int32)
     for first in range(0, len(ahead_UM), _RUN):
         sum_UW = ahead_UM[first : first + _RUN] @ weights_MW

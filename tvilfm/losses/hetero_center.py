@@ -1,4 +1,4 @@
-"""Hetero-centre loss: an optional term that draws the modalities' means of one identity together.
+"""Hetero-centre loss: an optional term that pulls the per-modality means of an identity together.
 
 Shapes: N rows, D feature, I identities, M groups of rows (the first is visible).
 """
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def hetero_center_loss(feats_ND: Tensor, labels_N: Tensor, groups_N: Tensor) -> Tensor:
-    """Return the squared distance between an identity's mean in each group and in the visible group.
+    """Return the mean squared distance between an identity's mean in each group and its mean in the visible group.
 
-    The identity loss and WRT compare single images; this compares what a modality says of an identity on average, and
-    leaves the spread within a modality alone.
+    The identity loss and WRT compare single images. This term compares the mean features of an identity per modality,
+    and does not affect the spread within a modality.
 
     Args:
         feats_ND: float, raw (not normalised) features.
@@ -21,18 +21,18 @@ def hetero_center_loss(feats_ND: Tensor, labels_N: Tensor, groups_N: Tensor) -> 
         groups_N: int64 group of each row, 0 for visible.
 
     Returns:
-        Scalar, mean over the identities and groups that both the batch and the identity's visible rows show; 0 where
-        there are none.
+        Scalar, mean over the pairs of an identity and a group that have rows in both the group and the visible group;
+        0 without such pairs.
 
     Source: Zhu et al., "Hetero-Center Loss for Cross-Modality Person Re-Identification", Neurocomputing 2020, eq. 4.
-    Differs: a mean in place of the sum, and every group meets the visible one where the paper has two modalities.
+    Differs: a mean instead of the sum; every group is compared with the visible one (the paper has two modalities).
     """
     with torch.autocast(feats_ND.device.type, enabled=False):
         feats_ND = feats_ND if feats_ND.dtype == torch.float64 else feats_ND.float()
         pids_I = labels_N.unique()  # type: ignore[no-untyped-call]
         member_IN = pids_I[:, None] == labels_N
         member_MN = torch.arange(int(groups_N.max()) + 1, device=groups_N.device)[:, None] == groups_N
-        # A product with ones and zeros, not a scattered sum, whose order is left to the device.
+        # Multiply by a matrix of ones and zeros: the order of a scattered sum would depend on the device.
         member_IMN = (member_IN[:, None] & member_MN).to(feats_ND.dtype)
         count_IM = member_IMN.sum(dim=2)
         center_IMD = member_IMN @ feats_ND / count_IM.clamp(min=1)[:, :, None]

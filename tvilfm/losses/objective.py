@@ -1,6 +1,6 @@
 """The training objective of both stages, as named terms that the caller sums.
 
-Shapes: B rows a modality, N all rows, D feature.
+Shapes: B rows per modality, N all rows, D feature.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ModalityFeatures:
 class JointObjective(nn.Module):
     """Identity cross-entropy and WRT over one identity space for all modalities (MJL), through one shared head.
 
-    The hetero-centre loss is there to be tried and off by default.
+    The hetero-centre loss is experimental and off by default.
 
     Base stage: [visible, visible-augmented, infrared]. Text stage with MJL: [visible, visible-augmented, infrared,
     fusion, text]; without MJL: [visible, visible-augmented, fusion].
@@ -43,7 +43,7 @@ class JointObjective(nn.Module):
         self.section = section
 
     def stack(self, features: ModalityFeatures) -> Tensor:
-        """Return the rows that the losses see, (N, D), modality by modality."""
+        """Return the input rows (N, D) of the losses, modality by modality."""
         rows = [features.visible_BD, features.visible_augmented_BD]
         if features.fusion_BD is None:
             rows.append(features.infrared_BD)
@@ -63,10 +63,10 @@ class JointObjective(nn.Module):
             raw_ND: raw features, rows of the global batch.
             logits_NC: the head's logits of the same rows.
             labels_N: int64 training labels.
-            groups_N: int64 place of each row's modality in the stack; only read with a `center_weight`.
+            groups_N: int64 index of each row's modality in the stack; only needed with a `center_weight`.
 
         Returns:
-            `id`, `wrt` and `center`, scalars, each already weighted; a term of weight 0 is left out.
+            Weighted scalars `id`, `wrt` and `center`; a term of weight 0 is omitted.
         """
         terms: dict[str, Tensor] = {}
         if self.section.id_weight:

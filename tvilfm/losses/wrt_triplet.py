@@ -15,24 +15,26 @@ from torch import Tensor
 def wrt_triplet_loss(
     feats_ND: Tensor, labels_N: Tensor, *, numerics: Literal["published", "corrected"] = "corrected"
 ) -> Tensor:
-    """Pull every anchor to its positives and push it from its negatives, hard ones weighing more.
+    """Pull every anchor towards its positives and push it away from its negatives, with higher weights for hard ones.
 
-    Each anchor meets one softmax-weighted mean of its positive distances (itself included; far ones weigh more) and
-    one of its negative distances (near ones weigh more); the loss is the soft margin of their difference.
+    For each anchor, compute a softmax-weighted mean of its positive distances (including itself; far positives have
+    higher weights) and one of its negative distances (near negatives have higher weights). The loss is the soft margin
+    of their difference.
 
     Args:
         feats_ND: float, raw (not normalised) features of all modalities.
         labels_N: int64 training labels.
-        numerics: `published` subtracts inside each softmax the maximum of the *masked* matrix (zeros where masked)
-            and adds 1e-6 to the sum: once negatives are further than about 20-30 their weights underflow and nothing
-            pushes any more. Its soft margin log(1 + exp(x)) is infinite for x above about 88. `corrected` is a masked
-            softmax and a stable soft margin, equal wherever the others do not underflow or overflow.
+        numerics: `published` or `corrected`. In each softmax, `published` subtracts the maximum of the *masked* matrix
+            (zeros where masked) and adds 1e-6 to the sum. If negatives are further away than about 20-30, their weights
+            underflow and no longer push. Its soft margin log(1 + exp(x)) is infinite for x above about 88. `corrected`
+            uses a masked softmax and a stable soft margin; both are equal where `published` does not underflow or
+            overflow.
 
     Returns:
         Scalar, mean over anchors.
 
     Source: Ye et al., "Deep Learning for Person Re-identification: A Survey and Outlook", eq. 6-7; METHOD 3.
-    Differs: `corrected` as said. An anchor without a negative counts its positive term against zero, as published.
+    Differs: `corrected`, see above. For an anchor without negatives, the negative term is zero, as published.
     """
     with torch.autocast(feats_ND.device.type, enabled=False):
         feats_ND = feats_ND if feats_ND.dtype == torch.float64 else feats_ND.float()
@@ -40,7 +42,7 @@ def wrt_triplet_loss(
         if numerics == "published":
             distance_NN, soft = _published_distance(feats_ND), _published_softmax
         else:
-            # Not through a matrix product: its cancellation turns a zero distance into noise that the gradient sees.
+            # Avoid a matrix product: its cancellation turns zero distances into noise, which affects the gradient.
             distance_NN = torch.cdist(feats_ND, feats_ND, compute_mode="donot_use_mm_for_euclid_dist")
             soft = _masked_softmax
         pull_N = (distance_NN * soft(distance_NN, positive_NN)).sum(dim=1)
@@ -51,7 +53,7 @@ def wrt_triplet_loss(
 
 
 def _published_distance(feats_ND: Tensor) -> Tensor:
-    """Return (N, N) Euclidean distances; the clamp keeps the square root's slope finite on the diagonal."""
+    """Return (N, N) Euclidean distances; the clamp keeps the square root's gradient finite on the diagonal."""
     square_N = feats_ND.pow(2).sum(dim=1)
     return (square_N[:, None] + square_N[None, :] - 2 * feats_ND @ feats_ND.T).clamp(min=1e-12).sqrt()
 

@@ -1,4 +1,4 @@
-"""The network: two-stem backbone, GeM, BN neck, text tower, semantic filtered fusion."""
+"""The network: two-stem backbone, GeM, BN neck, text tower and semantic filtered fusion."""
 
 from tvilfm.models.tvilfm import TVILFM, ModelSpec, spec_from_config
 

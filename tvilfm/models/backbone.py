@@ -1,4 +1,4 @@
-"""The visual backbone: one stem per modality, and four shared layers."""
+"""The visual backbone: one stem per modality and four shared layers."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 
 def image_format(device: torch.device) -> torch.memory_format:
-    """Return the memory format of images and convolutions: channels last on CUDA, where it is faster.
+    """Return the memory format of images and convolutions.
 
-    On a CPU the ordinary format is closer to float64.
+    This is channels last on CUDA, where it is faster. On a CPU, the contiguous format gives results closer to float64.
     """
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """The sizes of a ResNet: torchvision's block and its expansion, blocks per layer, channels of the stem."""
+    """Sizes of a ResNet: torchvision's block and its expansion, blocks per layer, and channels of the stem."""
 
     block: str
     expansion: int
@@ -40,7 +40,7 @@ ARCHITECTURES = {
 
 
 class Stem(nn.Module):
-    """conv1, bn1, maxpool, and no ReLU after bn1, as the released network."""
+    """conv1, bn1 and maxpool, without a ReLU after bn1, as in the released network."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -54,13 +54,13 @@ class Stem(nn.Module):
 
 
 class DualStemResNet(nn.Module):
-    """ResNet with a stem for visible and a stem for infrared images and shared layer1-4, last stride 1.
+    """ResNet with one stem for visible images, one for infrared images, and shared layers 1-4; the last stride is 1.
 
     Source: METHOD 2 (torchvision layout). Differs: none known.
     """
 
     def __init__(self, name: str) -> None:
-        # Imported here: torchvision takes seconds to import, which a process without a network need not spend.
+        # Imported here because torchvision takes seconds to import, and not every process builds a network.
         from torchvision.models import resnet
 
         super().__init__()
@@ -80,13 +80,13 @@ class DualStemResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, visible: Tensor | None, infrared: Tensor | None) -> Tensor:
-        """Return feature maps of the visible, then of the infrared images; the shared layers see one batch.
+        """Return the feature maps of the visible images, followed by those of the infrared images.
 
-        One batch matters in training: the shared BN layers see both modalities' statistics.
+        The shared layers see both modalities as one batch, so in training their BN statistics cover both.
 
         Args:
-            visible: (B, 3, H, W) float, normalised as METHOD 4; None when there is none.
-            infrared: (B', 3, H, W) float, one channel repeated; None when there is none.
+            visible: (B, 3, H, W) float, normalised as METHOD 4 describes; None without visible images.
+            infrared: (B', 3, H, W) float, one channel repeated; None without infrared images.
 
         Returns:
             (B + B', D, H/16, W/16) feature maps.
@@ -116,15 +116,15 @@ def _layer(block: Any, in_planes: int, planes: int, depth: int, stride: int) -> 
 
 
 def load_imagenet(backbone: DualStemResNet, name: str, source: str = "imagenet") -> None:
-    """Start both stems and the shared layers from an ImageNet state dict in torchvision's layout.
+    """Load an ImageNet state dict in torchvision's layout into both stems and the shared layers.
 
     Args:
-        backbone: filled in place.
+        backbone: network to fill in place.
         name: architecture.
         source: `imagenet` (torchvision's own weights, downloaded once) or a local state-dict file.
 
     Raises:
-        ValueError: when the weights can neither be downloaded nor read, saying how to get them.
+        ValueError: when the weights cannot be downloaded or read; the message says how to get them.
     """
     if source == "imagenet":
         if name != "resnet50":
@@ -139,9 +139,9 @@ def load_imagenet(backbone: DualStemResNet, name: str, source: str = "imagenet")
             state = ResNet50_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
         except OSError as error:
             raise ValueError(
-                f"model.weights: expected to download torchvision's ResNet-50 weights, got {error}. On a machine "
-                "with internet save them with torchvision.models.ResNet50_Weights.IMAGENET1K_V1.get_state_dict() "
-                "and torch.save, and set model.weights to that file."
+                f"model.weights: expected to download torchvision's ResNet-50 weights, got {error}. On a machine with "
+                "internet access, save torchvision.models.ResNet50_Weights.IMAGENET1K_V1.get_state_dict() with "
+                "torch.save, and set model.weights to that file."
             ) from None
     else:
         state = read_state_dict(source, "model.weights")
@@ -155,15 +155,15 @@ def load_imagenet(backbone: DualStemResNet, name: str, source: str = "imagenet")
     if missing or unexpected:
         raise ValueError(
             f"model.weights: expected a {name} state dict in torchvision's layout, got {source} with missing "
-            f"{missing[:3]} and unknown {unexpected[:3]}. Give a matching file."
+            f"{missing[:3]} and unknown {unexpected[:3]}. Use a matching file."
         )
 
 
 def read_state_dict(source: str, key: str) -> dict[str, Tensor]:
-    """Read a state dict from a .safetensors or torch file, without unpickling code.
+    """Read a state dict from a .safetensors or torch file without running pickled code.
 
     Raises:
-        ValueError: when the file is not there or is not a state dict.
+        ValueError: when the file is missing or is not a state dict.
     """
     path = Path(source)
     if not path.is_file():
@@ -172,7 +172,7 @@ def read_state_dict(source: str, key: str) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the restricted unpickler raises whatever the bytes lead it to
+    except Exception as error:  # on invalid bytes, the restricted unpickler can raise any type
         reason = str(error).splitlines()[0]
         raise ValueError(f"{key}: expected a state-dict file, got {source}: {reason}. Save state_dict().") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

@@ -1,4 +1,4 @@
-"""The head that all modalities share: batch normalization, then an identity classifier."""
+"""The head that all modalities share: batch normalization followed by an identity classifier."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 
 class BNNeck(nn.Module):
-    """BatchNorm1d (weight and bias trained), then a linear classifier without bias.
+    """BatchNorm1d (weight and bias trained) followed by a linear classifier without bias.
 
-    Training uses the raw feature for the triplet and the logits of the normalised one for the cross-entropy;
-    retrieval uses the L2-normalised BN output.
+    Training uses the raw feature for the triplet loss and the logits of the batch-normalised feature for the
+    cross-entropy. Retrieval uses the L2-normalised BN output.
 
-    Source: Luo et al., "Bag of Tricks", with a trained shift as METHOD 2 says. Differs: none known.
+    Source: Luo et al., "Bag of Tricks", with a trained shift as in METHOD 2. Differs: none known.
     """
 
     def __init__(self, dim: int, num_classes: int) -> None:

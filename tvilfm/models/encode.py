@@ -1,4 +1,4 @@
-"""Raw features of images and texts, in batches.
+"""Encode images and texts to raw features, in batches.
 
 Shapes: N rows, D feature.
 """
@@ -28,13 +28,13 @@ def encode_pixels(
     draws: Draws | None = None,
     pad: int = 0,
 ) -> Features:
-    """Return raw features of one batch of images, which is augmented if draws are given.
+    """Return raw features of one batch of images.
 
     Args:
-        model: in eval mode, on its device.
+        model: network in eval mode, on the device to use.
         pixels_NHW3: uint8.
         modality: visible or infrared.
-        draws: augmentation of this batch, as `transforms.draw` returns; None = none (test images).
+        draws: augmentation of this batch, from `transforms.draw`; None = no augmentation (test images).
         pad: augmentation border, pixels.
 
     Returns:
@@ -54,9 +54,10 @@ def encode_pixels(
 
 @torch.inference_mode()
 def encode_texts(model: TVILFM, texts: Sequence[str], *, batch: int = 128) -> Features:
-    """Return raw features of sentences, (N, D) float32; each batch is cut to its longest sentence.
+    """Return raw features (N, D) float32 of sentences, in their order.
 
-    Sentences are encoded in order of length, so that a short one does not wait for a long neighbour.
+    Each batch is as long as its longest sentence. Sentences are therefore batched by length, which avoids padding
+    short sentences to the length of long ones.
     """
     device = next(model.parameters()).device
     order = np.argsort([len(text) for text in texts], kind="stable")

@@ -1,8 +1,8 @@
-"""Export a model for programs without this package: ONNX, TorchScript, safetensors, or a hub folder.
+"""Export a model for use without this package: ONNX, TorchScript, safetensors, or a hub folder.
 
-A model is exported as its parts, because a search combines them: the image encoders and the text tower give raw
-features, `head` makes unit vectors of raw features of any modality, and `base_head` of infrared images that search
-alone. A fusion query is `head(infrared + text(sentence) - text(infrared caption))`.
+A model is exported in parts, because a search combines them. The image encoders and the text tower return raw features.
+`head` maps raw features of any modality to unit vectors; `base_head` does so for infrared queries without text. A
+fusion query is `head(infrared + text(sentence) - text(infrared caption))`.
 
 Shapes: B inputs, D feature, L = 77 tokens.
 """
@@ -27,19 +27,19 @@ from tvilfm.models.text_encoder import CONTEXT_LENGTH, VOCABULARY
 from tvilfm.models.tvilfm import TVILFM
 
 Format = Literal["onnx", "torchscript", "safetensors", "hub-folder"]
-BATCHES = (1, 3)  # that the exported parts are compared at; the example of the export has another size
-EXAMPLE = 2
+BATCHES = (1, 3)  # batch sizes at which exported parts are compared with the model
+EXAMPLE = 2  # batch size of the example input; differs from `BATCHES` to check that the batch size stays dynamic
 CARD_FILE = "README.md"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """The comparison of an exported part with the model, over all inputs of `BATCHES`.
+    """Comparison of an exported part with the model, over inputs of all `BATCHES`.
 
     Attributes:
         part: visible, infrared, text, head or base_head.
-        cosine: lowest cosine of an output with the model's.
-        difference: largest absolute difference, over the largest absolute value of the model's outputs.
+        cosine: lowest cosine similarity between an exported output and the model's output.
+        difference: largest absolute difference, divided by the largest absolute value of the model's outputs.
     """
 
     part: str
@@ -65,19 +65,19 @@ class _Export:
 
 
 def export_model(opened: OpenedModel, folder: Path, kind: Format) -> list[Parity]:
-    """Write a model and its card into a new folder, and compare what was written with the model.
+    """Write a model and its card to a new folder, and compare the written files with the model.
 
     Args:
         opened: the model and its settings.
         folder: must not exist.
-        kind: `onnx` and `torchscript` write a file per part, `safetensors` and `hub-folder` what
-            `TVILFM.from_pretrained` reads.
+        kind: `onnx` and `torchscript` write one file per part; `safetensors` and `hub-folder` write a folder for
+            `TVILFM.from_pretrained`.
 
     Returns:
         One comparison per part.
 
     Raises:
-        ValueError: an existing folder, or packages that are missing.
+        ValueError: the folder exists, or a required package is missing.
     """
     assert kind in get_args(Format)
     if folder.exists():
@@ -87,7 +87,7 @@ def export_model(opened: OpenedModel, folder: Path, kind: Format) -> list[Parity
     folder.mkdir(parents=True)
     parts = dict(_parts(opened))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporters' own, of deprecated parts of torch
+        warnings.simplefilter("ignore")  # the exporters use deprecated parts of torch
         run = _write(opened, parts, folder, kind)
     (folder / SETTINGS_FILE).write_text(json.dumps(opened.settings, indent=2))
     parity = [_compare(name, part, run[name]) for name, part in parts.items()]
@@ -98,7 +98,7 @@ def export_model(opened: OpenedModel, folder: Path, kind: Format) -> list[Parity
 def _write(
     opened: OpenedModel, parts: Mapping[str, _Export], folder: Path, kind: Format
 ) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Write the files, and return what runs each part from them."""
+    """Write the files, and return one function per part that runs it from its file."""
     if kind in ("onnx", "torchscript"):
         write = _write_onnx if kind == "onnx" else _write_torchscript
         return {name: write(part, folder / name) for name, part in parts.items()}
@@ -138,7 +138,7 @@ def _require_onnx() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            f"--to onnx: expected onnx, onnxscript and onnxruntime, got no {error.name}. "
+            f"--to onnx: expected the packages onnx, onnxscript and onnxruntime, got no {error.name}. "
             "Install them with pip install 'tvilfm[export]'."
         ) from None
 
@@ -181,7 +181,7 @@ def _compare(name: str, part: _Export, run: Callable[[Tensor], Tensor]) -> Parit
 
 
 def model_card(opened: OpenedModel, kind: Format, parity: list[Parity]) -> str:
-    """Return the Markdown card of an exported model: what it is, its numbers, its files, and what it is not for."""
+    """Return the Markdown card of an exported model: description, results, files and prohibited uses."""
     config, settings = opened.config, opened.settings
     lines = [
         "---",
@@ -201,9 +201,9 @@ def model_card(opened: OpenedModel, kind: Format, parity: list[Parity]) -> str:
         "## Files",
         "",
         *(_FILES_OF[kind]),
-        f"Images: RGB, resized to {settings['height']} x {settings['width']} (height x width, Lanczos), over 255, "
-        "normalised with ImageNet's mean and deviation; infrared repeated to three channels. Sentences: CLIP's tokens, "
-        "padded with zeros to 77.",
+        f"Images: RGB, resized to {settings['height']} x {settings['width']} (height x width, Lanczos), divided by "
+        "255, and normalised with ImageNet's mean and standard deviation. Infrared images: repeated to three channels. "
+        "Sentences: CLIP tokens, padded with zeros to 77.",
         "",
         "| part | lowest cosine | largest relative difference |",
         "|---|---:|---:|",
@@ -211,10 +211,10 @@ def model_card(opened: OpenedModel, kind: Format, parity: list[Parity]) -> str:
         "",
         "## What it must not be used for",
         "",
-        "A ranked list is not an identification: somebody is always at the top, whether the person was ever seen or "
-        "not. Do not arrest, refuse or accuse anybody because of a result. Do not search for people who do not know "
-        "that they are recorded where the law requires it. In many places remote biometric identification in public "
-        "space is forbidden or needs a court's permission.",
+        "A ranked list is not an identification: someone is always at the top, even if the person was never recorded. "
+        "Do not arrest, refuse or accuse anyone because of a result. Where the law requires that people know they are "
+        "recorded, do not search for people who do not. In many places, remote biometric identification in public "
+        "spaces is forbidden or requires a court's permission.",
         "",
         f"Code: MIT. The licence of the weights also depends on the training data ({config.data.name}) and on the "
         f"initial weights ({config.model.weights}, {config.model.text.weights}).",
@@ -223,10 +223,10 @@ def model_card(opened: OpenedModel, kind: Format, parity: list[Parity]) -> str:
 
 
 _PARTS = (
-    "`visible` and `infrared` take images (B, 3, H, W) and `text` takes tokens (B, 77); all give raw features (B, D). "
-    "`head` makes unit vectors of raw features, `base_head` of infrared images that search alone. Fusion: "
+    "`visible` and `infrared` take images (B, 3, H, W), and `text` takes tokens (B, 77); all return raw features "
+    "(B, D). `head` maps raw features to unit vectors; `base_head` does so for infrared queries without text. Fusion: "
     "`head(infrared + text(sentence) - text(infrared caption))`. Similarity: dot product with "
-    "`head(visible)` (`base_head(visible)` for infrared alone)."
+    "`head(visible)` (`base_head(visible)` for infrared queries without text)."
 )
 _PRETRAINED = "`tvilfm.models.TVILFM.from_pretrained(FOLDER)` and `tvilfm find FOLDER` read this folder."
 _FILES_OF: dict[Format, tuple[str, ...]] = {
@@ -255,7 +255,7 @@ def _results(path: Path) -> Iterator[str]:
         yield "Not recorded."
         return
     results = json.loads((path / "results.json").read_text())
-    yield f"{results['dataset']}, percent; the text source says who wrote the query's sentence."
+    yield f"{results['dataset']}, in percent. The text source names who wrote the query's sentence."
     yield ""
     yield "| protocol | query | text source | rank-1 | mAP | mINP |"
     yield "|---|---|---|---:|---:|---:|"

@@ -6,15 +6,16 @@ from torch import Tensor
 
 
 def semantic_filtered_fusion(infrared_BD: Tensor, text_BD: Tensor, filter_text_BD: Tensor | None) -> Tensor:
-    """Add to an infrared feature what the visible caption says and the infrared caption does not.
+    """Add the query text to infrared features, without the content that the infrared caption also has.
 
-    What both captions say (a coat, a bag) is in the infrared feature already; subtracting the infrared caption leaves
-    the colour.
+    The infrared feature already contains what both texts describe (a coat, a bag). Subtracting the infrared caption
+    leaves the colour.
 
     Args:
         infrared_BD: raw infrared features, not normalised.
-        text_BD: raw text features of the query text, same encoder for both texts.
-        filter_text_BD: raw text features of the infrared captions; None fuses without the filter (the ablation).
+        text_BD: raw text features of the query text.
+        filter_text_BD: raw text features of the infrared captions, from the same encoder; None fuses without the
+            filter (the ablation).
 
     Returns:
         (B, D) raw fusion features. Gradients flow through all arguments.

@@ -1,4 +1,4 @@
-"""Open a model from a run folder, a model folder, a hub, or a checkpoint file of the released code."""
+"""Open a model from a run folder, a model folder, the hub, or a checkpoint file of the released code."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tvilfm.models.released import load_released, read_pickle
 from tvilfm.models.tvilfm import TVILFM, download
 
 WRAPPERS = ("state_dict", "model")
-SETTINGS_FILE = "settings.json"  # in a folder that was exported
-PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
+SETTINGS_FILE = "settings.json"  # in an exported folder
+PREFIXES = ("module.", "_orig_mod.")  # added by DistributedDataParallel and torch.compile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +28,10 @@ class OpenedModel:
     """A model and what is known about how it was trained.
 
     Attributes:
-        load: reads the network from the files; see `model`.
-        config: the run's, or the defaults for a model without a run.
-        reported: what the opening assumed or changed, one sentence each.
-        path: what was opened.
+        load: function that reads the network from the files; see `model`.
+        config: config of the run, or the defaults for a model without a run.
+        reported: assumptions and changes made when opening, one sentence each.
+        path: the opened path.
     """
 
     load: Callable[[], TVILFM]
@@ -41,17 +41,17 @@ class OpenedModel:
 
     @cached_property
     def model(self) -> TVILFM:
-        """The network in eval mode, on the CPU, read at the first access, which takes seconds.
+        """The network in eval mode, on the CPU. It is read at the first access, which takes seconds.
 
         Raises:
-            ValueError: files that hold no TVI-LFM model.
+            ValueError: the files do not contain a TVI-LFM model.
         """
         with _WithoutDraws():
             return self.load().eval()
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a search needs beside the weights; `open_model` reads it from `SETTINGS_FILE`."""
+        """Settings that a search needs besides the weights; `open_model` reads them from `SETTINGS_FILE`."""
         config = self.config
         return {
             "height": config.data.height,
@@ -70,7 +70,7 @@ class OpenedModel:
 
 
 class _WithoutDraws(TorchFunctionMode):
-    """Skip random initial weights, which take seconds and are replaced by the file's."""
+    """Skip the random initialisation, which takes seconds and is overwritten by the weights from the file."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.normal_, Tensor.uniform_):
@@ -79,16 +79,16 @@ class _WithoutDraws(TorchFunctionMode):
 
 
 def open_model(path: Path) -> OpenedModel:
-    """Open a run folder, a folder of `save_pretrained`, `owner/model` of a hub, or a released checkpoint file.
+    """Open a run folder, a `save_pretrained` folder, a hub repository `owner/model`, or a released checkpoint file.
 
-    A checkpoint file may hold the state dict as `state_dict` or `model`, and its keys may begin with `module.` or
-    `_orig_mod.`; a file of the base stage gives a model without a text stage.
+    A checkpoint file may contain the state dict under `state_dict` or `model`, and its keys may begin with `module.`
+    or `_orig_mod.`. A base-stage file yields a model without a text stage.
 
     Args:
-        path: of the folder or the file.
+        path: folder, file or hub name.
 
     Raises:
-        ValueError: nothing there, an unfinished run, or a file that is no checkpoint.
+        ValueError: the path does not exist, the run is unfinished, or the file is not a checkpoint.
     """
     if not path.exists() and not is_hub_name(path):
         raise ValueError(
@@ -113,7 +113,7 @@ def open_model(path: Path) -> OpenedModel:
 
 
 def is_hub_name(path: Path) -> bool:
-    """Return whether a path that does not exist may be `owner/model` of a hub."""
+    """Return whether a path that does not exist may be a hub name `owner/model`."""
     return len(path.parts) == 2 and not path.suffix and not path.parent.exists()
 
 
@@ -132,13 +132,13 @@ def _settings(folder: Path) -> Config:
 
 
 def model_fingerprint(path: Path) -> str:
-    """Return a hash of the bytes of a model's files, wherever they are.
+    """Return a hash of the contents of a model's files; it does not depend on their location.
 
     Args:
-        path: as of `open_model`.
+        path: as for `open_model`.
 
     Raises:
-        ValueError: as `open_model`, of folders.
+        ValueError: a file is missing, or the run is unfinished.
     """
     files = [path]
     if not path.is_file():
@@ -159,7 +159,7 @@ def model_fingerprint(path: Path) -> str:
 
 
 def _run_model(path: Path) -> tuple[Path, str]:
-    """Return the folder of a run's model, and the stage that wrote it."""
+    """Return the folder of a run's model and the name of the stage that wrote it."""
     try:
         stages = dict(json.loads((path / "run.json").read_text())["stages"])
     except (ValueError, KeyError, TypeError) as error:
@@ -169,12 +169,12 @@ def _run_model(path: Path) -> tuple[Path, str]:
         raise ValueError(f"{path}: expected a run with a trained stage, got {sorted(stages)}. Finish it: tvilfm train.")
     folder = path / stages[name] / "model"
     if not folder.is_dir():
-        raise ValueError(f"{path}: expected its model in {folder}, got no such folder. Copy the run's stages too.")
+        raise ValueError(f"{path}: expected its model in {folder}, got no such folder. Copy the run's stages as well.")
     return folder, name
 
 
 def _open_folder(path: Path) -> tuple[Path, Config, list[str]]:
-    """Return the model folder of a run folder, a model folder or a hub name, its settings and what to report."""
+    """Return the model folder, config and report lines of a run folder, a model folder or a hub name."""
     if not (path / "run.json").is_file():
         folder = path if path.is_dir() else download(str(path))
         return folder, _settings(folder), []
@@ -197,7 +197,7 @@ def _read_file(path: Path) -> tuple[Mapping[str, Tensor], list[str]]:
 
 
 def _without_prefixes(held: Any) -> tuple[Mapping[str, Tensor], str]:
-    """Return the state dict without a prefix that wrappers put before all keys, and the prefix."""
+    """Return the state dict without the prefixes that wrappers put before all keys, and the removed prefixes."""
     removed = ""
     while isinstance(held, Mapping) and held:
         prefix = next((prefix for prefix in PREFIXES if all(str(key).startswith(prefix) for key in held)), None)

@@ -1,8 +1,9 @@
-"""Checkpoints in the released code's layout: read strictly into our network, and written back from it.
+"""Read and write checkpoints in the released code's layout.
 
-The two networks are the same tensors under other names, so reading is renaming: `_RENAMED` is the whole translation.
-Two things of a released file have no place in ours and are kept beside the model, as `Notes`: the unused `logit_scale`
-and the order and types of the file's tensors. With them a file that is read and written again is the same, bit for bit.
+Both networks have the same tensors under different names, so reading a file means renaming its keys; `_RENAMED` is the
+complete mapping. Two things in a released file have no place in our network: the unused `logit_scale`, and the order
+and types of the tensors. They are kept beside the model as `Notes`, so a file that is read and written again is
+bit-identical.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tvilfm.models.tvilfm import TVILFM, ModelSpec
 
 Stage = Literal["base", "text"]
 
-LOGIT_SCALE = math.log(1 / 0.07)  # CLIP's temperature, which the released network carries and never uses
+LOGIT_SCALE = math.log(1 / 0.07)  # CLIP's temperature; the released network stores it but never uses it
 _HEAD_WIDTH = 64  # CLIP: heads = width / 64
 _CLASSIFIER = "classifier.classifier.weight"
 _EMBEDDING = "base_model.token_embedding.weight"
@@ -40,7 +41,7 @@ _BACKUP = ("backup_pool.", "backup_classifier.")
 _NOTES = "released_notes"
 _SHOWN = 5
 
-# Ours -> released, by prefix (METHOD 10), in the order that a file is written.
+# Our prefix -> released prefix (METHOD 10), in the order of a written file.
 _RENAMED = (
     ("backbone.visible_stem.conv1.", "base_model.visual.rgb_model.resnet_conv.0."),
     ("backbone.visible_stem.bn1.", "base_model.visual.rgb_model.resnet_conv.1."),
@@ -63,7 +64,7 @@ class Notes:
 
     Attributes:
         logit_scale: scalar.
-        dtypes: every key of the file in its order, and the type it is stored in.
+        dtypes: key -> stored type, for every key of the file in its order.
     """
 
     logit_scale: Tensor
@@ -73,26 +74,26 @@ class Notes:
 def load_released(path_or_state_dict: str | Path | Mapping[str, Tensor], *, num_classes: int | None = None) -> TVILFM:
     """Read a released checkpoint of the base or the text stage into our network, strictly.
 
-    A base-stage file has no `backup_*`; the copy of the GeM and head that our text stage keeps is then made from the
-    file's own, which is what the text stage starts from. A base-stage file without the text tower gives a network
-    without one.
+    A base-stage file has no `backup_*` keys. Our text stage keeps a copy of the base stage's GeM and head; for such a
+    file, the copy is taken from the file's current GeM and head, from which the text stage starts. A base-stage file
+    without a text tower yields a network without one.
 
     Args:
         path_or_state_dict: a pickled state dict, read with `weights_only=True`, or the dict itself.
-        num_classes: training identities that the classifier must have; None takes the file's.
+        num_classes: required number of training identities in the classifier; None accepts any number.
 
     Returns:
-        The network on the CPU, in training mode, its weights copied.
+        The network on the CPU, in training mode, with copies of the weights.
 
     Raises:
-        ValueError: no such file, not a plain state dict, a missing, unknown or misshapen key (named), NaN or infinite
-            weights, or another number of classes.
+        ValueError: the file does not exist or is not a plain state dict; a key is missing, unknown or of the wrong
+            shape (the message names it); a weight is NaN or infinite; or the number of classes differs.
 
     Source: METHOD 10. Differs: none known.
     """
     state = _read(path_or_state_dict)
     spec = _spec(state)
-    # Names and shapes are compared before a quarter of a gigabyte is filled.
+    # Compare names and shapes before allocating a quarter of a gigabyte.
     with torch.device("meta"):
         ours = {name: value for name, value in TVILFM(spec).state_dict().items()}
     has_backup = any(key.startswith(_BACKUP) for key in state)
@@ -104,7 +105,7 @@ def load_released(path_or_state_dict: str | Path | Mapping[str, Tensor], *, num_
     if num_classes not in (None, spec.num_classes):
         raise ValueError(
             f"num_classes: expected the checkpoint's {spec.num_classes} training identities, got {num_classes}. "
-            "It was trained on another dataset or split."
+            "The checkpoint was trained on another dataset or split."
         )
     source = {name: _source(_released_name(name), has_backup) for name in ours}
     model = TVILFM(spec)
@@ -119,12 +120,13 @@ def released_state_dict(model: TVILFM, *, stage: Stage) -> dict[str, Tensor]:
     """Return a model's weights under the released names.
 
     Args:
-        model: ours; the released code can only build resnet50 with CLIP's RN50 tower.
-        stage: base leaves the kept copy of GeM and head out, text has it.
+        model: our network; the released code can only build resnet50 with CLIP's RN50 tower.
+        stage: `text` includes the kept copy of the base stage's GeM and head; `base` omits it.
 
     Returns:
-        Key -> tensor on the CPU, sharing memory as `state_dict` does, in the order and types of the file that the
-        model was read from, or in METHOD 10's order. A type that would round the present weights is not used.
+        Key -> tensor on the CPU, sharing memory as `state_dict` does. Order and types are those of the file that the
+        model was read from; without such a file, the order is METHOD 10's. A tensor keeps its type where the file's
+        type would round its values.
 
     Raises:
         ValueError: the text stage of a model that has no text tower.
@@ -155,7 +157,7 @@ def read_pickle(path: Path) -> Any:
     """Read a checkpoint file onto the CPU with `weights_only=True`.
 
     Raises:
-        ValueError: no such file, or one that this refuses.
+        ValueError: the file does not exist, or `weights_only` loading rejects it.
     """
     if not path.is_file():
         raise ValueError(f"checkpoint: expected a released state-dict file, got {path}. Check the path.")
@@ -180,7 +182,7 @@ def _read(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _spec(state: Mapping[str, Tensor]) -> ModelSpec:
-    """Return the network that a file's keys and shapes describe; missing ones are assumed as published."""
+    """Return the network that a file's keys and shapes describe, with published sizes for missing keys."""
     with_text = any(key.startswith((*_TEXT, *_BACKUP)) for key in state)
     classifier, embedding = state.get(_CLASSIFIER), state.get(_EMBEDDING)
     width = embedding.shape[1] if embedding is not None and embedding.ndim == 2 else 512
@@ -203,13 +205,14 @@ def _compare(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Non
     if missing or unknown:
         raise ValueError(
             f"checkpoint: expected the released layout, got {_named(missing)} missing and {_named(unknown)} unknown. "
-            "Give a TVI-LFM checkpoint of the base or text stage; our own are read by TVILFM.from_pretrained."
+            "Use a TVI-LFM checkpoint of the base or text stage. Read models of this package with "
+            "TVILFM.from_pretrained."
         )
     for key, value in expected.items():
         if state[key].shape != value.shape:
             raise ValueError(
                 f"checkpoint.{key}: expected shape {tuple(value.shape)}, got {tuple(state[key].shape)}. "
-                "The checkpoint is of another network."
+                "The checkpoint belongs to another network."
             )
         if state[key].is_floating_point() and not state[key].isfinite().all():
             raise ValueError(f"checkpoint.{key}: expected finite weights, got NaN or infinity. Training had diverged.")
@@ -230,14 +233,14 @@ def _released_name(name: str) -> str:
 
 
 def _source(key: str, has_backup: bool) -> str:
-    """Return the key to read a weight from: a base-stage file has no kept copy, so its own GeM and head are used."""
+    """Return the file's key for a weight; a base-stage file has no kept copy, so its current GeM and head are used."""
     if has_backup or not key.startswith(_BACKUP):
         return key
     return key.replace("backup_pool.", "base_model.visual.GEM.").replace("backup_classifier.", "classifier.")
 
 
 def _position(key: str) -> tuple[int, int]:
-    """Return a sort key: METHOD 10's groups in order, and the network's order within a group."""
+    """Return a sort key for METHOD 10's groups; within a group, the network's order is kept."""
     groups = [released for _, released in _RENAMED if released != "base_model."]
     for index, released in enumerate(groups):
         if key.startswith(released):

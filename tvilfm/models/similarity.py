@@ -9,10 +9,11 @@ from torch import Tensor
 
 
 def similarity(query_QD: Tensor, gallery_RD: Tensor) -> Tensor:
-    """Return (Q, R) float32 products of vectors, which do not depend on what else is in the batch.
+    """Return (Q, R) float32 dot products; each is independent of the other rows in the batch.
 
-    A product in single precision adds up in another order for a handful of rows than for many, and on another
-    processor, which moves near ties and parts equal images. Summed in double precision and then rounded, it does not.
+    In single precision, the order of summation depends on the number of rows and on the processor. The rounding
+    differences reorder near ties and give equal images different similarities. Summing in double precision and then
+    rounding avoids both.
 
     Source: METHOD 8. Differs: the released code sums in single precision.
     """

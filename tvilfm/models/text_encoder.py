@@ -22,7 +22,7 @@ class TextEncoder(nn.Module):
     """
 
     def __init__(self, *, dim: int, width: int, layers: int, heads: int) -> None:
-        # Imported here: open_clip takes seconds to import, which a process without text need not spend.
+        # Imported here because open_clip takes seconds to import, and not every process uses text.
         from open_clip.transformer import QuickGELU, TextTransformer
 
         super().__init__()
@@ -42,16 +42,16 @@ class TextEncoder(nn.Module):
         length = tokens_BL.shape[1]
         x = tower.token_embedding(tokens_BL) + tower.positional_embedding[:length]
         x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])
-        # Only the end-of-text row is read; normalising it alone gives the same row.
+        # Only the end-of-text row is used; normalising it alone gives the same result.
         x = x[torch.arange(x.shape[0], device=x.device), tokens_BL.argmax(dim=1)]
         features: Tensor = tower.ln_final(x) @ tower.text_projection
         return features.float()
 
 
 def stretch_projection(projection: Tensor, dim: int) -> Tensor:
-    """Stretch CLIP's (512, 1024) text projection to (512, dim), as the released code.
+    """Stretch CLIP's (512, 1024) text projection to (512, dim), as the released code does.
 
-    Bilinear interpolation without aligned corners, rounded through half precision (CLIP's weights are half).
+    Interpolate bilinearly without aligned corners, and round to half precision, the precision of CLIP's weights.
 
     Source: METHOD 2. Differs: none known.
     """
@@ -62,15 +62,15 @@ def stretch_projection(projection: Tensor, dim: int) -> Tensor:
 
 
 def load_clip_text(encoder: TextEncoder, dim: int, source: str = "openai") -> None:
-    """Fill the encoder from CLIP RN50's text half.
+    """Load the text tower of CLIP RN50 into the encoder.
 
     Args:
-        encoder: a tower of CLIP RN50's size, filled in place.
+        encoder: tower of CLIP RN50's size, filled in place.
         dim: width of the stretched projection.
-        source: `openai` (open_clip downloads it once) or a local state dict that holds CLIP's text keys.
+        source: `openai` (open_clip downloads it once) or a local state dict with CLIP's text keys.
 
     Raises:
-        ValueError: when the weights cannot be had or do not fit, saying how to get them.
+        ValueError: when the weights cannot be downloaded or read, or do not fit.
     """
     if source == "openai":
         import open_clip
@@ -80,7 +80,7 @@ def load_clip_text(encoder: TextEncoder, dim: int, source: str = "openai") -> No
         except Exception as error:  # open_clip raises OSError, RuntimeError and hub errors alike
             raise ValueError(
                 f"model.text.weights: expected to download CLIP RN50 through open_clip, got {error}. On a machine "
-                "with internet save open_clip.create_model('RN50', pretrained='openai').state_dict() with "
+                "with internet access, save open_clip.create_model('RN50', pretrained='openai').state_dict() with "
                 "torch.save, and set model.text.weights to that file."
             ) from None
     else:

@@ -1,8 +1,7 @@
-"""The whole network, with one public `encode_*` per modality.
+"""The whole network, with one public `encode_*` method per modality.
 
-Raw features are what the losses and the fusion see; unit vectors are what retrieval compares. After the base stage a
-copy of its GeM and head is kept, so that infrared-only retrieval stays what it was while the text stage moves the
-shared head.
+Losses and fusion use raw features; retrieval compares unit vectors. The network keeps a copy of the base stage's GeM
+and head, so that infrared-only retrieval does not change while the text stage trains the shared head.
 
 Shapes: B batch, D feature, L tokens.
 """
@@ -30,7 +29,7 @@ from tvilfm.models.text_encoder import TextEncoder, load_clip_text
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """Everything needed to build the network before its weights are read."""
+    """Everything needed to build the network before its weights are loaded."""
 
     backbone: str
     num_classes: int
@@ -42,20 +41,20 @@ class ModelSpec:
 
     @property
     def dim(self) -> int:
-        """D, the width of the heads' input."""
+        """The width D of the heads' input."""
         return ARCHITECTURES[self.backbone].dim
 
     @property
     def image_dim(self) -> int:
-        """Width of a raw image feature: D, or 2 D where the text stage trained the GeM.
+        """The width of a raw image feature: D, or 2 D if the text stage trains the GeM.
 
-        It is then pooled twice, by the current GeM and by the base stage's.
+        In the second case, images are pooled twice: by the current GeM and by the base stage's GeM.
         """
         return self.dim * (1 + self.trained_pool)
 
 
 def spec_from_config(model: ModelSection, num_classes: int, *, with_text: bool) -> ModelSpec:
-    """Return the network that a config asks for; without text, the sizes of its tower are not read."""
+    """Return the spec of the network in a config; without text, the config's tower sizes are ignored."""
     text = model.text if with_text else TextModelSection()
     return ModelSpec(
         backbone=model.backbone,
@@ -68,7 +67,7 @@ def spec_from_config(model: ModelSection, num_classes: int, *, with_text: bool) 
 
 
 class TVILFM(nn.Module):
-    """TVI-LFM: dual-stem backbone, GeM, one BN neck for all modalities, CLIP's text tower.
+    """TVI-LFM: dual-stem backbone, GeM, one BN neck for all modalities, and CLIP's text tower.
 
     Source: METHOD 2. Differs: none known.
     """
@@ -91,11 +90,11 @@ class TVILFM(nn.Module):
         self.base_pool, self.base_head = copy.deepcopy(self.pool), copy.deepcopy(self.head)
 
     def start_text_stage(self, text: TextModelSection, *, train_pool: bool = False) -> None:
-        """Add a text tower of the given size and keep a copy of the GeM and head that the base stage ended with.
+        """Add a text tower of the given size, and keep a copy of the base stage's GeM and head.
 
         Args:
             text: size of the tower.
-            train_pool: the stage trains p of the GeM, see `ModelSpec.image_dim`.
+            train_pool: whether the stage trains p of the GeM; see `ModelSpec.image_dim`.
         """
         self.spec = replace(
             self.spec,
@@ -108,7 +107,7 @@ class TVILFM(nn.Module):
         self._add_text()
 
     def encode_images(self, visible: Tensor | None, infrared: Tensor | None) -> Tensor:
-        """Return raw features of visible, then infrared images, as one batch: (B + B', `spec.image_dim`) float32."""
+        """Return raw features (B + B', `spec.image_dim`) float32 of the visible, then the infrared images."""
         maps = self.backbone(visible, infrared)
         raw_BD: Tensor = self.pool(maps)
         if self.spec.trained_pool:
@@ -131,7 +130,7 @@ class TVILFM(nn.Module):
         return raw_BD
 
     def current(self, raw: Tensor) -> Tensor:
-        """Return the part of raw features (..., `spec.image_dim`) that the current GeM pooled: (..., D)."""
+        """Return the part (..., D) of raw features (..., `spec.image_dim`) that the current GeM pooled."""
         return raw[..., : self.spec.dim]
 
     def embed(self, raw: Tensor) -> Tensor:
@@ -139,7 +138,7 @@ class TVILFM(nn.Module):
         return self.head.embed(self.current(raw))
 
     def embed_base(self, raw: Tensor) -> Tensor:
-        """Map raw image features (B, `spec.image_dim`) to unit vectors (B, D) by the base stage's GeM and head."""
+        """Map raw image features (B, `spec.image_dim`) to unit vectors (B, D) with the base stage's GeM and head."""
         head = self.head if self.base_head is None else self.base_head
         return head.embed(raw[..., -self.spec.dim :])
 
@@ -152,14 +151,14 @@ class TVILFM(nn.Module):
         return self.embed_base(self.encode_infrared(images))
 
     def visual_parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the parameters of backbone and GeM, which the text stage freezes."""
+        """Yield the parameters of the backbone and the GeM, which the text stage freezes."""
         yield from self.backbone.parameters()
         yield from self.pool.parameters()
 
     def freeze_visual(self) -> None:
-        """Stop gradients into the visual part and into the kept copy of the base GeM and head.
+        """Freeze the visual part and the kept copy of the base stage's GeM and head.
 
-        The current GeM stays trainable where the text stage trains it (`ModelSpec.trained_pool`).
+        The current GeM stays trainable if the text stage trains it (`ModelSpec.trained_pool`).
         """
         for parameter in self.visual_parameters():
             parameter.requires_grad_(False)
@@ -169,7 +168,7 @@ class TVILFM(nn.Module):
                 module.requires_grad_(False)
 
     def train_text_stage(self, *, freeze_batch_norm: bool) -> None:
-        """Set head and text to train mode, and the visual part to eval mode if its BN statistics are frozen."""
+        """Set the head and text tower to train mode; set the backbone to eval mode if BN statistics are frozen."""
         self.train()
         self.backbone.train(not freeze_batch_norm)
         for module in (self.base_pool, self.base_head):
@@ -185,15 +184,15 @@ class TVILFM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> TVILFM:
-        """Read what `save_pretrained` wrote, strictly.
+        """Read a folder of `save_pretrained`, strictly.
 
         Args:
-            name: a local folder, or else a repository `owner/model` of the Hugging Face hub (or of its local cache).
+            name: local folder, or a repository `owner/model` of the Hugging Face hub or its local cache.
             revision: branch, tag or commit of a repository.
 
         Raises:
-            ValueError: neither a folder nor a repository that can be reached, a missing file, or weights that do not
-                fit the config.
+            ValueError: there is no such folder or reachable repository, a file is missing, or the weights do not fit
+                the config.
         """
         folder = Path(name)
         if not folder.is_dir():
@@ -201,7 +200,10 @@ class TVILFM(nn.Module):
         config_path, weights_path = folder / "config.json", folder / "model.safetensors"
         for path in (config_path, weights_path):
             if not path.is_file():
-                raise ValueError(f"checkpoint: expected {path}, which is not there. Give a folder of save_pretrained.")
+                raise ValueError(
+                    f"checkpoint: expected a model folder with {path.name}, got none at {path}. "
+                    "Use a folder of save_pretrained."
+                )
         try:
             values: dict[str, Any] = dict(json.loads(config_path.read_text()))
         except (ValueError, TypeError) as error:
@@ -220,30 +222,31 @@ class TVILFM(nn.Module):
 
 
 def download(name: str, revision: str | None = None) -> Path:
-    """Return the local folder of a model of the Hugging Face hub, or of its local cache.
+    """Return the local folder of a model from the Hugging Face hub or its local cache.
 
     Raises:
-        ValueError: it cannot be reached, or there is none of that name.
+        ValueError: the hub cannot be reached, or it has no such model.
     """
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "model.safetensors"]))
-    except (OSError, ValueError) as error:  # the hub's own errors are kinds of these two
+    except (OSError, ValueError) as error:  # base classes of the hub's own errors
         raise ValueError(
             f"checkpoint: expected a folder of save_pretrained or a repository of the hub, got {name} "
-            f"({type(error).__name__}). Check the name; without internet, download it elsewhere and give its folder."
+            f"({type(error).__name__}). Check the name. Without internet access, download the model elsewhere and "
+            "use its folder."
         ) from None
 
 
 def load_visual_weights(model: TVILFM, section: ModelSection) -> None:
-    """Fill the backbone from the source the config names; `random` and `attributes` leave it as it is."""
+    """Load the backbone weights that the config names; `random` and `attributes` keep the current weights."""
     if section.weights not in ("random", "attributes"):
         load_imagenet(model.backbone, section.backbone, section.weights)
 
 
 def load_text_weights(model: TVILFM, section: ModelSection) -> None:
-    """Fill the text tower from the source the config names; `random` leaves it as it is."""
+    """Load the text tower weights that the config names; `random` keeps the current weights."""
     assert model.text is not None
     if section.text.weights != "random":
         load_clip_text(model.text, model.spec.dim, section.text.weights)

@@ -1,1 +1,1 @@
-"""Sweeps: what varies, and what their trials found."""
+"""Sweeps: search spaces, and the results of their trials."""

@@ -1,7 +1,8 @@
-"""What the trials of a sweep found: records, differences between settings, and which parameters matter.
+"""The results of a sweep: trial records, differences between settings, and importance of parameters.
 
-Settings are compared under the same seeds: the difference between two of them is a mean over seeds of differences, and
-its interval that of the paired t-test. Only finished trials count in a mean; the others are listed with the reason.
+Settings are compared under the same seeds. The difference between two settings is the mean of the differences per seed,
+with the confidence interval of the paired t-test. Means include only finished trials; the other trials are listed with
+the reason.
 """
 
 from __future__ import annotations
@@ -22,26 +23,26 @@ from tvilfm.sweeps.space import Parameter, Space
 SHOWN = ("rank1", "mAP", "mINP")
 COMPARED = ("rank1", "mAP")
 CONFIDENCE = 0.95
-# Fewer trials than this say nothing about which parameter matters.
+# Minimum number of trials for the importance of parameters.
 IMPORTANCE_TRIALS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRecord:
-    """One trial of a sweep, as `trials.jsonl` holds it.
+    """One trial of a sweep, as stored in `trials.jsonl`.
 
     Attributes:
         name: unique in the sweep.
-        setting: row name or parameter values in words; trials of one setting differ in their seed.
+        setting: row name or parameter values as text; trials of one setting differ only in their seed.
         values: parameter -> value; empty for rows.
-        seed: of the run.
-        query: which query of the results `metrics` are of.
-        status: done; stopped (early, by the scheduler); failed.
-        reason: of a failure, in one line.
-        metrics: rank1, mAP, mINP of test identities and val_rank1, val_mAP of validation identities, fractions, as
-            far as there are; of a stopped trial its last validation.
-        chosen: what the trial itself chose: ensemble weights of the free sweep.
-        learning: records of its epochs, see `learning_chart`.
+        seed: seed of the run.
+        query: query of the results to which `metrics` belong.
+        status: done, stopped (early, by the scheduler) or failed.
+        reason: reason of a failure, in one line.
+        metrics: available metrics, as fractions: rank1, mAP, mINP of test identities and val_rank1, val_mAP of
+            validation identities; for a stopped trial, those of its last validation.
+        chosen: ensemble weights that the free sweep of the trial chose.
+        learning: records of the trial's epochs; see `learning_chart`.
     """
 
     name: str
@@ -58,7 +59,7 @@ class TrialRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Mean over seeds of one setting's metric minus the reference's, with a 95 % interval (None with one seed)."""
+    """Mean over seeds of a setting's metric minus the reference's, with its 95 % interval (None for one seed)."""
 
     mean: float
     low: float | None
@@ -70,11 +71,11 @@ class SettingSummary:
     """One line of the table.
 
     Attributes:
-        setting, values, query: as in its trials.
+        setting, values, query: as in the setting's trials.
         metrics: name -> values of finished trials, by seed.
-        differences: name -> difference to the reference over the seeds that both finished; none for the reference.
-        unfinished: trials that did not finish: seed, status and reason.
-        published: the row of the paper that it stands beside.
+        differences: name -> difference to the reference over the seeds that both finished; empty for the reference.
+        unfinished: seed, status and reason of each trial that did not finish.
+        published: row of the paper that is shown beside it.
     """
 
     setting: str
@@ -88,14 +89,14 @@ class SettingSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepData:
-    """Everything a sweep's report shows.
+    """The data of a sweep's report.
 
     Attributes:
-        space: what was varied.
-        records: every trial.
+        space: search space.
+        records: records of all trials.
         dataset: as in `data.name`.
-        facts: of the sweep in the order to show, e.g. protocol, text source, versions, time.
-        config_yaml: the config that every trial began with.
+        facts: facts about the sweep in display order, e.g. protocol, text source, versions, time.
+        config_yaml: base config of all trials.
     """
 
     space: Space
@@ -117,11 +118,11 @@ def paired_difference(values: Mapping[int, float], reference: Mapping[int, float
         values, reference: seed -> metric.
 
     Returns:
-        The difference; without an interval for one seed; None without a seed in common.
+        The difference, without an interval for one common seed; None without a common seed.
 
     Source: Student's paired t, two-sided, 95 %. Differs: none known.
     """
-    from scipy.stats import t  # half a second that only a report pays
+    from scipy.stats import t  # imported here: takes half a second, and only reports need it
 
     gaps = [values[seed] - reference[seed] for seed in sorted(values) if seed in reference]
     if not gaps:
@@ -134,7 +135,7 @@ def paired_difference(values: Mapping[int, float], reference: Mapping[int, float
 
 
 def summarise(data: SweepData) -> list[SettingSummary]:
-    """Return the table's lines: rows in the order of the space, or settings from the best by the space's metric."""
+    """Return the lines of the table: rows in the order of the space, or settings sorted by the metric, best first."""
     space = data.space
     by_setting: dict[str, list[TrialRecord]] = {name: [] for name in space.rows}
     for record in data.records:
@@ -143,7 +144,7 @@ def summarise(data: SweepData) -> list[SettingSummary]:
     if not space.rows:
         names.sort(key=lambda name: -mean_or_last(_values(by_setting[name], space.metric)))
     reference = by_setting[space.reference or names[0]] if names else []
-    published = {row.method: row for row in reversed(_published(data.dataset))}  # of equals the first one stays
+    published = {row.method: row for row in reversed(_published(data.dataset))}  # the first of equal methods is kept
     summaries = []
     for name in names:
         records = by_setting[name]
@@ -171,20 +172,21 @@ def summarise(data: SweepData) -> list[SettingSummary]:
 def parameter_importance(space: Space, records: Sequence[TrialRecord]) -> dict[str, float]:
     """Return each parameter's importance for the metric, as shares that sum to 1, largest first.
 
-    A random forest learns the metric from the parameters; a parameter matters as much as its fit loses when that
-    parameter's values are exchanged between trials.
+    A random forest learns the metric from the parameters. The importance of a parameter is the loss of fit when its
+    values are permuted between trials.
 
     Args:
-        space: names parameters and metric.
-        records: trials; those without the metric are left out.
+        space: space with the parameters and the metric.
+        records: trials; those without the metric are skipped.
 
     Returns:
-        Parameter -> share; empty with fewer than 8 trials, one parameter, or where nothing matters.
+        Parameter -> share; empty for fewer than 8 trials, for one parameter, or if no parameter has an effect.
 
-    Source: Breiman, Random Forests, Machine Learning 2001. Differs: the fit is judged on the trials it has seen, as
-        there are too few to keep some apart.
+    Source: Breiman, Random Forests, Machine Learning 2001. Differs: the fit is scored on its training trials, because
+        there are too few to hold some out.
     """
-    from sklearn.ensemble import RandomForestRegressor  # a second that only a sweep's report pays
+    # Imported here: takes a second, and only a sweep's report needs it.
+    from sklearn.ensemble import RandomForestRegressor
     from sklearn.inspection import permutation_importance
 
     scored = [record for record in records if space.metric in record.metrics and record.values]
@@ -195,21 +197,21 @@ def parameter_importance(space: Space, records: Sequence[TrialRecord]) -> dict[s
     )
     scores = np.array([record.metrics[space.metric] for record in scored])
     forest = RandomForestRegressor(n_estimators=200, random_state=0).fit(places, scores)
-    found = permutation_importance(forest, places, scores, n_repeats=20, random_state=0).importances_mean.clip(min=0)
-    if not found.any():
+    losses = permutation_importance(forest, places, scores, n_repeats=20, random_state=0).importances_mean.clip(min=0)
+    if not losses.any():
         return {}
-    shares = dict(zip(space.parameters, (found / found.sum()).tolist(), strict=True))
+    shares = dict(zip(space.parameters, (losses / losses.sum()).tolist(), strict=True))
     return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 
 def _values(records: Sequence[TrialRecord], metric: str) -> dict[int, float]:
-    """Return the metric of finished trials by seed."""
+    """Return seed -> metric of the finished trials."""
     done = [record for record in records if record.status == "done" and metric in record.metrics]
     return {record.seed: record.metrics[metric] for record in done}
 
 
 def mean_or_last(values: Mapping[int, float]) -> float:
-    """Return the mean, or -1 without values, which sorts last."""
+    """Return the mean of the values; without values, return -1, which sorts last."""
     return statistics.fmean(values.values()) if values else -1.0
 
 
@@ -218,7 +220,7 @@ def _ending(record: TrialRecord) -> str:
 
 
 def published_dataset(dataset: str) -> str:
-    """Return the dataset whose published results are shown: the dataset itself, or else SYSU-MM01."""
+    """Return the dataset whose published results are shown: the dataset itself if it has any, else SYSU-MM01."""
     return dataset if published_rows(dataset) else "sysu_mm01"
 
 
@@ -227,7 +229,7 @@ def _published(dataset: str) -> tuple[PublishedRow, ...]:
 
 
 def position_of(parameter: Parameter, value: Any) -> float:
-    """Return a value as a number: itself (its logarithm on a logarithmic range), or its index in the options."""
+    """Return a value as a number: its index in the options, or the value in a range (logarithm for loguniform)."""
     if parameter.range is None:
         return float(parameter.options.index(value))
     return math.log(value) if parameter.range[0] == "loguniform" else float(value)

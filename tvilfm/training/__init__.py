@@ -1,1 +1,1 @@
-"""Optimizer, step, loop and checkpoint of both stages."""
+"""Training of both stages: optimizer, step, loop and checkpoints."""

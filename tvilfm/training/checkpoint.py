@@ -1,4 +1,4 @@
-"""A training checkpoint: the model as it is, the best one so far, and what the optimizer needs to continue."""
+"""Training checkpoints: the current model, the best model so far, and the optimizer state."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Progress:
     """The progress of a stage after an epoch.
 
     Attributes:
-        epochs_done: whole epochs.
-        best_score: validation score of the kept model, 0-1; -1 before the first validation.
-        best_epoch: epoch that gave it, counted from 0.
+        epochs_done: number of completed epochs.
+        best_score: validation score of the best model, 0-1; -1 before the first validation.
+        best_epoch: epoch of the best model, counted from 0; -1 before the first validation.
     """
 
     epochs_done: int
@@ -39,10 +39,10 @@ def save_checkpoint(
     """Write `model/`, `best/`, `trainer.pt` (optimizer and scaler state) and `progress.json`.
 
     Args:
-        folder: filled; made if absent.
+        folder: folder to write; created if missing.
         model: the current network.
         best: folder of the best model so far.
-        progress: where the stage stands.
+        progress: progress of the stage.
         optimizer: `StageOptimizer.state_dict()`.
         scaler: `GradScaler.state_dict()`.
     """
@@ -53,7 +53,7 @@ def save_checkpoint(
 
 
 def load_trainer(folder: Path) -> tuple[Progress, list[dict[str, Any]], dict[str, Any]]:
-    """Return progress, optimizer state and scaler state of a checkpoint folder."""
+    """Return the progress, optimizer state and scaler state from a checkpoint folder."""
     state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
     progress = Progress(**json.loads((folder / "progress.json").read_text()))
     return progress, state["optimizer"], state["scaler"]

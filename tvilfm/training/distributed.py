@@ -1,7 +1,7 @@
-"""Several workers equal one: losses, BN neck and BN layers see the global batch.
+"""Distributed training that is equivalent to one worker: losses, BN neck and BN layers use the global batch.
 
-Convention: every worker computes the same global loss; gathering sums, backwards, the gradients of all workers'
-losses; DDP then averages over workers. The result is the gradient of one global loss.
+Convention: every worker computes the same global loss. The backward pass of gathering sums the gradients of all
+workers' losses, and DDP then averages over workers. The result is the gradient of one global loss.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def rank() -> int:
 
 
 class _GatherRows(torch.autograd.Function):
-    """Gather all workers' rows, rank by rank; the gradient is the sum over workers of that of the own rows."""
+    """Gather all workers' rows in rank order; backward sums the workers' gradients of this worker's rows."""
 
     @staticmethod
     def forward(context: Any, rows: Tensor) -> Tensor:
@@ -53,10 +53,10 @@ class _SumOverWorkers(torch.autograd.Function):
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Return all workers' rows, rank by rank, with gradient; with one worker, the rows themselves.
+    """Return all workers' rows in rank order, with gradient; with one worker, return the rows unchanged.
 
     Args:
-        rows: (B, ...), the same B on every worker.
+        rows: (B, ...), with the same B on every worker.
 
     Returns:
         (B x workers, ...).
@@ -73,9 +73,9 @@ def _sum_over_workers(values: Tensor) -> Tensor:
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d with the statistics of all workers' rows.
+    """BatchNorm2d with statistics over all workers' rows.
 
-    torch's SyncBatchNorm does the same on CUDA and refuses CPU tensors.
+    torch's SyncBatchNorm does the same on CUDA, but does not support CPU tensors.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -96,7 +96,10 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronise_batch_norm(module: nn.Module, device: torch.device) -> None:
-    """Make a module's BatchNorm2d layers normalize over all workers, in place; parameters and names are kept."""
+    """Convert a module's BatchNorm2d layers in place to use the statistics of all workers.
+
+    Parameters and names do not change.
+    """
     if world_size() == 1:
         return
     for name, child in module.named_children():

@@ -1,7 +1,8 @@
-"""A training stage from its first epoch, or from a checkpoint, to its last.
+"""Run a training stage from the first epoch, or from a checkpoint, to the last.
 
-Nothing here knows who runs it: the caller hands over batches and is told of every epoch. What chance decides follows
-from (seed, epoch, batch), so a stage that was killed and resumed ends with the weights of the undisturbed one.
+This module does not depend on Ray: the caller provides the batches and receives the events of every epoch. All random
+choices depend only on (seed, epoch, batch), so a stage that is killed and resumed ends with the same weights as an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -35,13 +36,16 @@ AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Listener(Protocol):
-    """Receives the events of a stage; every worker calls it in the same way."""
+    """Receiver of the events of a stage; every worker calls it in the same way."""
 
     def on_step(self, record: Mapping[str, float | int]) -> None:
-        """After each step: epoch, step, num_steps, steps_per_s and the loss terms."""
+        """Receive epoch, step, num_steps, steps_per_s and the loss terms after each step."""
 
     def on_epoch(self, record: Mapping[str, float | int], checkpoint: Path | None) -> None:
-        """After each epoch: mean loss terms, validation; rank 0 brings a checkpoint folder to keep."""
+        """Receive the mean loss terms and validation scores after each epoch.
+
+        Rank 0 also passes a temporary checkpoint folder, which the listener has to copy; other ranks pass None.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,20 +75,21 @@ def train_stage(
     """Run a stage.
 
     Args:
-        model: the network at the stage's start (weights are overwritten when resuming).
-        sampler: batches of the global batch.
-        dataset: turns them into this worker's batches.
-        settings: the stage's sections.
-        device: of this worker.
-        validate: scores the model (rank 0 only); `score`, higher is better, chooses what is kept. None keeps the last.
-        listener: told of steps and epochs.
+        model: the network at the start of the stage (weights are overwritten when resuming).
+        sampler: sampler of the global batches.
+        dataset: dataset that turns them into this worker's batches.
+        settings: the stage's config sections.
+        device: device of this worker.
+        validate: function that scores the model (rank 0 only); the model with the highest `score` is kept as the best.
+            None keeps the last model.
+        listener: receiver of step and epoch events.
         resume: checkpoint folder of `save_checkpoint`.
 
     Returns:
-        The trained network in eval mode, as of the last epoch.
+        The trained network of the last epoch, in eval mode.
 
     Raises:
-        FloatingPointError: when a loss is not finite, naming term, epoch and batch.
+        FloatingPointError: when a loss is not finite; the message names the term, epoch and batch.
     """
     schedule = settings.schedule
     progress = Progress(epochs_done=0, best_score=-1.0, best_epoch=-1)
@@ -152,7 +157,7 @@ def train_stage(
 
 
 def _evaluates(schedule: ScheduleSection, epoch: int) -> bool:
-    """Return whether an epoch, counted from 0, is validated."""
+    """Return whether to validate after an epoch, counted from 0."""
     return epoch + 1 >= schedule.eval_from and (epoch + 1) % schedule.eval_every == 0
 
 
@@ -168,7 +173,7 @@ def _run_epoch(
     listener: Listener,
 ) -> dict[str, float | int]:
     dtype = AUTOCAST_DTYPES.get(settings.train.autocast) if device.type == "cuda" else None
-    # The released soft margin is infinite for far pairs, and its scaler then skips the step.
+    # The released soft margin is infinite for distant pairs; the gradient scaler then skips the step.
     skips_overflow = scaler.is_enabled() and settings.loss.wrt_numerics == "published"
     sums: dict[str, float] = {}
     counts: Counter[str] = Counter()
@@ -194,7 +199,7 @@ def _run_epoch(
                     continue
                 raise FloatingPointError(
                     f"loss.{name}: expected a finite number, got {value} in epoch {epoch}, batch {index}. "
-                    "Lower the learning rate or look at this batch's images."
+                    "Lower the learning rate or check this batch's images."
                 )
             sums[name] = sums.get(name, 0.0) + value
             counts[name] += 1
@@ -210,5 +215,5 @@ def _run_epoch(
                 **values,
             }
         )
-    means = {name: value / counts[name] for name, value in sums.items()}  # of the steps that were not skipped
+    means = {name: value / counts[name] for name, value in sums.items()}  # over the steps that were not skipped
     return {"epoch": epoch, **means, "loss": sum(means.values()), "seconds": time.monotonic() - started}

@@ -23,13 +23,13 @@ def lr_factor(
     milestones: Iterable[int] = (40, 60, 100),
     gamma: float = 0.1,
 ) -> float:
-    """Return the factor of all learning rates in an epoch: linear warm-up, then steps.
+    """Return the learning-rate factor of an epoch: a linear warm-up, then steps.
 
     Args:
         epoch: counted from 0.
-        warmup_epochs: epochs of the ramp from `warmup_factor` to 1; 0 = none.
+        warmup_epochs: length of the ramp from `warmup_factor` to 1, epochs; 0 = no warm-up.
         warmup_factor: factor of epoch 0.
-        milestones: epochs from which the rate is multiplied by `gamma` once more.
+        milestones: epochs at which the rate is multiplied by `gamma` again.
         gamma: factor of one step.
 
     Source: METHOD 4. Differs: none known.
@@ -42,17 +42,22 @@ def lr_factor(
 
 
 def parameter_groups(model: TVILFM, section: OptimSection) -> list[dict[str, Any]]:
-    """Group trainable parameters by learning rate and decay, without a token embedding that is kept sparse.
+    """Group trainable parameters by learning rate and weight decay.
 
-    Backbone and GeM: lr. Text transformer: text_lr; its biases: text_lr x factor, with a decay of
-    their own. Head: lr x factor.
-    Token and position embeddings, ln_final, text_projection: lr. Decay: weight_decay, or text_weight_decay for the
-    text tower where that is set.
+    With `optim.keep_unused_tokens`, the token embedding is omitted; `StageOptimizer` trains it with a sparse optimizer.
+
+    Learning rates:
+        Backbone and GeM: lr. Head: lr x head_lr_factor.
+        Text transformer: text_lr; its biases: text_lr x text_bias_lr_factor.
+        Token and position embeddings, ln_final, text_projection: lr.
+
+    Weight decay: weight_decay; for the text tower, text_weight_decay if set; for the biases of the text transformer,
+    text_bias_weight_decay.
 
     Returns:
-        Adam's groups, each with `names` beside its `params`.
+        Parameter groups for Adam, each with the parameters' `names` besides `params`.
 
-    Source: METHOD 4, the released solver. Differs: with fidelity corrected the text tower's decay is its own key.
+    Source: METHOD 4, the released solver. Differs: with fidelity corrected, the text tower's decay has its own key.
     """
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -74,10 +79,10 @@ def parameter_groups(model: TVILFM, section: OptimSection) -> list[dict[str, Any
 
 
 class StageOptimizer:
-    """Adam, with a sparse Adam for the token embedding that changes only rows with a gradient.
+    """Adam for all parameters, except that `optim.keep_unused_tokens` trains the token embedding with SparseAdam.
 
-    Adam's coupled decay pulls every token row to zero that the training captions do not use; a caption at query time
-    then meets erased words. SparseAdam leaves such rows bit-identical.
+    SparseAdam changes only rows with a gradient. With Adam, the coupled weight decay pulls the rows of all tokens that
+    the training captions do not use to zero, which erases words that queries may use.
     """
 
     def __init__(self, model: TVILFM, section: OptimSection) -> None:
@@ -88,7 +93,7 @@ class StageOptimizer:
         self._tokens: nn.Parameter | None = None
         if model.text is not None and section.keep_unused_tokens:
             self._tokens = model.text.tower.token_embedding.weight
-            # A dense gradient would be as large as the vocabulary; DDP's all-reduce, however, wants one.
+            # A dense gradient is as large as the vocabulary, but DDP's all-reduce requires it.
             model.text.tower.token_embedding.sparse = world_size() == 1
             self._optimizers.append(torch.optim.SparseAdam([self._tokens], lr=section.lr, betas=(0.9, 0.999)))
         for optimizer in self._optimizers:
@@ -105,7 +110,7 @@ class StageOptimizer:
             optimizer.zero_grad(set_to_none=True)
 
     def step(self, scaler: torch.amp.GradScaler) -> None:
-        """Update the parameters; `scaler` undoes loss scaling, and a step with an overflow is skipped."""
+        """Update the parameters; `scaler` undoes the loss scaling and skips a step with an overflow."""
         if self._tokens is not None and self._tokens.grad is not None:
             self._tokens.grad = _touched_rows(self._tokens.grad)
         if not scaler.is_enabled():
@@ -114,7 +119,7 @@ class StageOptimizer:
             return
         for optimizer in self._optimizers:
             scaler.unscale_(optimizer)
-        # Both are skipped or neither: `step` alone would look at each one's own gradients.
+        # Skip both optimizers or neither: `scaler.step` checks the gradients of one optimizer only.
         overflows = (scaler._found_inf_per_device(optimizer).values() for optimizer in self._optimizers)
         if not any(float(overflow) for of_optimizer in overflows for overflow in of_optimizer):
             for optimizer in self._optimizers:

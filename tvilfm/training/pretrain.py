@@ -1,7 +1,8 @@
-"""Pre-training on attributes of a disjoint synthetic split: the offline stand-in for ImageNet weights.
+"""Pre-training on attributes of a disjoint synthetic split, as an offline replacement for ImageNet weights.
 
-Both stems learn to name what is in a picture (garments, pattern, bag; colours in visible images), on people that no
-other stage ever sees. It is no part of the method; with real ImageNet weights it does not run.
+Both stems learn to classify the attributes of the person in an image (garments, pattern, bag; in visible images also
+colours). No other stage uses these people. Pre-training is not part of the method; it does not run with real ImageNet
+weights.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tvilfm.models.backbone import DualStemResNet, image_format
 
 
 def attribute_labels(root: Path, manifest: pa.Table) -> npt.NDArray[np.int64]:
-    """Return (N, A) indices of attribute values for every manifest row, from `attributes.json`."""
+    """Return indices (N, A) of the attribute values of every manifest row, from `attributes.json`."""
     truth = json.loads((root / "attributes.json").read_text())
     by_pid = {int(pid): [values.index(truth[pid][name]) for name, values in ATTRIBUTES.items()] for pid in truth}
     return np.array([by_pid[pid] for pid in column(manifest, "pid")], dtype=np.int64)
@@ -43,18 +44,18 @@ def pretrain(
     device: torch.device,
     on_step: Callable[[Mapping[str, float | int]], None],
 ) -> None:
-    """Train the backbone in place to classify attributes, half of each batch visible, half infrared.
+    """Train the backbone in place to classify attributes; half of each batch is visible, half infrared.
 
     Args:
-        backbone: filled in place.
+        backbone: network to train in place.
         manifest: rows of the disjoint split, in the order of `pixels` and `labels_NA`.
         pixels: uint8 (N, H, W, 3).
-        labels_NA: int64, see `attribute_labels`.
-        section: steps, batch, rate.
+        labels_NA: int64; see `attribute_labels`.
+        section: steps, batch size and learning rate.
         pad: augmentation border, pixels.
-        seed: of the run.
-        device: to train on.
-        on_step: told the loss after each step.
+        seed: seed of the run.
+        device: device to train on.
+        on_step: function that receives epoch, step, num_steps and loss after each step.
     """
     parts: dict[Recipe, npt.NDArray[np.int64]] = {
         "visible": rows_of(manifest, select(manifest, modality="visible")),

@@ -1,4 +1,4 @@
-"""Both stages built from a config. `cluster` runs them on workers; they also run without Ray."""
+"""Build and run both stages from a config. `cluster` runs them on Ray workers; they also run without Ray."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class StageData:
         manifest: all rows, in the order of `pixels`.
         pixels: uint8 (N, H, W, 3), memory-mapped.
         captions: caption table.
-        images: raw features of the images that are evaluated, where the visual part is frozen and they are known.
+        images: raw features of the evaluated images, if the visual part is frozen and they are known; else None.
     """
 
     manifest: pa.Table
@@ -52,14 +52,14 @@ def train_base(
     listener: Listener,
     resume: Path | None = None,
 ) -> TVILFM:
-    """Train stage 1: backbone, GeM and head from images alone.
+    """Train stage 1: backbone, GeM and head, from images alone.
 
     Args:
-        config: the run.
+        config: config of the run.
         data: tables and pixels.
-        backbone: pre-trained backbone when `model.weights` is `attributes`; None = as `model.weights` says.
-        device: of this worker.
-        listener: told of steps and epochs.
+        backbone: pre-trained backbone if `model.weights` is `attributes`; None loads the weights of `model.weights`.
+        device: device of this worker.
+        listener: receiver of step and epoch events.
         resume: checkpoint to continue from.
 
     Returns:
@@ -85,15 +85,15 @@ def train_text(
     listener: Listener,
     resume: Path | None = None,
 ) -> TVILFM:
-    """Train stage 2, incremental fine-tuning: text tower and head, with the visual part frozen.
+    """Train stage 2 (incremental fine-tuning): text tower and head, with the visual part frozen.
 
     Args:
-        config: the run.
+        config: config of the run.
         data: tables and pixels.
-        base: the base stage's network; given the text tower here.
+        base: the base stage's network; the text tower is added to it in place.
         views: recipe -> (V, N, D) cached features of augmented views; None encodes pixels in every step.
-        device: of this worker.
-        listener: told of steps and epochs.
+        device: device of this worker.
+        listener: receiver of step and epoch events.
         resume: checkpoint to continue from.
 
     Returns:
@@ -161,7 +161,7 @@ def _validator(
     if schedule.select == "last":
         return None
     split: Split = "test" if schedule.select == "test" else "val"
-    # Not of `evaluate`: another table must not mean another training.
+    # Independent of `config.evaluate.protocols`: a change of the result table must not change the training.
     section = EvaluateSection(
         protocols=PROTOCOLS[config.data.name][:1],
         text_sources=("witness",),

@@ -1,6 +1,6 @@
 """One training step of either stage, as a module, so that DDP can wrap it.
 
-Shapes: B rows a modality on this worker, N rows of the global batch, D feature.
+Shapes: B rows per modality on this worker, N rows of the global batch, D feature.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from tvilfm.training.distributed import gather_rows
 
 
 class StageStep(nn.Module):
-    """Map a batch to named loss terms of the global batch; with tokens in the text stage, without in the base stage.
+    """Map a batch to the named loss terms of the global batch.
+
+    Batches have tokens in the text stage and none in the base stage.
 
     Args:
         model: the network, already in the stage's train mode.
@@ -39,7 +41,7 @@ class StageStep(nn.Module):
         if self.objective.section.center_weight:
             groups_B = torch.arange(num_groups, device=labels_B.device).repeat_interleave(len(batch.labels))
             groups_N = gather_rows(groups_B)
-        # BN neck and classifier run on the gathered rows: every worker computes the same global loss.
+        # BN neck and classifier run on the gathered rows, so every worker computes the same global loss.
         terms: dict[str, Tensor] = self.objective(raw_ND, self.model.head(raw_ND), gather_rows(labels_B), groups_N)
         return terms
 
@@ -68,7 +70,7 @@ class StageStep(nn.Module):
         )
 
     def _encode_pixels(self, batch: Batch) -> tuple[dict[Recipe, Tensor], Tensor]:
-        """Return raw features by recipe, and those of the infrared images that fusion takes."""
+        """Return raw features by recipe, and the infrared features for fusion."""
         layout = image_format(next(self.model.parameters()).device)
         images = {
             recipe: augment(pixels, batch.draws[recipe], pad=self.pad).contiguous(memory_format=layout)
@@ -81,6 +83,6 @@ class StageStep(nn.Module):
             raw = self.model.pool(maps)
         features = dict(zip(RECIPES, raw.chunk(3), strict=True))
         if frozen and self.model.spec.trained_pool:
-            # Only fusion moves p, as in the released code: the other features are pooled without a gradient.
+            # Only fusion trains p, as in the released code: the other features are pooled without a gradient.
             return features, self.model.pool(maps.chunk(3)[2])
         return features, features["infrared"]
