@@ -147,6 +147,16 @@ def write_whole(
         partial.unlink(missing_ok=True)
 
 
+def to_parquet(table: pa.Table) -> pa.Buffer:
+    """Return the table as the bytes of a Parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return sink.getvalue()
+
+
 def lock(path: Path, *, wait: bool = True) -> IO[bytes]:
     """Take the exclusive lock of a file until the returned file is closed; a killed process frees its locks.
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 Modality = Literal["visible", "infrared"]
-MODALITIES: tuple[Modality, ...] = ("visible", "infrared")
+MODALITIES: tuple[Modality, ...] = get_args(Modality)
 
 # A query is asked by its image alone (infrared or visible), by a sentence, by both fused, or by their ensemble.
 QUERIES: tuple[str, ...] = ("infrared", "visible", "text", "fusion", "ensemble")
@@ -13,7 +13,7 @@ PARTS = ("infrared", "text", "fusion")  # what the ensemble sums
 
 # Where a query's sentence comes from (docs/method.md, section 6); "none" asks without a sentence.
 TextSource = Literal["witness", "witness-heldout", "own", "none"]
-TEXT_SOURCES: tuple[str, ...] = ("witness", "witness-heldout", "own", "none")
+TEXT_SOURCES: tuple[str, ...] = get_args(TextSource)
 FilterTextSource = Literal["given", "captioner", "none"]  # of the text that fusion subtracts
 
 Split = Literal["test", "val"]  # identities that are evaluated

@@ -31,8 +31,9 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 from rich.table import Table
 
-from cluster.places.check import absolute_paths, excluded, is_relative, storage_folder
+from cluster.places.check import absolute_paths, excluded, storage_folder
 from tvilfm.config import ClusterSection, Config, load_config
+from tvilfm.place import Place
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 # Parameters of commands that name data or results, and those that name files sent with the job.
@@ -85,7 +86,11 @@ class Package:
         """
         for name in PROGRAM_PARAMETERS:
             path = str(command.parameters.get(name) or "")
-            if path.endswith((".yaml", ".yml")) and is_relative(path) and os.path.normpath(path) not in self.sizes:
+            if (
+                path.endswith((".yaml", ".yml"))
+                and Place(path).is_relative
+                and os.path.normpath(path) not in self.sizes
+            ):
                 raise ValueError(
                     f"{name}: expected a file that is sent with {self.folder}, got {path}. Copy it into this folder, "
                     "outside data and runs and not ignored by git, or give a path that every machine can read."
@@ -157,7 +162,7 @@ def job_paths(command: Command, folder: Path, *, same_machine: bool) -> tuple[st
     for name in DATA_PARAMETERS:
         values = command.parameters.get(name)
         for value in values if isinstance(values, list) else [values]:
-            if value is None or not is_relative(str(value)):
+            if value is None or not Place(str(value)).is_relative:
                 continue
             example = f"{base / str(value)}, or a URI" if base else "a path that every machine can read, or a URI"
             raise ValueError(

@@ -101,11 +101,6 @@ def paths_of(config: Config) -> dict[str, str]:
     return paths | ({"gallery.uri": config.gallery.uri} if config.gallery.uri else {})
 
 
-def is_relative(path: str) -> bool:
-    """Return whether the meaning of a path depends on the current folder."""
-    return Place(path).is_relative
-
-
 def absolute_paths(config: Config, base: Path | None) -> list[str]:
     """Return overrides that make the relative paths of a description absolute, so that all machines resolve them alike.
 
@@ -116,7 +111,7 @@ def absolute_paths(config: Config, base: Path | None) -> list[str]:
     Raises:
         ValueError: the description has relative paths and there is no shared folder.
     """
-    relative = {key: path for key, path in paths_of(config).items() if is_relative(path)}
+    relative = {key: path for key, path in paths_of(config).items() if Place(path).is_relative}
     if relative and base is None:
         key, path = next(iter(relative.items()))
         raise ValueError(

@@ -34,14 +34,14 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.places.depot import Depot, fetched
 from cluster.progress import ProgressFile, watch
 from cluster.session import plain_errors, session
-from cluster.tables.job import chunk_dataset, claim_folder, fixed_chunks, with_absolute_model
-from cluster.tables.parts import Parts, alone, part_name, to_parquet
+from cluster.tables.job import check_rows, chunk_dataset, claim_folder, fixed_chunks, with_absolute_model
+from cluster.tables.parts import Parts, alone, part_name
 from tvilfm.captioning.colors import remove_colors
 from tvilfm.config import CaptionerSection, CaptionSection, ClusterSection, Config
 from tvilfm.data.manifest import CAPTION_SCHEMA
 from tvilfm.data.pixels import decode
 from tvilfm.datasets import read_dataset
-from tvilfm.place import Place
+from tvilfm.place import Place, to_parquet
 from tvilfm.terms import MODALITIES
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ def caption_images(
             captioner; or the workers do not share `out`.
         ray.exceptions.RayError: the workers failed. Finished parts are kept, and the next run resumes from them.
     """
-    _check_rows(rows)
+    check_rows(rows["image"], pc.unique(rows["modality"]).to_pylist())
     with alone(out):
         return _caption(rows, root, out, section, cluster, seed, retry_bad, progress, depot)
 
@@ -461,14 +461,6 @@ def list_images(uri: str, modality: str) -> pa.Table:
     return pa.table({"image": sorted(names), "modality": pa.repeat(pa.scalar(modality), len(names))})
 
 
-def _check_rows(rows: pa.Table) -> None:
-    unknown = sorted(set(pc.unique(rows["modality"]).to_pylist()) - set(MODALITIES))
-    if unknown:
-        raise ValueError(f"modality: expected visible or infrared, got {unknown[0]}. Fix the rows.")
-    if pc.count_distinct(rows["image"]).as_py() != rows.num_rows:
-        raise ValueError(f"image: expected each image once, got some twice in {rows.num_rows} rows. Drop the copies.")
-
-
 def _among(rows: pa.Table, images: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
     """Return for each row whether its image is in `images`."""
     contained: npt.NDArray[np.bool_] = pc.is_in(rows["image"], images.combine_chunks()).to_numpy()
@@ -501,7 +493,7 @@ def _publish(
     counts = pc.value_counts(bad_rows["reason"].filter(_among(bad_rows, rows["image"]))).to_pylist()
     reasons = Counter({count["values"]: count["counts"] for count in counts}) + unread
     return Summary(
-        table=f"{folder / 'captions.parquet'}",
+        table=str(folder / "captions.parquet"),
         total=rows.num_rows,
         before=int(before.sum()),
         captioned=int((finished & ~before).sum()),

@@ -14,10 +14,10 @@ from tvilfm.place import Place
 Batch = dict[str, npt.NDArray[Any]]
 
 
-def reference(root: str, name: str) -> str:
+def reference(folder: Place, name: str) -> str:
     """Return the path or URI of an image, without the options of the URI."""
-    scheme, separator, _ = root.rpartition("://")
-    return f"{scheme}{separator}{Place(root).path}/{name}"
+    scheme, separator, _ = folder.uri.rpartition("://")
+    return f"{scheme}{separator}{folder.path}/{name}"
 
 
 def read_pictures(batch: Batch, *, root: str, size: tuple[int, int] | None, thumbnail_height: int) -> Batch:
@@ -36,7 +36,7 @@ def read_pictures(batch: Batch, *, root: str, size: tuple[int, int] | None, thum
     images, thumbnails, inputs = [], [], []
     for name in batch["name"]:
         pixels = decode((folder / name).read(), height=None, width=None, name=name)
-        images.append(reference(root, name))
+        images.append(reference(folder, name))
         thumbnails.append(thumbnail(pixels, height=thumbnail_height))
         if size is not None:
             inputs.append(resized(pixels, height=size[0], width=size[1]))

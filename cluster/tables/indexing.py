@@ -35,6 +35,7 @@ from tvilfm.evaluation.features import IMAGES_FILE, FeatureTable
 from tvilfm.evaluation.protocols import get_protocol
 from tvilfm.models import TVILFM
 from tvilfm.models.encode import encode_pixels
+from tvilfm.place import Place
 from tvilfm.retrieval.gallery import METRIC, Gallery
 from tvilfm.retrieval.rows import table_schema, vector_column
 from tvilfm.retrieval.spaces import gallery_vectors, space_id
@@ -178,7 +179,8 @@ def _pictures(uri: str, camid: int) -> pa.Table:
     """Return rows for all images below a folder, whose identities are not known."""
     names = list_images(uri, "visible")["image"].to_pylist()
     nobody = pa.nulls(len(names), pa.int64())
-    ids = [reference(uri, name) for name in names]
+    folder = Place(uri)
+    ids = [reference(folder, name) for name in names]
     for id in ids:
         if not is_id(id):  # the service could neither return it nor delete it
             raise ValueError(

@@ -8,22 +8,37 @@ which rows are processed together, and a killed job continues with the missing r
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 
 from tvilfm.config import CaptionerSection, RephraseSection
 from tvilfm.place import Place
+from tvilfm.terms import MODALITIES
 
 MAX_CHUNKS_PER_TASK = 16  # a million rows in chunks of 32 are 2,000 tasks
 MIN_TASKS = 64  # a smaller job is cut into at least this many, so that every worker gets some
 
 S = TypeVar("S", CaptionerSection, RephraseSection)
+
+
+def check_rows(images: pa.ChunkedArray, modalities: Iterable[str]) -> None:
+    """Check the rows of a job: known modalities, and each image once.
+
+    Raises:
+        ValueError: they are not.
+    """
+    unknown = sorted(set(modalities) - set(MODALITIES))
+    if unknown:
+        raise ValueError(f"modality: expected visible or infrared, got {unknown[0]}. Fix the rows.")
+    if pc.count_distinct(images).as_py() != len(images):
+        raise ValueError(f"image: expected each image once, got some twice in {len(images)} rows. Drop the copies.")
 
 
 def fixed_chunks(rows: pa.Table, missing: npt.NDArray[np.bool_], size: int) -> pa.Table:

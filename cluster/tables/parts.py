@@ -19,7 +19,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from tvilfm.place import Place, lock
+from tvilfm.place import Place, lock, to_parquet
 
 KEY = "image"
 MERGED = "merged-"
@@ -157,13 +157,6 @@ def alone(uri: str) -> Iterator[None]:
 def part_name(images: Iterable[str]) -> str:
     """Return the name of the part with these images. It depends only on the images and their order."""
     return hashlib.sha256("\0".join(images).encode()).hexdigest()[:24]
-
-
-def to_parquet(table: pa.Table) -> pa.Buffer:
-    """Return the table as the bytes of a Parquet file."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    return sink.getvalue()
 
 
 def _once(table: pa.Table) -> pa.Table:

@@ -32,15 +32,14 @@ from pydantic import SecretStr
 
 from cluster.progress import ProgressFile, watch
 from cluster.session import session
-from cluster.tables.job import chunk_dataset, claim_folder, fixed_chunks, with_absolute_model
-from cluster.tables.parts import Parts, alone, part_name, to_parquet
-from tvilfm.captioning.rephrase import completion_prompt, judge, messages, prompt_hash, rephrase_all, seed_of
+from cluster.tables.job import check_rows, chunk_dataset, claim_folder, fixed_chunks, with_absolute_model
+from cluster.tables.parts import Parts, alone, part_name
+from tvilfm.captioning.rephrase import Rephrase, completion_prompt, judge, messages, prompt_hash, rephrase_all, seed_of
 from tvilfm.config import ClusterSection, Config, RephraseSection
 from tvilfm.data.manifest import CAPTION_SCHEMA
 from tvilfm.datasets import read_dataset
 from tvilfm.datasets.caption_files import read_captions
-from tvilfm.place import Place
-from tvilfm.terms import MODALITIES
+from tvilfm.place import Place, to_parquet
 
 if TYPE_CHECKING:
     from tvilfm.captioning.rephrase import Rephraser
@@ -220,7 +219,8 @@ def rephrase_table(
         ray.exceptions.RayError: the workers failed. Finished parts are kept, and the next run resumes from them.
     """
     started = time.monotonic()
-    _check(captions, modalities, section)
+    _check(section)
+    check_rows(captions["image"], modalities)
     rows = pa.table({"image": captions["image"], "caption": captions["caption"], "modality": pa.array(modalities)})
     job = _Job(
         section=with_absolute_model(section) if section.engine in WITH_MODEL else section,
@@ -248,7 +248,7 @@ def rephrase_table(
         return _publish(captions, job, finished, time.monotonic() - started)
 
 
-def _check(captions: pa.Table, modalities: Sequence[str], section: RephraseSection) -> None:
+def _check(section: RephraseSection) -> None:
     if section.engine == "none":
         raise ValueError(
             "caption.rephrase.engine: expected rules, transformers, openai or vllm, got none. Choose one: "
@@ -258,13 +258,6 @@ def _check(captions: pa.Table, modalities: Sequence[str], section: RephraseSecti
         raise ValueError(
             "caption.rephrase.engine: expected vLLM to be installed for engine=vllm, got no such package. "
             "Install the extra on every node, pip install 'tvilfm[vllm]', or use a vLLM server: engine=openai."
-        )
-    unknown = sorted(set(modalities) - set(MODALITIES))
-    if unknown:
-        raise ValueError(f"modality: expected visible or infrared, got {unknown[0]}. Fix the rows.")
-    if pc.count_distinct(captions["image"]).as_py() != captions.num_rows:
-        raise ValueError(
-            f"image: expected each image once, got some twice in {captions.num_rows} rows. Drop the copies."
         )
 
 
@@ -306,7 +299,7 @@ def _finished(captions: pa.Table, job: _Job) -> npt.NDArray[np.bool_]:
     if pc.any(other).as_py():
         image = captions["image"].filter(other)[0].as_py()
         raise ValueError(
-            f"{job.out}: expected rephrases of these captions, got one of another caption for {image}. "
+            f"{Place(job.out)}: expected rephrases of these captions, got one of another caption for {image}. "
             "Rephrase into another folder."
         )
     finished: npt.NDArray[np.bool_] = pc.is_valid(places).to_numpy() | rephrased
@@ -368,7 +361,7 @@ class _Actor:
             max_words=section.max_words,
         )
         rows = [
-            {"image": image, "caption": caption, "rephrased": one.text, "refused": one.refused, "tries": one.tries}
+            _row(image, caption, one)
             for image, caption, one in zip(columns["image"], columns["caption"], rephrases, strict=True)
         ]
         return _part(rows, self._job)
@@ -431,13 +424,11 @@ def _to_vllm(row: Mapping[str, Any], *, section: RephraseSection, chat: bool, se
 
 def _from_vllm(row: Mapping[str, Any], *, section: RephraseSection, tries: int) -> dict[str, Any]:
     one = judge(row["caption"], row["generated_text"], row["modality"], max_words=section.max_words, tries=tries)
-    return {
-        "image": row["image"],
-        "caption": row["caption"],
-        "rephrased": one.text,
-        "refused": one.refused,
-        "tries": one.tries,
-    }
+    return _row(row["image"], row["caption"], one)
+
+
+def _row(image: str, caption: str, one: Rephrase) -> dict[str, Any]:
+    return {"image": image, "caption": caption, "rephrased": one.text, "refused": one.refused, "tries": one.tries}
 
 
 def _part(rows: Sequence[Mapping[str, Any]], job: _Job) -> pa.Table:
@@ -459,10 +450,11 @@ def _publish(captions: pa.Table, job: _Job, before: npt.NDArray[np.bool_], secon
         table = table.append_column(name, values)
     order = [name for name in CAPTION_SCHEMA.names if name in table.column_names]
     table = table.select([*order, *(name for name in table.column_names if name not in order)])
-    (Place(job.out) / "captions.parquet").write(to_parquet(table))
+    target = Place(job.out) / "captions.parquet"
+    target.write(to_parquet(table))
     now = pc.is_valid(table["rephrased"]).to_numpy() & ~before
     return Summary(
-        table=f"{job.out.partition('?')[0].rstrip('/')}/captions.parquet",
+        table=str(target),
         total=captions.num_rows,
         before=int(before.sum()),
         rephrased=int(now.sum()),

@@ -12,6 +12,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tvilfm.place import to_parquet, write_whole
+
 IMAGES_FILE = "images.parquet"  # in a stage's folder: features of the evaluated images
 
 
@@ -53,7 +55,7 @@ class FeatureTable:
         """Write columns `key` and `vector` as Parquet."""
         dim = self.vectors_ND.shape[1]
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(self.vectors_ND.ravel()), dim)
-        pq.write_table(pa.table({"key": pa.array(self.keys), "vector": vectors}), path)
+        write_whole(path, to_parquet(pa.table({"key": pa.array(self.keys), "vector": vectors})))
 
     @classmethod
     def read(cls, path: Path) -> FeatureTable:

@@ -16,7 +16,6 @@ import csv
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,16 +139,9 @@ class Store:
     def add(self, features: Mapping[str, Vectors]) -> None:
         table = FeatureTable(keys=tuple(features), vectors_ND=np.stack(list(features.values())))
         name = hashlib.sha256("".join(features).encode()).hexdigest()[:16]
-        self._write(f"{self._space}/{name}.parquet", table.write)
-
-    def _write(self, name: str, write: Callable[[Path], object]) -> None:
         for folder in self._folders:
-            path = folder / name
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as partial:
-                    write(Path(partial) / "file")
-                    os.replace(Path(partial) / "file", path)
+                table.write(folder / self._space / f"{name}.parquet")
             except OSError:
                 continue  # read-only or full: use the next folder, or store nothing, which only costs time
             return
@@ -186,7 +178,7 @@ def folder_features(
         spaces = gallery_vectors(_on_device(opened), encode_pixels(_on_device(opened), pixels, "visible"))
         waiting |= dict(zip(keys, np.hstack([spaces["vector"], spaces["vector_base"]]), strict=True))
         done += len(keys)
-        if len(waiting) >= SAVED or done == len(missing):
+        if len(waiting) >= SAVED:
             vectors |= waiting
             store.add(waiting)
             waiting = {}

@@ -89,7 +89,7 @@ class Gallery:
             ValueError: the gallery or its table of that space does not exist, or `write` is set and the table has
                 another writer.
         """
-        uri = _absolute(uri)
+        uri = Place(uri).absolute
         current = _current(uri)
         if current is None:
             raise ValueError(
@@ -116,7 +116,7 @@ class Gallery:
         Raises:
             ValueError: the table has another writer, or its vectors have another dimension.
         """
-        uri = _absolute(uri)
+        uri = Place(uri).absolute
         table = _table_uri(uri, space_id)
         try:
             dataset = lance.dataset(table)
@@ -316,7 +316,7 @@ class Gallery:
         self._check_in_use()
         for space_id in sorted(self._spaces() - {self.space_id}):
             table = _table_uri(self.uri, space_id)
-            if _is_remote(self.uri):
+            if Place(self.uri).is_uri:
                 raise ValueError(
                     f"gallery: expected no table of another model on an object store, got {table}. Remove it with all "
                     "its files once no tvilfm index writes to it, then compact again."
@@ -336,7 +336,7 @@ class Gallery:
         self._check_writer()
         self._merge({"materialize_deletions_threshold": 0.0})
         self.update_index()
-        self.dataset.cleanup_old_versions(retain_versions=1, delete_unverified=not _is_remote(self.uri))
+        self.dataset.cleanup_old_versions(retain_versions=1, delete_unverified=not Place(self.uri).is_uri)
 
     def picture(self, id: str) -> tuple[str | None, bytes | None] | None:
         """Return a row's image reference and thumbnail (each None if missing), or None if the row does not exist.
@@ -396,7 +396,7 @@ class Gallery:
 
     def _apply(self, actions: Callable[[MergeInsertBuilder], MergeInsertBuilder], rows: pa.Table) -> dict[str, int]:
         """Join rows with the table by id and commit. Return the numbers of inserted, updated and deleted rows."""
-        if _is_remote(self.uri):
+        if Place(self.uri).is_uri:
             # Use the latest version and do not retry: of two writers that change a row at once, one must fail.
             dataset = lance.dataset(self.table_uri)
             counts: dict[str, int] = actions(dataset.merge_insert("id")).conflict_retries(0).execute(rows)
@@ -473,7 +473,7 @@ class _Disk:
 
     def __init__(self, table_uri: str) -> None:
         self._flushed: dict[Path, set[str]] = {}
-        if not _is_remote(table_uri):
+        if not Place(table_uri).is_uri:
             self._flushed = {Path(table_uri) / name: set() for name in self.FOLDERS}
 
     def flush(self) -> None:
@@ -502,21 +502,13 @@ def _latest(dataset: lance.LanceDataset) -> lance.LanceDataset:
     return dataset.checkout_version(dataset.latest_version)
 
 
-def _is_remote(uri: str) -> bool:
-    return Place(uri).is_uri
-
-
-def _absolute(uri: str) -> str:
-    return Place(uri).absolute
-
-
 def _table_uri(uri: str, space_id: str) -> str:
     return f"{uri}/{space_id}.lance"
 
 
 def _lock(uri: str, space_id: str) -> IO[bytes]:
     """Take the writer lock of a table until it is closed; the lock of a killed writer is free."""
-    if _is_remote(uri):
+    if Place(uri).is_uri:
         return BytesIO()  # no lock: commits are conditional, so one of two conflicting writers fails
     try:
         return lock(Path(uri) / f".{space_id}.writer", wait=False)
@@ -526,7 +518,7 @@ def _lock(uri: str, space_id: str) -> IO[bytes]:
 
 def _current(uri: str) -> str | None:
     """Return the space whose table is in use, or None if there is no gallery."""
-    if not _is_remote(uri):
+    if not Place(uri).is_uri:
         path = Path(uri) / POINTER
         return path.read_text().strip() if path.is_file() else None
     session = LanceFileSession(uri)
@@ -538,7 +530,7 @@ def _current(uri: str) -> str | None:
 
 
 def _point(uri: str, space_id: str) -> None:
-    if not _is_remote(uri):
+    if not Place(uri).is_uri:
         write_whole(Path(uri) / POINTER, space_id, durable=True)
         _fsync(uri)
         return
