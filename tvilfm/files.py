@@ -1,8 +1,8 @@
-"""Digests of files by what is in them, so that a copied or re-downloaded dataset is the same dataset.
+"""Digests of file contents, by which a copied or re-downloaded dataset is recognized as the same dataset.
 
-Reading every byte on every start would cost minutes, so digests are cached by path, size and modification time, in a
-SQLite file outside the dataset, which may be read-only. The cache saves time and nothing else: without it, or when it
-cannot be written, files are read again.
+Reading all files on every start would take minutes, so digests are cached by path, size and modification time. The
+cache is an SQLite file outside the dataset, because the dataset may be read-only. It only saves time: if it is missing
+or cannot be written, files are read again.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ CREATE TABLE IF NOT EXISTS content (
 
 
 def cache_folder() -> Path:
-    """Return the user's folder of caches: `TVILFM_CACHE`, by default `~/.cache/tvilfm`."""
+    """Return the user's cache folder: `TVILFM_CACHE`, by default `~/.cache/tvilfm`."""
     return Path(os.environ.get("TVILFM_CACHE") or Path.home() / ".cache" / "tvilfm")
 
 
 def content_digests(root: Path, files: Sequence[str], *, cache: Path | None = None) -> list[bytes]:
-    """Return a digest of the bytes of each file.
+    """Return a digest of the content of every file.
 
     Args:
-        root: folder that the names are relative to.
-        files: names.
+        root: folder that the file names are relative to.
+        files: file names.
         cache: SQLite file; None = `content.sqlite` in `cache_folder()`.
 
     Returns:
@@ -76,7 +76,7 @@ def _digest(path: Path) -> bytes:
 def _read(cache: Path, root: bytes) -> dict[str, tuple[State, bytes]]:
     if not cache.exists():
         return {}
-    # A cache that is locked, damaged or of another layout is no cache.
+    # A cache that is locked, damaged or has another layout is ignored.
     with suppress(sqlite3.Error), closing(sqlite3.connect(cache)) as database:
         rows = database.execute("SELECT file, size, mtime_ns, digest FROM content WHERE root = ?", (root,))
         return {os.fsdecode(name): ((size, mtime_ns), digest) for name, size, mtime_ns, digest in rows}

@@ -1,4 +1,4 @@
-"""One way to reach local folders and object stores: open a URI, write a file whole, take a lock."""
+"""Common access to local folders and object stores, atomic writing of files, and file locks."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ _PARENT = "_parent"
 
 @dataclass(frozen=True)
 class Place:
-    """A file or folder on this disk or in an object store. `str` gives it without keys and options.
+    """A file or folder on the local disk or in an object store. `str` returns its URI without keys and options.
 
     Attributes:
         uri: a local path, or a URI that pyarrow opens: `s3://bucket/folder?endpoint_override=host:port&scheme=http`,
-            `gs://bucket/folder`, `file:///folder`. Credentials come from the environment, as the store defines them.
+            `gs://bucket/folder`, `file:///folder`. Credentials come from the environment variables of the store.
     """
 
     uri: str
 
     @property
     def is_uri(self) -> bool:
-        """Whether it is written as a URI; `file://` is one too."""
+        """Whether this is a URI, such as `file://` or `s3://`, and not a path."""
         return "://" in self.uri
 
     @property
     def is_relative(self) -> bool:
-        """Whether it is a path that depends on the current folder."""
+        """Whether this is a path relative to the current folder."""
         return not self.is_uri and not Path(self.uri).is_absolute()
 
     @property
     def absolute(self) -> str:
-        """The URI or path for processes that run in other folders."""
+        """The URI or the absolute path, for processes in other folders."""
         return self.uri.rstrip("/") if self.is_uri else str(Path(self.uri).absolute())
 
     @property
@@ -54,23 +54,23 @@ class Place:
 
     @property
     def is_local(self) -> bool:
-        """Whether the operating system's files and locks are used."""
+        """Whether this is on a local file system, where file locks work."""
         from pyarrow import fs
 
         return isinstance(self.filesystem, fs.LocalFileSystem)
 
     @cached_property
     def _opened(self) -> tuple[fs.FileSystem, str]:
-        """The filesystem, and the path in it.
+        """The filesystem and the path in it.
 
         Raises:
-            ValueError: a URI that pyarrow cannot open.
+            ValueError: pyarrow cannot open the URI.
         """
-        # Imported here: the run description needs no filesystem.
+        # Imported here because the run description needs no filesystem.
         import pyarrow as pa
         from pyarrow import fs
 
-        if _PARENT in vars(self):  # one connection for all files of a folder, and names need no escapes
+        if _PARENT in vars(self):  # share the connection of the folder; names need no escaping
             folder, name = vars(self)[_PARENT]
             return folder.filesystem, f"{folder.path}/{name}"
         if not self.is_uri:
@@ -92,7 +92,7 @@ class Place:
         return f"{scheme}://{rest.partition('?')[0].rpartition('@')[2]}"
 
     def __truediv__(self, name: str) -> Place:
-        """Return the place below this one; options of the URI are kept."""
+        """Return the file or folder `name` in this folder; options of the URI are kept."""
         folder, mark, options = self.uri.partition("?") if self.is_uri else (self.uri, "", "")
         below = Place(f"{folder.rstrip('/')}/{name}{mark}{options}")
         vars(below)[_PARENT] = self, name
@@ -105,14 +105,17 @@ class Place:
         """Return the content of the file.
 
         Raises:
-            FileNotFoundError: it does not exist.
+            FileNotFoundError: the file does not exist.
         """
         with self.filesystem.open_input_stream(self.path) as stream:
             content: bytes = stream.read()
         return content
 
     def write(self, content: pa.Buffer | bytes) -> None:
-        """Write the file so that nobody ever sees a part of it: renamed locally, one upload in an object store."""
+        """Write the file atomically: readers never see a part of it.
+
+        Local files are written under another name and renamed; in an object store, the file is one upload.
+        """
         if self.is_local:
             write_whole(Path(self.path), content, durable=True)
             return
@@ -123,16 +126,16 @@ class Place:
 def write_whole(
     path: Path, content: pa.Buffer | bytes | str, *, durable: bool = False, mode: int | None = None
 ) -> None:
-    """Write a file beside its target and rename it: a reader sees the old file or the new one, never a part.
+    """Write a file under a temporary name and rename it: readers see the old file or the new file, never a part.
 
     Args:
-        path: target; parent folders are made.
+        path: path of the file; missing parent folders are created.
         content: bytes, or text that is stored as UTF-8.
-        durable: wait until the bytes are on disk. Otherwise a power failure may keep the new name and lose the bytes.
-        mode: permissions; None = as the process makes files.
+        durable: wait until the content is on disk. Without this, the file may be empty after a power failure.
+        mode: permissions; None = default of the process.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile: its files are readable by their owner only.
+    # tempfile is not used because its files are readable only by their owner.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         if mode is not None:
@@ -158,14 +161,14 @@ def to_parquet(table: pa.Table) -> pa.Buffer:
 
 
 def lock(path: Path, *, wait: bool = True) -> IO[bytes]:
-    """Take the exclusive lock of a file until the returned file is closed; a killed process frees its locks.
+    """Take the exclusive lock of a file; it is held until the returned file is closed or the process ends.
 
     Args:
-        path: of the lock file; made with its parent folders.
-        wait: for the process that holds it.
+        path: path of the lock file; the file and its parent folders are created.
+        wait: wait if another process holds the lock.
 
     Raises:
-        BlockingIOError: another process holds it, and `wait` is false.
+        BlockingIOError: another process holds the lock and `wait` is false.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("wb")

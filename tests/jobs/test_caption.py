@@ -164,13 +164,13 @@ def test_bad_images_are_set_aside_with_their_reasons(lab: SimpleNamespace, done:
     for name, reason in (
         ("truncated", "truncated"),
         ("empty", "got zero bytes"),
-        ("dot", "expected 8 pixels a side, got 1 x 1"),
+        ("dot", "expected at least 8 pixels per side, got 1 x 1"),
         ("bomb", "expected at most 64000000 pixels, got 10000 x 10000"),
         ("missing", "expected a file, got none"),
     ):
         (image,) = [image for image in lab.bad if f"bad_{name}" in image]
         assert reason in reasons[image]
-    assert reasons["cam1/bad_page.jpg"].startswith("expected a picture, got cannot identify")
+    assert reasons["cam1/bad_page.jpg"].startswith("expected an image, got cannot identify")
     summary = done.summary
     assert (summary.total, summary.before, summary.captioned) == (len(lab.rows), 0, len(lab.names))
     assert (summary.bad, summary.unread) == (len(lab.bad), 0)

@@ -251,7 +251,7 @@ def test_sysu_arrays_of_other_images_are_refused(sysu: tuple[pa.Table, pa.Table]
     label_path, text_path = folder / "train_text_label_Blip_RGB.npy", folder / "train_text_Blip_RGB.npy"
     labels = np.load(label_path)
     np.save(label_path, np.roll(labels, 1))
-    with pytest.raises(ValueError, match=r"train_text_label_Blip_RGB.npy: expected one label an identity"):
+    with pytest.raises(ValueError, match=r"train_text_label_Blip_RGB.npy: expected one label per identity"):
         read_sysu_arrays(folder, manifest, "visible")
     np.save(label_path, labels)
     np.save(text_path, np.load(text_path)[:-1])
@@ -331,7 +331,7 @@ def test_a_caption_table_of_our_own_is_read_in_manifest_order(sysu: tuple[pa.Tab
     pq.write_table(captions.drop_columns(["caption"]), path)
     with pytest.raises(ValueError, match=r"data.captions: expected columns .* got no caption"):
         read_captions(manifest, tmp_path, path)
-    with pytest.raises(ValueError, match=r"data.captions: expected a caption table, got .* not there"):
+    with pytest.raises(ValueError, match=r"data.captions: expected a caption table, got no file"):
         read_captions(manifest, tmp_path, tmp_path / "no.parquet")
 
 

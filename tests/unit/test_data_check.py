@@ -70,7 +70,7 @@ def test_counts_are_held_against_the_published_ones(
     expected = {count.what: count.expected for count in findings.counts if "captions" not in count.what}
     assert {what: number for what, number in expected.items() if number is not None} == PUBLISHED_COUNTS[layout]
     number = PUBLISHED_COUNTS[layout]["train identities"]
-    serious, *unsure = [each for each in findings.faults if "counts that are not" in each.what]
+    serious, *unsure = [each for each in findings.faults if "counts that differ" in each.what]
     assert f"11 train identities, published {number}" in serious.where
     assert serious.serious and not findings.sound
     assert len(unsure) == (layout == "llcm")  # the paper contradicts itself on LLCM's test images
@@ -94,10 +94,10 @@ def test_images_that_cannot_be_read_are_listed(regdb: Path) -> None:
     findings = check_dataset(section("regdb"), regdb)
     where = fault(findings, "images that cannot be read").where
     assert [text.split(":")[0] for text in where] == images[:3]
-    assert "expected a picture, got zero bytes" in where[0]
+    assert "expected an image, got zero bytes" in where[0]
     assert not findings.sound
     assert check_dataset(section("regdb"), regdb, images=False).sound
-    with pytest.raises(ValueError, match=rf"{images[0]}: expected a picture, got zero bytes"):
+    with pytest.raises(ValueError, match=rf"{images[0]}: expected an image, got zero bytes"):
         decode((regdb / images[0]).read_bytes(), height=8, width=4, name=images[0])
 
 
@@ -109,10 +109,10 @@ def test_missing_images_and_identities_in_two_splits_are_counted_together(regdb:
     path = regdb / "idx" / "test_visible_1.txt"
     path.write_text(path.read_text() + f"Visible/{pid}/more.bmp 9\n")
     findings = check_dataset(section("regdb"), regdb)
-    assert fault(findings, "not there").where == (manifest["image"][0].as_py(),)
+    assert fault(findings, "listed images that are missing").where == (manifest["image"][0].as_py(),)
     assert fault(findings, "identities in two splits").where == (f"pid {pid}: train and test",)
     assert fault(findings, "test identities with images of one modality only").where == (f"pid {pid}",)
-    assert fault(findings, "whose identity has captions").where == (f"Visible/{pid}/more.bmp",)
+    assert fault(findings, "without a caption whose identity has captions").where == (f"Visible/{pid}/more.bmp",)
 
 
 def test_captions_without_an_image_and_images_without_a_caption_are_found(regdb: Path) -> None:
@@ -142,7 +142,7 @@ def test_caption_files_that_are_missing_or_disagree_are_found(regdb: Path) -> No
     entries[key] = {"description": "a stranger."}
     plain.write_text(json.dumps(entries))
     findings = check_dataset(section("regdb"), regdb)
-    assert fault(findings, "not those of id_caption_map").where == ("pid 3",)
+    assert fault(findings, "differ from id_caption_map").where == ("pid 3",)
     assert fault(findings, "differs between caption_dict").where == (key.removeprefix("datasets/regdb/"),)
     assert findings.sound  # a run survives both
     shutil.rmtree(folder)

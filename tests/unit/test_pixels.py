@@ -48,12 +48,12 @@ def test_other_colour_modes_become_three_channels(mode: str) -> None:
 
 
 def test_zero_bytes_are_named() -> None:
-    with pytest.raises(ValueError, match=r"^cam1/a\.jpg: expected a picture, got zero bytes"):
+    with pytest.raises(ValueError, match=r"^cam1/a\.jpg: expected an image, got zero bytes"):
         decode(b"", height=8, width=8, name="cam1/a.jpg")
 
 
 def test_bytes_that_are_no_picture_are_named() -> None:
-    with pytest.raises(ValueError, match=r"^b\.jpg: expected a picture, got"):
+    with pytest.raises(ValueError, match=r"^b\.jpg: expected an image, got"):
         decode(b"<html>404</html>", height=8, width=8, name="b.jpg")
 
 
@@ -62,7 +62,7 @@ def test_a_picture_cut_anywhere_is_named(kind: str) -> None:
     content = encoded(Image.fromarray(NOISE), kind)
     # Behind the last pixel a format may hold an end mark that decoders can do without.
     for length in range(1, len(content) - 20):
-        with pytest.raises(ValueError, match=r"^c: expected a picture"):
+        with pytest.raises(ValueError, match=r"^c: expected an image"):
             decode(content[:length], height=8, width=8, name="c")
 
 
@@ -85,7 +85,7 @@ def test_a_png_whose_second_chunk_is_broken_is_named() -> None:
     content = bytearray(encoded(Image.fromarray(noise)))
     second = content.index(b"IDAT", content.index(b"IDAT") + 4)
     content[second] ^= 0x55  # PIL answers this one with a SyntaxError
-    with pytest.raises(ValueError, match=r"^c: expected a picture"):
+    with pytest.raises(ValueError, match=r"^c: expected an image"):
         decode(bytes(content), height=8, width=8, name="c")
 
 
@@ -94,7 +94,7 @@ def test_a_decompression_bomb_and_a_format_that_is_not_wanted_are_refused_unread
     with pytest.raises(ValueError, match=r"^e: expected at most 199 pixels, got 10 x 20"):
         decode(content, **size, max_pixels=199)
     assert decode(content, **size, max_pixels=200, formats=("PNG",)).shape == (8, 8, 3)
-    with pytest.raises(ValueError, match=r"^e: expected a picture"):
+    with pytest.raises(ValueError, match=r"^e: expected an image"):
         decode(content, **size, formats=("JPEG",))
 
 

@@ -130,8 +130,8 @@ def test_identities_of_one_modality_only_are_never_drawn() -> None:
 @pytest.mark.parametrize(
     ("p", "k", "message"),
     [
-        (1, 2, r"train\.p: expected >= 2 identities a batch, got 1"),
-        (2, 0, r"train\.k: expected >= 1 image an identity and modality, got 0"),
+        (1, 2, r"train\.p: expected >= 2 identities per batch, got 1"),
+        (2, 0, r"train\.k: expected >= 1 image per identity and modality, got 0"),
         (8, 2, r"train\.p: expected at most 7, .* got 8"),
     ],
 )

@@ -290,7 +290,7 @@ def changed(table: pa.Table, name: str, value: object) -> pa.Table:
     [
         ("modality", "thermal", r"expected modality among visible, infrared, got 'thermal'"),
         ("split", "training", r"expected split among train, val, query, gallery, test, got 'training'"),
-        ("pid", "anna", r"expected pid and camid as whole numbers"),
+        ("pid", "anna", r"expected integers in pid and camid"),
         ("image", "/etc/passwd", r"expected image paths relative to data.root, got '/etc/passwd'"),
         ("image", "../secret.jpg", r"expected image paths relative to data.root"),
         ("image", "visible/nobody.jpg", r"1 of \d+ missing, the first visible/nobody.jpg"),
@@ -335,7 +335,7 @@ def test_unknown_names_options_and_folders_are_refused(tmp_path: Path) -> None:
         read_dataset("market", tmp_path)
     with pytest.raises(ValueError, match=r"expected options of llcm among \['strict'\], got split"):
         read_dataset("llcm", tmp_path, split=2)
-    with pytest.raises(ValueError, match=r"data.root: expected the folder of regdb, got .*nowhere, which is no folder"):
+    with pytest.raises(ValueError, match=r"expected the folder of regdb, got .*nowhere, which is not a folder"):
         read_dataset("regdb", tmp_path / "nowhere")
 
 

@@ -141,8 +141,8 @@ def test_overrides_are_read_back_as_they_were() -> None:
             {"train.text.cache_views": [0, 2], "train.text.freeze_batch_norm": [True, False]},
             r"cache_views=2 with train\.text\.freeze_batch_norm=false: train\.text\.cache_views: expected 0",
         ),
-        ({"run.seed": [0, 1]}, r"run\.seed: expected a key that a result depends on"),
-        ({"cluster.train_workers": [1, 2]}, r"cluster\.train_workers: expected a key that a result depends on"),
+        ({"run.seed": [0, 1]}, r"run\.seed: expected a key that affects the results"),
+        ({"cluster.train_workers": [1, 2]}, r"cluster\.train_workers: expected a key that affects the results"),
     ],
 )
 def test_parameters_that_do_not_fit_are_refused_by_key(

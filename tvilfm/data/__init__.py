@@ -1,1 +1,1 @@
-"""The manifest, captions, pixels, transforms and batches: what every dataset becomes."""
+"""The common form of all datasets: manifest, captions, pixels, transforms and batches."""

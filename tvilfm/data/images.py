@@ -1,4 +1,4 @@
-"""Images for retrieval: the network's input, and a thumbnail."""
+"""Images for retrieval: the input of the network, and thumbnails."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from PIL import Image
 
 Pixels = npt.NDArray[np.uint8]
 QUALITY = 85
-WIDEST = 4  # times the height; people are taller than wide
+WIDEST = 4  # maximum width of a thumbnail, relative to its height
 
 
 def resized(pixels: Pixels, *, height: int, width: int) -> Pixels:
-    """Resize (H, W, 3) uint8 as `data.pixels.decode` does."""
+    """Return (H, W, 3) uint8 resized like `data.pixels.decode` does."""
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
 
 
 def thumbnail(pixels: Pixels, *, height: int) -> bytes:
-    """Return a small JPEG of (H, W, 3) uint8 in its proportions, without metadata.
+    """Return a small JPEG of (H, W, 3) uint8 with the same aspect ratio and without metadata.
 
-    It is at most that high and `WIDEST` times as wide: a JPEG has at most 65,500 pixels a side.
+    It is at most `height` high and `WIDEST` x `height` wide, because a JPEG has at most 65,500 pixels per side.
     """
     tall, wide = pixels.shape[:2]
     scale = min(height / tall, WIDEST * height / wide)

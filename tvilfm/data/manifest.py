@@ -1,9 +1,9 @@
-"""The manifest: the one Arrow table that every dataset becomes.
+"""The manifest: one Arrow table that describes the images of any dataset.
 
-A reader turns a folder into rows (which image shows whom, from which camera, in which modality, in which part of
-the benchmark) without opening a single picture. Everything after that, from decoding to the protocols, works on
-rows, so one code path serves every dataset. Captions are a second table keyed by the same image path, because they
-come and go (another captioner, another language model) while the images stay.
+A reader converts a folder to rows (identity, camera, modality and split of every image) without opening an image.
+All later steps, from decoding to the protocols, work on these rows, so all datasets share one code path. Captions are
+a second table with the same image path as key, because they depend on the captioner and the language model and the
+images do not.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ CAPTION_SCHEMA = pa.schema(
 
 
 def build_manifest(rows: Iterable[Mapping[str, object]]) -> pa.Table:
-    """Build a manifest from row dicts with the columns of `MANIFEST_SCHEMA`.
+    """Build a manifest from mappings with the columns of `MANIFEST_SCHEMA`.
 
     Args:
-        rows: one mapping an image: `image` (path relative to the dataset root, forward slashes), `pid`, `camid`,
+        rows: one mapping per image: `image` (path relative to the dataset root, forward slashes), `pid`, `camid`,
             `modality` (visible or infrared), `split` (train, val, query, gallery, test).
 
     Returns:
-        The table, in the order given.
+        The table, in the order of `rows`.
 
     Raises:
-        ValueError: when there is no row, an image occurs twice, or a modality is neither visible nor infrared.
+        ValueError: there is no row, an image occurs twice, or a modality is neither visible nor infrared.
     """
     table = pa.Table.from_pylist([dict(row) for row in rows], schema=MANIFEST_SCHEMA)
     if table.num_rows == 0:
@@ -59,7 +59,9 @@ def build_manifest(rows: Iterable[Mapping[str, object]]) -> pa.Table:
     counts = pc.value_counts(table["image"])
     twice = [item["values"].as_py() for item in counts if item["counts"].as_py() > 1]
     if twice:
-        raise ValueError(f"manifest.image: expected each image once, got {twice[0]} more than once. Remove the copy.")
+        raise ValueError(
+            f"manifest.image: expected each image once, got {twice[0]} more than once. Remove the duplicate."
+        )
     unknown = sorted(set(table["modality"].to_pylist()) - set(MODALITIES))
     if unknown:
         raise ValueError(f"manifest.modality: expected visible or infrared, got {unknown[0]}. Fix the reader.")
@@ -83,19 +85,19 @@ def column(table: pa.Table, name: str) -> npt.NDArray[np.int64]:
 
 
 def rows_of(manifest: pa.Table, subset: pa.Table) -> npt.NDArray[np.int64]:
-    """Return the index in `manifest` of every image of `subset`, in the order of `subset`."""
-    found = pc.index_in(subset["image"].combine_chunks(), manifest["image"].combine_chunks())
-    assert found.null_count == 0, "a subset's image is not in the manifest"
-    return np.asarray(found.to_numpy(), dtype=np.int64)
+    """Return the row number in `manifest` of every image in `subset`, in the order of `subset`."""
+    rows = pc.index_in(subset["image"].combine_chunks(), manifest["image"].combine_chunks())
+    assert rows.null_count == 0, "an image of the subset is not in the manifest"
+    return np.asarray(rows.to_numpy(), dtype=np.int64)
 
 
 def fingerprint(*tables: pa.Table, root: Path | None = None) -> str:
-    """Return a hash of the rows of tables and, with `root`, of the bytes of the first table's images.
+    """Return a hash of tables and, with `root`, of the image files that the first table lists.
 
-    It is the same wherever and whenever the dataset was copied.
+    It does not depend on the path or the modification times of the dataset.
 
     Args:
-        tables: hashed in this order.
+        tables: tables in the order in which they are hashed.
         root: folder of the images.
 
     Returns:

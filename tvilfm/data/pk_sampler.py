@@ -14,7 +14,10 @@ Rows = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class PKBatch:
-    """Rows of one batch. Entry i of both is the same identity, K in a row."""
+    """Rows of one batch.
+
+    Entry i of `visible` and of `infrared` has the label `labels[i]`; each identity has K consecutive entries.
+    """
 
     epoch: int
     index: int
@@ -26,28 +29,28 @@ class PKBatch:
 class PKSampler(Sampler[PKBatch]):
     """Draw batches of P identities without replacement, and K images per modality with replacement.
 
-    The sampler owns its generator: batch i of epoch e follows from (seed, e, i) alone, so a run that is killed and
-    resumed, or spread over other workers, sees the same batches.
+    Batch i of epoch e depends only on (seed, e, i). A run that was killed and resumed, or that has another number of
+    workers, therefore gets the same batches.
 
     Args:
-        p: identities a batch.
-        k: visible and as many infrared images an identity.
+        p: identities per batch.
+        k: visible images per identity, and the same number of infrared images.
         visible_labels: int64 label of every visible training row.
         infrared_labels: int64 label of every infrared training row.
-        seed: of the run.
+        seed: seed of the run.
 
     Raises:
         ValueError: fewer identities than p have images in both modalities.
 
-    Source: METHOD 4: int(N/32)+1 batches an epoch, N the larger modality's image count. Differs: identities are drawn
-        from those with images in both modalities; the random stream is ours.
+    Source: METHOD 4: int(N/32)+1 batches per epoch, N = number of images of the larger modality. Differs: identities
+        are drawn from those with images in both modalities; the random stream is ours.
     """
 
     def __init__(self, p: int, k: int, *, visible_labels: Rows, infrared_labels: Rows, seed: int) -> None:
         if p < 2:
-            raise ValueError(f"train.p: expected >= 2 identities a batch, got {p}. Raise p.")
+            raise ValueError(f"train.p: expected >= 2 identities per batch, got {p}. Raise p.")
         if k < 1:
-            raise ValueError(f"train.k: expected >= 1 image an identity and modality, got {k}. Raise k.")
+            raise ValueError(f"train.k: expected >= 1 image per identity and modality, got {k}. Raise k.")
         self.p, self.k, self.seed = p, k, seed
         self.epoch = 0
         self._visible = _rows_by_label(visible_labels)
@@ -55,8 +58,8 @@ class PKSampler(Sampler[PKBatch]):
         self._labels = np.array(sorted(self._visible.keys() & self._infrared.keys()), dtype=np.int64)
         if len(self._labels) < p:
             raise ValueError(
-                f"train.p: expected at most {len(self._labels)}, the identities with visible and infrared training "
-                f"images, got {p}. Lower p or check the dataset."
+                f"train.p: expected at most {len(self._labels)}, the number of identities with visible and infrared "
+                f"training images, got {p}. Lower p or check the dataset."
             )
         self.num_batches = max(len(visible_labels), len(infrared_labels)) // (p * k) + 1
 

@@ -1,4 +1,4 @@
-"""Splits: lists of identities and images, held-out identities, and checks that splits do not overlap."""
+"""Splits: reading lists of identities and images, holding out identities, and checking that splits do not overlap."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ TEST_SPLITS = ("query", "gallery", "test")
 def held_out(pids: Iterable[int]) -> frozenset[int]:
     """Return the training identities held out for validation: every tenth in ascending order, at least one.
 
-    A rule rather than a draw, so that every reader, machine and version holds out the same people.
+    This is a fixed rule and not a random draw, so every reader, machine and version holds out the same people.
 
-    Source: METHOD 4, ours. Differs: the released code holds nobody out and selects on the test set.
+    Source: METHOD 4, ours. Differs: the released code holds out no identity and selects on the test set.
     """
     ordered = sorted(set(pids))
     chosen = ordered[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
@@ -26,11 +26,11 @@ def held_out(pids: Iterable[int]) -> frozenset[int]:
 def read_image_list(path: Path) -> list[str]:
     """Return the image paths of a split list with one `path label` per line.
 
-    The label is the position of the identity in that one list; it is checked for form and not used, because the
-    folder in the path names the identity the same way in every list.
+    The label is the position of the identity in this list. It must be a number but is not used: the folder in the path
+    names the identity, in the same way in every list.
 
     Raises:
-        ValueError: the file is not there, empty, or a line has another form (its number is named).
+        ValueError: the file is missing or empty, or a line has another format (the message contains its number).
     """
     images = []
     for number, line in enumerate(_lines(path), start=1):
@@ -45,7 +45,7 @@ def read_ids(path: Path) -> list[int]:
     """Return the identities of a comma-separated list, ascending.
 
     Raises:
-        ValueError: the file is not there, empty, or holds other text.
+        ValueError: the file is missing, empty, or contains other text.
     """
     lines = _lines(path)
     try:
@@ -59,7 +59,7 @@ def read_ids(path: Path) -> list[int]:
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(
-            f"data.root: expected the split file {path}, which is not there. "
+            f"data.root: expected the split file {path}, got no such file. "
             f"Copy the dataset's {path.parent.name} folder."
         )
     lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
@@ -69,40 +69,40 @@ def _lines(path: Path) -> list[str]:
 
 
 def in_two_splits(manifest: pa.Table) -> list[tuple[int, str, str]]:
-    """Return identities in two of train, val and test (query and gallery count as test) as (pid, one, other)."""
+    """Return (pid, one, other) of identities in two of train, val and test; query and gallery count as test."""
     parts: dict[int, set[str]] = {}
     for pid, split in zip(manifest["pid"].to_pylist(), manifest["split"].to_pylist(), strict=True):
         parts.setdefault(pid, set()).add("test" if split in TEST_SPLITS else split)
     twice: list[tuple[int, str, str]] = []
-    for pid, found in sorted(parts.items()):
-        one, *others = [split for split in ("train", "val", "test") if split in found]
+    for pid, splits in sorted(parts.items()):
+        one, *others = [split for split in ("train", "val", "test") if split in splits]
         if others:
             twice.append((pid, one, others[-1]))
     return twice
 
 
 def missing_images(root: Path, manifest: pa.Table) -> list[str]:
-    """Return the listed images that are missing on disk, in manifest order."""
+    """Return the images of the manifest that are missing on disk, in manifest order."""
     return [image for image in manifest["image"].to_pylist() if not (root / image).is_file()]
 
 
 def require_sound(root: Path, manifest: pa.Table) -> pa.Table:
-    """Return a manifest after checking that every image exists and no identity is in two splits.
+    """Check that every image exists and that no identity is in two splits, and return the manifest.
 
     Raises:
-        ValueError: naming the first identity or image at fault and how many there are.
+        ValueError: the check failed; the message contains the first such identity or image and their number.
     """
     twice = in_two_splits(manifest)
     if twice:
         pid, one, other = twice[0]
         raise ValueError(
             f"data.root: expected each identity in one split, got pid {pid} in {one} and {other} "
-            f"({len(twice)} identities in all). Restore the split files; `tvilfm data check` lists what is wrong."
+            f"({len(twice)} identities in all). Restore the split files; `tvilfm data check` lists all errors."
         )
     missing = missing_images(root, manifest)
     if missing:
         raise ValueError(
             f"data.root: expected every listed image in {root}, got {len(missing)} of {manifest.num_rows} missing, "
-            f"the first {missing[0]}. Unpack the images again or give the folder that holds them."
+            f"the first {missing[0]}. Unpack the images again or set data.root to their folder."
         )
     return manifest

@@ -1,7 +1,7 @@
 """Tokenization with CLIP's vocabulary.
 
-Captions keep their real length: the text tower is causal and reads out at the end-of-text token, so nothing behind
-that token can change a feature; padding every caption to CLIP's 77 only costs time.
+Captions are not padded to CLIP's 77 tokens. The text tower is causal and its output is read at the end-of-text token,
+so padding after that token cannot change a feature and only costs time.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from torch import Tensor
 
 @cache
 def _tokenizer() -> Any:
-    # Imported here: open_clip takes seconds to import, which a process without text need not spend.
+    # Imported here because the import of open_clip takes seconds.
     from open_clip.tokenizer import SimpleTokenizer
 
     return SimpleTokenizer()
 
 
 def tokenize(texts: Sequence[str], *, pad_to_context: bool = False) -> Tensor:
-    """Return the token ids of a batch of sentences, cut to the longest.
+    """Return the token ids of a batch of sentences, padded to the longest sentence.
 
     Args:
-        texts: sentences; longer ones than 75 tokens are cut as CLIP cuts them (end-of-text kept).
-        pad_to_context: pad to CLIP's 77 as the released code does; same features, more work.
+        texts: sentences; like in CLIP, tokens after the 75th are dropped and the end-of-text token is kept.
+        pad_to_context: pad to CLIP's 77 tokens like the released code; same features, more work.
 
     Returns:
         (B, L) int64, zero after the end-of-text token.
 
     Raises:
-        ValueError: when there is no text.
+        ValueError: `texts` is empty.
     """
     if not texts:
         raise ValueError("texts: expected at least one sentence, got none.")

@@ -1,7 +1,8 @@
 """Augmentation in two steps: draw random numbers for a batch, then apply them as batched tensor operations.
 
-With the draws made apart, one seeded generator decides them for the global batch whatever the number of workers, the
-work itself runs on whichever device holds the pixels, and a test can replay one image at a time.
+The draws are separate for three reasons: one seeded generator makes them for the global batch, so they do not depend
+on the number of workers; the tensor operations run on the device that holds the pixels; and a test can repeat them for
+one image at a time.
 
 Shapes: B images.
 """
@@ -19,10 +20,10 @@ from torch import Tensor
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-ERASED = (0.4914, 0.4822, 0.4465)  # written after normalisation, as released
+ERASED = (0.4914, 0.4822, 0.4465)  # fill value of erased boxes, after normalisation, as in the released code
 Recipe = Literal["visible", "visible_augmented", "infrared"]
 
-KEEP, GRAY = -1, 3  # beside 0, 1, 2: copy that channel to all three
+KEEP, GRAY = -1, 3  # 0, 1, 2 = copy this channel to all three
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +32,10 @@ class Draws:
 
     Attributes:
         top_B, left_B: int64, corner of the crop in the padded image.
-        flip_B: bool, mirrored.
-        gray_B: bool, turned gray before normalisation.
-        erase_B4: int64, (top, left, height, width) of the erased box; height 0 erases nothing.
-        channel_B: int64, after erasing: 0-2 copies that channel to all, 3 turns gray, -1 keeps.
+        flip_B: bool, flip horizontally.
+        gray_B: bool, convert to gray before normalisation.
+        erase_B4: int64, (top, left, height, width) of the erased box; height 0 = no box.
+        channel_B: int64, applied after erasing: 0-2 = copy this channel to all, 3 = convert to gray, -1 = no change.
     """
 
     top_B: Tensor
@@ -55,13 +56,13 @@ class Draws:
 
 
 def draw(recipe: Recipe, count: int, rng: np.random.Generator, *, height: int, width: int, pad: int) -> Draws:
-    """Draw one batch's augmentation.
+    """Draw the augmentation of one batch.
 
     Args:
-        recipe: visible: gray 0.1, erasing 0.6. visible_augmented: erasing 0.6, channel exchange 0.5. infrared:
-            erasing 0.5, then one channel copied to all (3/4 of cases) or, else, gray with 0.6.
-        count: images.
-        rng: the batch's generator.
+        recipe: operations and their probabilities. visible: gray 0.1, erasing 0.6. visible_augmented: erasing 0.6,
+            channel exchange 0.5. infrared: erasing 0.5, then copy one channel to all (3/4), otherwise gray 0.6.
+        count: number of images.
+        rng: generator of the batch.
         height, width, pad: pixels.
 
     Source: METHOD 4. Differs: none known (the stream of random numbers is ours).
@@ -87,12 +88,12 @@ def draw(recipe: Recipe, count: int, rng: np.random.Generator, *, height: int, w
 def draw_views(
     recipe: Recipe, images: Sequence[int], *, seed: int, view: int, height: int, width: int, pad: int
 ) -> Draws:
-    """Draw a view of each image from (seed, recipe, image, view) alone, whatever images are drawn together.
+    """Draw one view of each image; it depends only on (seed, recipe, image, view), not on the other images.
 
     Args:
-        recipe: as of `draw`.
-        images: their numbers in the dataset.
-        seed: of the run.
+        recipe: as in `draw`.
+        images: row numbers of the images in the dataset.
+        seed: seed of the run.
         view: number of the view.
         height, width, pad: pixels.
     """
@@ -107,7 +108,10 @@ def draw_views(
 def _draw_erasing(
     count: int, rng: np.random.Generator, *, height: int, width: int, probability: float
 ) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-    """Boxes of area 0.02-0.4 and ratio 0.3-3.3, the first of 100 attempts that fits; Zhong et al., AAAI 2020."""
+    """Draw erased boxes (Zhong et al., AAAI 2020): relative area 0.02-0.4, aspect ratio 0.3-3.3.
+
+    Of 100 attempts, the first box that fits into the image is used.
+    """
     attempts = 100
     area = rng.uniform(0.02, 0.4, (count, attempts)) * height * width
     ratio = rng.uniform(0.3, 1 / 0.3, (count, attempts))
@@ -122,12 +126,12 @@ def _draw_erasing(
 
 
 def augment(pixels_BHW3: Tensor, draws: Draws, *, pad: int) -> Tensor:
-    """Pad, crop, flip, gray, normalise, erase, exchange channels, on the device that holds the pixels.
+    """Pad, crop, flip, convert to gray, normalise, erase and exchange channels, on the device of the pixels.
 
     Args:
         pixels_BHW3: uint8.
-        draws: of the same batch, on the same device.
-        pad: pixels of black border before the crop.
+        draws: draws for this batch, on the same device.
+        pad: width of the black border before the crop, pixels.
 
     Returns:
         (B, 3, H, W) float32, normalised.
@@ -157,13 +161,16 @@ def augment(pixels_BHW3: Tensor, draws: Draws, *, pad: int) -> Tensor:
 
 
 def normalise(images_B3HW: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) -> float32 with ImageNet's mean and deviation; test images get nothing else."""
+    """Convert uint8 (B, 3, H, W) to float32, normalised with ImageNet's mean and standard deviation.
+
+    Test images are only normalised.
+    """
     mean, std = (torch.tensor(v, device=images_B3HW.device)[:, None, None] for v in (MEAN, STD))
     return (images_B3HW.float() / 255.0 - mean) / std
 
 
 def _gray_uint8(images_B3HW: Tensor) -> Tensor:
-    """PIL's luma, to the bit: integer weights with rounding."""
+    """Convert to gray, bit for bit like PIL: integer weights with rounding."""
     r, g, b = images_B3HW.int().unbind(dim=1)
     luma = (r * 19595 + g * 38470 + b * 7471 + 0x8000) >> 16
     return luma.to(torch.uint8)[:, None].expand_as(images_B3HW)

@@ -1,9 +1,9 @@
 """Training batches of three modalities: pixels or cached features of images, and tokens of their captions.
 
-A worker asks for the rows of its own identities; every random draw is made for the global batch first and then cut,
-so the union of all workers' batches is the batch that one worker would see.
+Every worker makes all random draws for the global batch and keeps the part for its own identities. The batches of all
+workers together are therefore the batch that a single worker would get.
 
-Shapes: B rows a modality on this worker, L tokens.
+Shapes: B rows per modality on this worker, L tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RECIPES: tuple[Recipe, ...] = ("visible", "visible_augmented", "infrared")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRows:
-    """The training part of a manifest with contiguous labels."""
+    """The training rows of a manifest, with labels from 0 to num_classes - 1."""
 
     visible: pa.Table
     infrared: pa.Table
@@ -38,7 +38,7 @@ class TrainingRows:
 
     @classmethod
     def from_manifest(cls, manifest: pa.Table, *, use_val: bool) -> TrainingRows:
-        """Return the rows of `train` (and `val`), with pids mapped to 0..num_classes-1 in ascending order."""
+        """Return the rows of `train` (and `val` if `use_val`); labels are the positions of the sorted pids."""
         splits = ("train", "val") if use_val else ("train",)
         visible = select(manifest, split=splits, modality="visible")
         infrared = select(manifest, split=splits, modality="infrared")
@@ -57,13 +57,13 @@ class TrainingRows:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One worker's input of a step: pixels with their draws, or cached features; tokens in the text stage.
+    """Input of one training step on one worker: pixels and their draws, or cached features; tokens in the text stage.
 
     Attributes:
         labels: int64 (B,).
-        pixels: recipe -> uint8 (B, H, W, 3); empty with cached features.
-        draws: recipe -> the augmentation of those pixels.
-        features: recipe -> float32 (B, D) raw features of one cached view; empty with pixels.
+        pixels: recipe -> uint8 (B, H, W, 3); empty if features are cached.
+        draws: recipe -> augmentation of the pixels.
+        features: recipe -> float32 (B, D) raw features of one cached view; empty if no features are cached.
         tokens: int64 (B, L) visible captions.
         filter_tokens: int64 (B, L') infrared captions.
     """
@@ -90,22 +90,22 @@ class Batch:
 
 
 class Captions:
-    """Tokenized captions and rephrases of images; a batch is cut to its longest sentence.
+    """Tokenized captions and rephrases of images.
 
     Args:
         captions: caption table.
-        images: their keys.
-        with_rephrases: whether `batch` will ask for rephrases.
+        images: images in the order of the rows.
+        with_rephrases: also tokenize the rephrases.
     """
 
     def __init__(self, captions: pa.Table, images: list[str], *, with_rephrases: bool) -> None:
         sentences = texts_of(captions, images)[: 2 if with_rephrases else 1]
-        # int32 halves what every loader process holds.
+        # int32 halves the memory of every loader process.
         self._tokens = torch.stack([tokenize(texts, pad_to_context=True).int() for texts in sentences])
         self._lengths = self._tokens.argmax(dim=2) + 1
 
     def batch(self, rows: npt.NDArray[np.int64], rephrased: npt.NDArray[np.bool_]) -> Tensor:
-        """Return (B, L) int64 tokens of the rows, each of its caption or, where `rephrased`, of its rephrase."""
+        """Return (B, L) int64 tokens of the captions of rows, or of the rephrases where `rephrased`; L = longest."""
         which, index = torch.from_numpy(rephrased).long(), torch.from_numpy(rows)
         longest = int(self._lengths[which, index].max())
         return self._tokens[which, index, :longest].long()
@@ -116,14 +116,14 @@ class TriModalDataset(Dataset[Batch]):
 
     Args:
         rows: the training rows.
-        manifest: the whole manifest, whose order `pixels` follows.
-        pixels: uint8 (N, H, W, 3), memory-mapped; used when there are no views.
-        pad: augmentation border.
-        seed: of the run.
-        rank, world_size: which identities of a batch are this worker's.
+        manifest: the complete manifest.
+        pixels: uint8 (N, H, W, 3), memory-mapped, in the order of `manifest`; used if `views` is None.
+        pad: border of the augmentation, pixels.
+        seed: seed of the run.
+        rank, world_size: rank of this worker and number of workers, which share the identities of a batch.
         captions: caption table; None in the base stage.
-        llm_probability: share of texts replaced by their rephrase, independently for both captions.
-        views: recipe -> float (V, N, D) cached features, N rows of that modality; None reads pixels.
+        llm_probability: probability of replacing a caption by its rephrase, independently for both captions of a row.
+        views: recipe -> float (V, N, D) cached features of the N rows of a modality; None = read pixels.
     """
 
     def __init__(

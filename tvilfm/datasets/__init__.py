@@ -1,4 +1,4 @@
-"""Readers of datasets, one file per dataset, and their published caption files."""
+"""Readers of the datasets, one module per dataset, and of their published caption files."""
 
 from tvilfm.datasets.readers import read_dataset
 

@@ -1,9 +1,10 @@
-"""Published caption files: reading them into the caption table, and writing them.
+"""Published caption files: read them into the caption table, and write them.
 
-The files of METHOD 5 name an image by its path on the author's machine; an entry is matched to an image of
-the manifest by the longest tail of that path. LLCM's test images lie under `test_nir/camC/ID/` while their captions are
-keyed `nir/ID/`: both names are known. Reading never drops a caption in silence: files of another form are refused, and
-keys that belong to no image are either refused (`read_caption_dict`) or handed to `tvilfm data check` (`collect`).
+The files of METHOD 5 name an image by its path on the authors' machine. An entry is matched to the image of the
+manifest with the longest common end of the path. LLCM's test images are stored in `test_nir/camC/ID/`, but the keys of
+their captions are `nir/ID/`; both names are accepted. No caption is dropped silently: files in another format raise an
+error, and keys without an image raise an error (`read_caption_dict`) or are returned for `tvilfm data check`
+(`collect`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tvilfm.data.splits import TEST_SPLITS
 SENSORS = {"visible": "RGB", "infrared": "IR"}
 PUBLISHED = "published"
 _FIELDS = ("description", "aug_description")
-# Top folders of SYSU-MM01, RegDB, LLCM and of one's own images: where the writer's root ends and the dataset begins.
+# Top folders of SYSU-MM01, RegDB, LLCM and your own images; in a key, they follow the authors' dataset root.
 _TOPS = frozenset(
     [
         "Visible",
@@ -44,7 +45,7 @@ _TOPS = frozenset(
 
 @dataclass(frozen=True)
 class Caption:
-    """One entry of a published file."""
+    """One entry of a published caption file."""
 
     caption: str
     rephrased: str | None
@@ -52,13 +53,13 @@ class Caption:
 
 @dataclass(frozen=True, kw_only=True)
 class Collected:
-    """What a Text folder says about the images of a manifest.
+    """The captions of a Text folder, matched to the images of a manifest.
 
     Attributes:
-        found: image -> its caption.
-        unknown: file -> keys in it that belong to no image of the manifest.
-        differing: images whose caption differs between `caption_dict_*` and `caption_llm_dict_*`; the latter is taken.
-        identity_texts: pid -> unique visible captions of that identity, from `id_caption_map_*_RGB.json`.
+        found: image -> caption.
+        unknown: file -> its keys without an image in the manifest.
+        differing: images whose caption differs between `caption_dict_*` and `caption_llm_dict_*`; the latter is used.
+        identity_texts: pid -> unique visible captions of this identity, from `id_caption_map_*_RGB.json`.
     """
 
     found: dict[str, Caption]
@@ -68,27 +69,29 @@ class Collected:
 
 
 def read_captions(manifest: pa.Table, root: Path, path: Path | None = None) -> pa.Table:
-    """Read the captions that a configuration names.
+    """Read the captions at `data.captions` into the caption table.
 
     Args:
-        manifest: the images that captions are wanted for.
+        manifest: images to read captions for.
         root: dataset folder.
-        path: `data.captions`: a Parquet caption table, a folder in the published layout, or None for `root/Text`.
+        path: `data.captions`: a caption table (.parquet) or a folder in the published layout; None = `root/Text`.
 
     Returns:
-        Caption table, one row an image, in manifest order.
+        Caption table, one row per image, in manifest order.
 
     Raises:
-        ValueError: as `read_published`, or a Parquet file that is no caption table.
+        ValueError: as in `read_published`, or the Parquet file is not a caption table.
     """
     if path is None or path.suffix != ".parquet":
         return read_published(root, manifest, text_dir=path)
     if not path.is_file():
-        raise ValueError(f"data.captions: expected a caption table, got {path}, which is not there. Check the path.")
+        raise ValueError(f"data.captions: expected a caption table, got no file {path}. Check the path.")
     table = pq.read_table(path)
     missing = [name for name in CAPTION_SCHEMA.names if name not in table.column_names]
     if missing:
-        raise ValueError(f"data.captions: expected columns {CAPTION_SCHEMA.names}, got no {missing[0]} in {path}.")
+        raise ValueError(
+            f"data.captions: expected columns {CAPTION_SCHEMA.names}, got no {missing[0]} in {path}. Add the column."
+        )
     rows = {row["image"]: row for row in table.select(CAPTION_SCHEMA.names).to_pylist()}
     _require_all(manifest, rows, {})
     ordered = pa.Table.from_pylist([rows[image] for image in manifest["image"].to_pylist()], schema=CAPTION_SCHEMA)
@@ -100,34 +103,35 @@ def read_captions(manifest: pa.Table, root: Path, path: Path | None = None) -> p
 def read_published(root: Path, manifest: pa.Table, *, text_dir: Path | None = None) -> pa.Table:
     """Read a dataset's `Text` folder into the caption table.
 
-    Read are `Blip_{RGB,IR}/caption_dict_*.json` and `caption_llm_dict_*.json` (the second wins, as it was written
-    later), then SYSU-MM01's `train_text_*.npy` for training images that no JSON file names. A visible test image that
-    no file names gets one of its identity's captions, in turn, from `id_caption_map_*`: that keeps the witness pool of
-    the published protocol exactly, but ties a sentence to an image, and so to a camera, that it may not describe; such
-    rows have the captioner "published, by identity" and are never a held-out witness.
+    Captions come from `Blip_{RGB,IR}/caption_dict_*.json` and `caption_llm_dict_*.json` (which has priority, because it
+    was written later), and from SYSU-MM01's `train_text_*.npy` for training images that are in neither file. A visible
+    test image without a caption gets one of its identity's captions, in turn, from `id_caption_map_*`. This keeps the
+    witness pool of the published protocol, but it assigns a sentence to an image, and so to a camera, that it may not
+    describe. Such rows have the captioner "published, by identity" and are never used as a held-out witness.
 
     Args:
         root: dataset folder.
-        manifest: the images that captions are wanted for.
-        text_dir: the folder that holds Blip_RGB and Blip_IR, or their files themselves; None = `root/Text`.
+        manifest: images to read captions for.
+        text_dir: folder that contains Blip_RGB and Blip_IR, or the files of both; None = `root/Text`.
 
     Returns:
-        Caption table, one row an image, in manifest order. The lists of `id_caption_map_*` travel in its metadata, see
+        Caption table, one row per image, in manifest order. Its metadata contains the lists of `id_caption_map_*`, see
         `identity_map`.
 
     Raises:
-        ValueError: no caption file, a file of another format, or images without a caption (the first is named).
+        ValueError: there is no caption file, a file has another format, or images have no caption (the message contains
+            the first one).
 
     Source: METHOD 5. Differs: none known.
     """
     folder = text_dir or root / "Text"
     collected = collect(folder, manifest)
     captioner = dict.fromkeys(collected.found, PUBLISHED)
-    found = dict(collected.found)
-    for image, text in identity_captions(manifest, found, collected.identity_texts).items():
-        found[image], captioner[image] = Caption(text, None), BY_IDENTITY
-    _require_all(manifest, found, collected.unknown)
-    table = _table([(image, found[image], captioner[image]) for image in manifest["image"].to_pylist()])
+    captions = dict(collected.found)
+    for image, text in identity_captions(manifest, captions, collected.identity_texts).items():
+        captions[image], captioner[image] = Caption(text, None), BY_IDENTITY
+    _require_all(manifest, captions, collected.unknown)
+    table = _table([(image, captions[image], captioner[image]) for image in manifest["image"].to_pylist()])
     if not collected.identity_texts:
         return table
     return table.replace_schema_metadata({IDENTITY_MAP: json.dumps(collected.identity_texts)})
@@ -137,11 +141,11 @@ def read_caption_dict(path: Path, images: Iterable[str] | None = None) -> pa.Tab
     """Read one `caption_dict_*.json` or `caption_llm_dict_*.json`, in the file's order.
 
     Args:
-        path: the file.
-        images: the images its keys must belong to; None takes the key from the dataset's top folder on.
+        path: path of the file.
+        images: images that the keys are matched to; None = use the part of each key from the dataset's top folder.
 
     Raises:
-        ValueError: a file of another format, or keys that belong to no image (the first is named).
+        ValueError: the file has another format, or keys belong to no image (the message contains the first one).
 
     Source: METHOD 5. Differs: none known.
     """
@@ -160,10 +164,10 @@ def read_caption_dict(path: Path, images: Iterable[str] | None = None) -> pa.Tab
 
 
 def read_identity_map(path: Path) -> dict[int, list[str]]:
-    """Read `id_caption_map_*_RGB.json`: the unique visible captions of each identity, the witness pool.
+    """Read `id_caption_map_*_RGB.json`: the unique visible captions of each identity (the witness pool).
 
     Raises:
-        ValueError: a file of another format.
+        ValueError: the file has another format.
     """
     entries = _load_json(path)
     if not isinstance(entries, dict) or not all(
@@ -175,21 +179,22 @@ def read_identity_map(path: Path) -> dict[int, list[str]]:
 
 
 def read_sysu_arrays(folder: Path, manifest: pa.Table, modality: str) -> dict[str, Caption]:
-    """Read SYSU-MM01's training texts, arrays aligned with the released training arrays.
+    """Read the training texts of SYSU-MM01, which are arrays in the order of the released training arrays.
 
-    `train_text_*.npy`, with `train_llm_text_*.npy` (rephrases) and `train_text_label_*.npy` (checked) where they are.
-    Position i is image i of the training identities (train and val) sorted by identity, camera and file.
+    The files are `train_text_*.npy` and, if they exist, `train_llm_text_*.npy` (rephrases) and
+    `train_text_label_*.npy` (only checked). Entry i belongs to image i of the training identities (train and val),
+    sorted by identity, camera and file name.
 
     Args:
         folder: Blip_RGB or Blip_IR.
-        manifest: of SYSU-MM01.
+        manifest: manifest of SYSU-MM01.
         modality: visible or infrared.
 
     Returns:
-        Image -> caption; empty when the folder has no such array.
+        Image -> caption; empty if the folder has no such array.
 
     Raises:
-        ValueError: arrays of objects or of another length, or labels that change where the identity does not.
+        ValueError: an array contains objects or has another length, or the labels do not match the identities.
 
     Source: METHOD 5. Differs: none known.
     """
@@ -213,9 +218,9 @@ def read_sysu_arrays(folder: Path, manifest: pa.Table, modality: str) -> dict[st
         pairs = set(zip(pids, labels, strict=True))
         if len(pairs) != len(set(pids)) or len(pairs) != len(set(labels)):
             raise ValueError(
-                f"{paths['train_text_label']}: expected one label an identity, got {len(pairs)} pairs of "
-                f"{len(set(pids))} identities and {len(set(labels))} labels. The texts are of other images or of "
-                "another order; restore the dataset and its Text folder together."
+                f"{paths['train_text_label']}: expected one label per identity, got {len(pairs)} pairs of "
+                f"{len(set(pids))} identities and {len(set(labels))} labels. The texts belong to other images or have "
+                "another order. Restore the dataset and its Text folder together."
             )
     captions = [
         Caption(str(text), None if aug is None else str(aug)) for text, aug in zip(texts, rephrases, strict=True)
@@ -224,13 +229,13 @@ def read_sysu_arrays(folder: Path, manifest: pa.Table, modality: str) -> dict[st
 
 
 def collect(text_dir: Path, manifest: pa.Table) -> Collected:
-    """Read every caption file of a Text folder, and collect what fits the manifest and what does not.
+    """Read all caption files of a Text folder and match them to the manifest.
 
     Raises:
-        ValueError: no caption file of a modality that the manifest has, or a file of another format.
+        ValueError: a modality of the manifest has no caption file, or a file has another format.
     """
     names = _names(manifest["image"].to_pylist())
-    found: dict[str, Caption] = {}
+    captions: dict[str, Caption] = {}
     unknown: dict[Path, list[str]] = {}
     differing: list[str] = []
     identity_texts: dict[int, list[str]] = {}
@@ -246,7 +251,7 @@ def collect(text_dir: Path, manifest: pa.Table) -> Collected:
         if not plain and not rephrased and not arrays:
             raise ValueError(
                 f"captions: expected {text_dir}/Blip_{sensor}/caption_llm_dict_*.json or caption_dict_*.json, got "
-                "neither. Copy the published Text folder into the dataset or set data.captions."
+                "neither file. Copy the published Text folder to the dataset, or set data.captions."
             )
         listed: dict[str, Caption] = {}
         for path in (*plain, *rephrased):
@@ -258,33 +263,33 @@ def collect(text_dir: Path, manifest: pa.Table) -> Collected:
                 if image in listed and listed[image].caption != entry.caption:
                     differing.append(image)
                 listed[image] = entry
-        found |= arrays | listed
+        captions |= arrays | listed
         if modality == "visible":
             for path in sorted(folder.glob("id_caption_map_*RGB.json"))[:1]:
                 identity_texts = read_identity_map(path)
-    return Collected(found=found, unknown=unknown, differing=differing, identity_texts=identity_texts)
+    return Collected(found=captions, unknown=unknown, differing=differing, identity_texts=identity_texts)
 
 
 def write_published(
     text_dir: Path, captions: pa.Table, manifest: pa.Table, *, key_root: str = "", arrays: bool = False
 ) -> None:
-    """Write caption files in the published layout, byte for byte as the released dictionaries are written.
+    """Write caption files in the published layout, in the same byte format as the released files.
 
-    `Blip_{RGB,IR}/caption_dict_Blip_*.json`, `caption_llm_dict_Blip_*.json` (images with a rephrase) and
-    `Blip_RGB/id_caption_map_Blip_RGB.json`. Entries follow the caption table.
+    The files are `Blip_{RGB,IR}/caption_dict_Blip_*.json`, `caption_llm_dict_Blip_*.json` (images with a rephrase) and
+    `Blip_RGB/id_caption_map_Blip_RGB.json`. Entries are in the order of the caption table.
 
     Args:
-        text_dir: the folder to fill, made if need be.
+        text_dir: folder to write to; created if it is missing.
         captions: caption table of images of the manifest.
-        manifest: says modality and identity.
-        key_root: put before every image path, e.g. `datasets/regdb/`, as the released code looks keys up by it.
-        arrays: also SYSU-MM01's `train_text_*`, `train_llm_text_*` and `train_text_label_*.npy`.
+        manifest: manifest with the modality and identity of the images.
+        key_root: prefix of every image path, e.g. `datasets/regdb/`; the released code looks up keys with it.
+        arrays: also write SYSU-MM01's `train_text_*`, `train_llm_text_*` and `train_text_label_*.npy`.
 
     Raises:
-        ValueError: arrays are asked for and a training image has no caption.
+        ValueError: `arrays` is true and a training image has no caption.
 
-    Source: METHOD 5. Differs: the released map lists an identity's captions in the order of a Python set, which nobody
-        can repeat; ours lists them as they come.
+    Source: METHOD 5. Differs: the released map lists an identity's captions in the order of a Python set, which cannot
+        be reproduced; ours lists them in the order of the caption table.
     """
     modality_of = dict(zip(manifest["image"].to_pylist(), manifest["modality"].to_pylist(), strict=True))
     pid_of = dict(zip(manifest["image"].to_pylist(), manifest["pid"].to_pylist(), strict=True))
@@ -318,7 +323,7 @@ def _write_sysu_arrays(folder: Path, captions: pa.Table, manifest: pa.Table, mod
     written = {row["image"]: row for row in captions.to_pylist()}
     _require_all(rows, written, {})
     plain, rephrased = texts_of(captions, rows["image"].to_pylist())
-    # Labels number all training identities, so both modalities share them.
+    # Labels number the training identities of both modalities together.
     pids = np.unique(select(manifest, split=("train", "val"))["pid"].to_numpy())
     labels = np.searchsorted(pids, rows["pid"].to_numpy())
     sensor = SENSORS[modality]
@@ -341,32 +346,32 @@ def _table(entries: Iterable[tuple[str, Caption, str]]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=CAPTION_SCHEMA)
 
 
-def _require_all(manifest: pa.Table, found: Mapping[str, object], unknown: Mapping[Path, list[str]]) -> None:
-    missing = [image for image in manifest["image"].to_pylist() if image not in found]
+def _require_all(manifest: pa.Table, captions: Mapping[str, object], unknown: Mapping[Path, list[str]]) -> None:
+    missing = [image for image in manifest["image"].to_pylist() if image not in captions]
     if not missing:
         return
     stray = [
         f" {len(keys)} keys of {path} belong to no image, the first {keys[0]!r}." for path, keys in unknown.items()
     ]
     raise ValueError(
-        f"captions: expected one an image, got none for {len(missing)} of {manifest.num_rows}, the first "
+        f"captions: expected one per image, got none for {len(missing)} of {manifest.num_rows}, the first "
         f"{missing[0]}.{''.join(stray)} Caption these images or restore the caption files."
     )
 
 
 def identity_captions(
-    manifest: pa.Table, found: Mapping[str, Caption], identity_texts: Mapping[int, list[str]]
+    manifest: pa.Table, captions: Mapping[str, Caption], identity_texts: Mapping[int, list[str]]
 ) -> dict[str, str]:
-    """Return, for every visible test image without a caption, one of its identity's captions in turn."""
-    given: dict[int, int] = {}
-    spread: dict[str, str] = {}
+    """Return a caption for every visible test image without one: the captions of its identity, in turn."""
+    counts: dict[int, int] = {}
+    assigned: dict[str, str] = {}
     visible = select(manifest, split=TEST_SPLITS, modality="visible")
     for image, pid in zip(visible["image"].to_pylist(), visible["pid"].to_pylist(), strict=True):
         texts = identity_texts.get(pid)
-        if image not in found and texts:
-            spread[image] = texts[given.setdefault(pid, 0) % len(texts)]
-            given[pid] += 1
-    return spread
+        if image not in captions and texts:
+            assigned[image] = texts[counts.setdefault(pid, 0) % len(texts)]
+            counts[pid] += 1
+    return assigned
 
 
 def _load_json(path: Path) -> Any:
@@ -379,7 +384,9 @@ def _load_json(path: Path) -> Any:
 def _read_json(path: Path) -> dict[str, Caption]:
     entries = _load_json(path)
     if not isinstance(entries, dict):
-        raise ValueError(f'{path}: expected {{image path: {{"description": ...}}}}, got another format.')
+        raise ValueError(
+            f'{path}: expected {{image path: {{"description": ...}}}}, got another format. Restore the file.'
+        )
     captions = {}
     for key, entry in entries.items():
         if not isinstance(entry, dict) or not isinstance(entry.get("description"), str):
@@ -389,7 +396,9 @@ def _read_json(path: Path) -> dict[str, Caption]:
             )
         unknown = sorted(set(entry) - set(_FIELDS))
         if unknown:
-            raise ValueError(f"{path}: expected {' and '.join(_FIELDS)}, got the key {unknown[0]!r} at {key!r}.")
+            raise ValueError(
+                f"{path}: expected {' and '.join(_FIELDS)}, got the key {unknown[0]!r} at {key!r}. Remove it."
+            )
         captions[key] = Caption(entry["description"], entry.get("aug_description"))
     return captions
 
@@ -399,11 +408,11 @@ def _read_array(path: Path, length: int) -> npt.NDArray[Any]:
         array: npt.NDArray[Any] = np.load(path, allow_pickle=False)
     except ValueError:
         raise ValueError(
-            f"{path}: expected an array of text or labels, got pickled objects or no array. Save it with numpy as text."
+            f"{path}: expected an array of text or labels, got pickled objects or no array. Save it as a text array."
         ) from None
     if array.shape != (length,):
         raise ValueError(
-            f"{path}: expected {length} entries, one a training image (train and val), got shape {array.shape}. "
+            f"{path}: expected {length} entries, one per training image (train and val), got shape {array.shape}. "
             "Restore the dataset and its Text folder together."
         )
     return array
@@ -414,7 +423,7 @@ def _write_json(path: Path, entries: object, *, indent: int | None) -> None:
 
 
 def _published_name(image: str) -> str:
-    """Return an image's path in published files: LLCM's `test_nir/camC/ID/x.jpg` is `nir/ID/x.jpg` there."""
+    """Return the path of an image in published files, which is `nir/ID/x.jpg` for LLCM's `test_nir/camC/ID/x.jpg`."""
     top, _, rest = image.partition("/")
     if top in ("test_vis", "test_nir") and rest.startswith("cam"):
         return f"{top.removeprefix('test_')}/{rest.partition('/')[2]}"
@@ -442,7 +451,7 @@ def _match(key: str, names: Mapping[str, str]) -> str | None:
 def _without_root(key: str) -> str:
     parts = key.replace("\\", "/").split("/")
     tops = [i for i, part in enumerate(parts[:-1]) if part in _TOPS]
-    # LLCM's test folders and one's own tree nest a camera folder; the dataset begins at the first of adjoining tops.
+    # LLCM's test folders and your own images can have a camera folder in a top folder; use the first of adjacent ones.
     while len(tops) > 1 and tops[-2] == tops[-1] - 1:
         tops.pop()
     return "/".join(parts[tops[-1] if tops else 0 :])

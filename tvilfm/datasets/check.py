@@ -1,4 +1,4 @@
-"""What is wrong with a dataset on this disk and how to fix it: counts, splits, images, captions."""
+"""Check a dataset on disk: counts, splits, images and captions, with a fix for every fault."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tvilfm.datasets.readers import read_dataset
 from tvilfm.terms import MODALITIES
 
 PARTS = {"train": ("train", "val"), "test": TEST_SPLITS}
-# Written by every synthetic benchmark and by nothing else; its counts are its own, not those of the real dataset.
+# Only synthetic benchmarks contain this file; their counts are not the counts of the real dataset.
 SYNTHETIC_MARK = "attributes.json"
 
 # METHOD 8 for SYSU-MM01 and RegDB. LLCM: Zhang and Wang, CVPR 2023, section 4.2. Its text says 13,909 test images, but
-# its 8,680 + 7,166 test and 30,921 training images are the 46,767 of the abstract, so those are taken; and as the
-# protocol leaves infrared camera 3 out, a difference in the test images is a note, not a fault.
+# its 8,680 + 7,166 test images and 30,921 training images add up to the 46,767 images of the abstract, so these numbers
+# are used. The protocol excludes infrared camera 3, so a different number of test images is a note and not a fault.
 PUBLISHED_COUNTS: dict[str, dict[str, int]] = {
     "sysu_mm01": {
         "train identities": 395,
@@ -62,10 +62,10 @@ _UNSURE = {("llcm", "visible test images"), ("llcm", "infrared test images")}
 
 @dataclass(frozen=True, kw_only=True)
 class Count:
-    """A number that was counted, and the published number; None where there is none.
+    """A counted number, and the expected number (None if there is none).
 
-    Expected of identities, images and cameras is what the publication says (nothing for a rendered dataset, which is
-    known by its attributes.json); of captions, one an image.
+    Expected are the published numbers of identities, images and cameras (None for a rendered dataset, which has an
+    attributes.json), and one caption per image.
     """
 
     what: str
@@ -75,13 +75,13 @@ class Count:
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """One thing that is wrong.
+    """A fault of a dataset.
 
     Attributes:
-        what: the fault.
-        where: every file, identity or key at fault.
+        what: description of the fault.
+        where: every affected file, identity or key.
         fix: what to do.
-        serious: False for what a run survives.
+        serious: False if a run works in spite of the fault.
     """
 
     what: str
@@ -92,7 +92,7 @@ class Fault:
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """The result of a check; `sound` when nothing serious was found."""
+    """The result of a check; `sound` if there is no serious fault."""
 
     counts: tuple[Count, ...]
     faults: tuple[Fault, ...]
@@ -105,16 +105,16 @@ class Findings:
 def check_dataset(
     section: DataSection, root: Path, *, images: bool = True, trained: DataSection | None = None
 ) -> Findings:
-    """Check a whole dataset; a fault does not end the check.
+    """Check a complete dataset; the check continues after a fault.
 
     Args:
-        section: which dataset, split and captions.
-        root: the dataset's folder.
-        images: open every picture, the slow part.
-        trained: the data section of the run whose model is to be tested on this dataset.
+        section: the dataset, its split and its captions.
+        root: folder of the dataset.
+        images: also decode every image, which is slow.
+        trained: data section of the run whose model will be tested on this dataset; None = do not compare splits.
 
     Returns:
-        Counts beside the published ones, and the faults.
+        Counts with the published numbers, and the faults.
     """
     options = dict(section.reader_options)
     if section.name not in ("synthetic", "sysu_mm01"):
@@ -135,16 +135,16 @@ def check_dataset(
 
 def _counts(name: str, root: Path, manifest: pa.Table) -> Iterator[Count]:
     published = {} if (root / SYNTHETIC_MARK).is_file() else PUBLISHED_COUNTS.get(name, {})
-    found: dict[str, int] = {}
+    numbers: dict[str, int] = {}
     for part, splits in PARTS.items():
-        found[f"{part} identities"] = len(set(select(manifest, split=splits)["pid"].to_pylist()))
-    found["of which val"] = len(set(select(manifest, split="val")["pid"].to_pylist()))
+        numbers[f"{part} identities"] = len(set(select(manifest, split=splits)["pid"].to_pylist()))
+    numbers["of which val"] = len(set(select(manifest, split="val")["pid"].to_pylist()))
     for part, splits in PARTS.items():
         for modality in MODALITIES:
-            found[f"{modality} {part} images"] = select(manifest, split=splits, modality=modality).num_rows
+            numbers[f"{modality} {part} images"] = select(manifest, split=splits, modality=modality).num_rows
     for modality in MODALITIES:
-        found[f"{modality} cameras"] = len(set(select(manifest, modality=modality)["camid"].to_pylist()))
-    for what, number in found.items():
+        numbers[f"{modality} cameras"] = len(set(select(manifest, modality=modality)["camid"].to_pylist()))
+    for what, number in numbers.items():
         yield Count(what=what, found=number, expected=published.get(what))
 
 
@@ -158,9 +158,9 @@ def _count_faults(name: str, counts: Sequence[Count]) -> Iterator[Fault]:
         )
         if where:
             yield Fault(
-                what="counts that are not the published ones",
+                what="counts that differ from the published counts",
                 where=where,
-                fix="Compare the split files with the published ones and unpack the images again.",
+                fix="Compare the split files with the published files and unpack the images again.",
                 serious=serious,
             )
 
@@ -171,20 +171,20 @@ def _split_faults(name: str, root: Path, manifest: pa.Table) -> Iterator[Fault]:
         yield Fault(
             what="identities in two splits",
             where=tuple(f"pid {pid}: {one} and {other}" for pid, one, other in twice),
-            fix="Restore the split files: who is tested must not be trained on.",
+            fix="Restore the split files: test identities must not be trained on.",
         )
     if not select(manifest, split="val").num_rows:
         yield Fault(
             what="no validation identities",
             where=("val",),
-            fix="Give some identities the split val, or set train.*.select=last.",
+            fix="Assign some identities to the split val, or set train.*.select=last.",
             serious=False,
         )
     if name == "folder" and not any((root / file).is_file() for file in (SPLIT_FILE, *TABLES)):
         yield Fault(
             what="identities were split by rule: half train, a tenth val, the rest test",
             where=tuple(f"{pid},{split}" for pid, split in sorted(set(_pid_splits(manifest)))),
-            fix=f"Write {SPLIT_FILE} with the columns pid,split to choose yourself.",
+            fix=f"To choose the splits, write {SPLIT_FILE} with the columns pid,split.",
             serious=False,
         )
     for part, splits in PARTS.items():
@@ -196,8 +196,8 @@ def _split_faults(name: str, root: Path, manifest: pa.Table) -> Iterator[Fault]:
                 what=f"{part} identities with images of one modality only",
                 where=tuple(f"pid {pid}" for pid in alone),
                 fix={
-                    "train": "They are never drawn for a batch; complete or remove them.",
-                    "test": "Queries without a match count in no mean; complete or remove them.",
+                    "train": "They are never drawn for a batch. Add the images or remove these identities.",
+                    "test": "Queries without a match are not in the means. Add the images or remove these identities.",
                 }[part],
                 serious=False,
             )
@@ -210,7 +210,7 @@ def _pid_splits(manifest: pa.Table) -> Iterator[tuple[int, str]]:
 def _image_faults(root: Path, manifest: pa.Table, *, images: bool) -> Iterator[Fault]:
     missing = missing_images(root, manifest)
     if missing:
-        yield Fault(what="listed images that are not there", where=tuple(missing), fix="Unpack the images again.")
+        yield Fault(what="listed images that are missing", where=tuple(missing), fix="Unpack the images again.")
     if images:
         absent = set(missing)
         present = [image for image in manifest["image"].to_pylist() if image not in absent]
@@ -244,56 +244,58 @@ def _captions(section: DataSection, root: Path, manifest: pa.Table) -> tuple[lis
         return [], [Fault(what=str(error), where=(str(text_dir),), fix="Restore the caption files.")]
     counts = []
     for modality in SENSORS:
-        pictures = select(manifest, modality=modality)["image"].to_pylist()
-        entries = [collected.found[image] for image in pictures if image in collected.found]
-        counts.append(Count(what=f"{modality} captions", found=len(entries), expected=len(pictures)))
+        images = select(manifest, modality=modality)["image"].to_pylist()
+        entries = [collected.found[image] for image in images if image in collected.found]
+        counts.append(Count(what=f"{modality} captions", found=len(entries), expected=len(images)))
         rephrased = sum(entry.rephrased is not None for entry in entries)
         counts.append(Count(what=f"{modality} rephrases", found=rephrased))
     return counts, list(_caption_faults(collected, manifest))
 
 
 def _caption_faults(collected: Collected, manifest: pa.Table) -> Iterator[Fault]:
-    found = collected.found
-    by_identity = identity_captions(manifest, found, collected.identity_texts)
+    captions = collected.found
+    by_identity = identity_captions(manifest, captions, collected.identity_texts)
     if by_identity:
         yield Fault(
-            what="visible test images whose identity has captions, but not they",
+            what="visible test images without a caption whose identity has captions",
             where=tuple(by_identity),
-            fix="They get their identity's captions in turn, as the published protocol draws them; "
-            "caption them for held-out witnesses.",
+            fix="They get the captions of their identity in turn, like in the published protocol. "
+            "Caption them for held-out witnesses.",
             serious=False,
         )
-    missing = tuple(image for image in manifest["image"].to_pylist() if image not in found and image not in by_identity)
+    missing = tuple(
+        image for image in manifest["image"].to_pylist() if image not in captions and image not in by_identity
+    )
     if missing:
         yield Fault(what="images without a caption", where=missing, fix="Caption them or restore the caption files.")
     for path, keys in collected.unknown.items():
         yield Fault(
             what=f"captions without an image, in {path.name}",
             where=tuple(keys),
-            fix="Restore the images, or drop these entries; a wrong dataset or root shows as all of them.",
+            fix="Restore the images or remove these entries. If all are listed, check data.name and data.root.",
         )
-    empty = tuple(image for image, entry in found.items() if not entry.caption.strip())
+    empty = tuple(image for image, entry in captions.items() if not entry.caption.strip())
     if empty:
         yield Fault(what="empty captions", where=empty, fix="Caption these images again.")
     if collected.differing:
         yield Fault(
             what="images whose caption differs between caption_dict and caption_llm_dict",
             where=tuple(collected.differing),
-            fix="The caption of caption_llm_dict is taken; rephrase again if the other is meant.",
+            fix="The caption of caption_llm_dict is used. To use the other one, rephrase again.",
             serious=False,
         )
     if collected.identity_texts:
         pools: dict[int, set[str]] = {}
         visible = select(manifest, modality="visible")
         for image, pid in zip(visible["image"].to_pylist(), visible["pid"].to_pylist(), strict=True):
-            if image in found:
-                pools.setdefault(pid, set()).add(found[image].caption)
+            if image in captions:
+                pools.setdefault(pid, set()).add(captions[image].caption)
         other = [pid for pid, pool in pools.items() if pool != set(collected.identity_texts.get(pid, ()))]
         if other:
             yield Fault(
-                what="identities whose visible captions are not those of id_caption_map",
+                what="identities whose visible captions differ from id_caption_map",
                 where=tuple(f"pid {pid}" for pid in sorted(other)),
-                fix=f"Queries draw from the {PUBLISHED} captions of the images; write the map again from them.",
+                fix=f"Queries draw from the {PUBLISHED} captions of the images. Write the map again from these.",
                 serious=False,
             )
 

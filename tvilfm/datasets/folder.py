@@ -1,8 +1,8 @@
-"""Your own images: a folder tree, or a table with the manifest's columns.
+"""Your own images: a folder tree, or a table with the columns of the manifest.
 
-`visible/<pid>/<camid>/*` and `infrared/<pid>/<camid>/*`, both numbers; or `manifest.csv` or `manifest.parquet` in the
-folder, which then decides alone. Which identities are trained on comes from `splits.csv` (`pid,split`) or, without it,
-from a rule that is said in the log.
+The folder tree is `visible/<pid>/<camid>/*` and `infrared/<pid>/<camid>/*`, where pid and camid are numbers. If the
+folder contains `manifest.parquet` or `manifest.csv`, only this table is used. For a folder tree, `splits.csv`
+(`pid,split`) assigns identities to splits; without this file, a rule does (`split_rule`), and a warning is logged.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ logger = logging.getLogger(__name__)
 
 
 def read(root: Path, *, table: str | Path | None = None, strict: bool = True) -> pa.Table:
-    """Read a folder of images.
+    """Return the manifest of a folder of images.
 
     Args:
-        root: folder that `image` is relative to.
-        table: a CSV or Parquet file with the columns `image`, `pid`, `camid`, `modality`, `split`; None = the root's
-            `manifest.parquet` or `manifest.csv` if it is there, else the folder tree.
-        strict: refuse missing images and identities in two splits; `tvilfm data check` counts them instead.
+        root: folder that the `image` paths are relative to.
+        table: CSV or Parquet file with the columns `image`, `pid`, `camid`, `modality`, `split`; None =
+            `manifest.parquet` or `manifest.csv` in `root` or, without such a file, the folder tree.
+        strict: raise an error for missing images and for identities in two splits; `tvilfm data check` sets False.
 
     Raises:
-        ValueError: another layout, a table without a column or with a value that cannot be, an identity that
-            `splits.csv` does not name, or what `strict` refuses.
+        ValueError: the layout is different, a column of the table is missing or has an invalid value, an identity is
+            missing in `splits.csv`, or a check of `strict` failed.
     """
     if table is None:
         table = next((root / name for name in TABLES if (root / name).is_file()), None)
@@ -47,9 +47,10 @@ def read(root: Path, *, table: str | Path | None = None, strict: bool = True) ->
 
 
 def split_rule(pids: list[int]) -> dict[int, str]:
-    """Return the split of identities without a `splits.csv`: half train, a tenth val, the rest test, shuffled.
+    """Return the split of every identity if there is no `splits.csv`: half train, a tenth val, the rest test.
 
-    Shuffled, as numbers are often given in the order of recording; the shuffle depends on the set of pids alone.
+    Identities are shuffled first, because their numbers often follow the order of recording. The shuffle depends only
+    on the set of pids.
     """
     ordered = np.random.default_rng(0).permutation(sorted(set(pids))).tolist()
     num_train = round(0.5 * len(ordered))
@@ -65,7 +66,7 @@ def _read_tree(root: Path) -> pa.Table:
         if not (root / modality).is_dir():
             raise ValueError(
                 f"data.root: expected folders visible and infrared, or {' or '.join(TABLES)}, in {root}, got no "
-                f"{modality}. Lay images out as visible/<pid>/<camid>/* and infrared/<pid>/<camid>/*."
+                f"{modality}. Store images as visible/<pid>/<camid>/* and infrared/<pid>/<camid>/*."
             )
         for person in _numbered(root, root / modality):
             for camera in _numbered(root, person):
@@ -87,15 +88,15 @@ def _read_tree(root: Path) -> pa.Table:
 
 
 def _numbered(root: Path, folder: Path) -> list[Path]:
-    """Return subfolders in numeric order; hidden files are skipped, anything else is a layout error."""
-    found = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    for path in found:
+    """Return the numbered subfolders in numeric order; raise an error for other entries that are not hidden."""
+    subfolders = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    for path in subfolders:
         if not path.is_dir() or not path.name.isdigit():
             raise ValueError(
                 f"data.root: expected <modality>/<pid>/<camid>/<image> with numbers for pid and camid, got "
                 f"{path.relative_to(root).as_posix()} in {root}. Rename or move it."
             )
-    return sorted(found, key=lambda path: int(path.name))
+    return sorted(subfolders, key=lambda path: int(path.name))
 
 
 def _splits(root: Path, pids: list[int]) -> dict[int, str]:
@@ -105,7 +106,7 @@ def _splits(root: Path, pids: list[int]) -> dict[int, str]:
         counts = {split: list(split_of.values()).count(split) for split in ("train", "val", "test")}
         logger.warning(
             "data.root: no %s in %s; identities were split by rule: %d train, %d val, %d test. "
-            "Write a %s with the columns pid,split to choose yourself.",
+            "To choose the splits, write a %s with the columns pid,split.",
             SPLIT_FILE,
             root,
             *counts.values(),
@@ -134,7 +135,7 @@ def _read_table(path: Path) -> pa.Table:
 
 def _load(path: Path) -> pa.Table:
     if not path.is_file():
-        raise ValueError(f"data.root: expected the table {path}, which is not there. Check the path.")
+        raise ValueError(f"data.root: expected the table {path}, got no such file. Check the path.")
     try:
         return pq.read_table(path) if path.suffix == ".parquet" else pyarrow.csv.read_csv(path)
     except pa.ArrowException as error:
@@ -152,14 +153,16 @@ def _columns(path: Path, table: pa.Table, names: tuple[str, ...]) -> pa.Table:
     table = table.select(list(names))
     empty = [name for name in names if table[name].null_count]
     if empty:
-        raise ValueError(f"{path}: expected a value in every row of {empty[0]}, got an empty one. Fill it in.")
+        raise ValueError(f"{path}: expected a value in every row of {empty[0]}, got an empty one. Add the value.")
     try:
         return table.cast(schema)
     except pa.ArrowException as error:
-        raise ValueError(f"{path}: expected pid and camid as whole numbers and text elsewhere, got {error}.") from None
+        raise ValueError(
+            f"{path}: expected integers in pid and camid and text elsewhere, got {error}. Fix the table."
+        ) from None
 
 
 def _known(path: Path, column: str, values: set[str], known: tuple[str, ...]) -> None:
     unknown = sorted(values - set(known))
     if unknown:
-        raise ValueError(f"{path}: expected {column} among {', '.join(known)}, got {unknown[0]!r}. Correct it.")
+        raise ValueError(f"{path}: expected {column} among {', '.join(known)}, got {unknown[0]!r}. Fix it.")

@@ -1,8 +1,8 @@
 """LLCM: nine cameras in low light, 713 training and 351 test identities.
 
-All images lie in `vis/{pid:04d}/` and `nir/{pid:04d}/`, named `{pid}_c{camera}_s*_f*_{vis,nir}.jpg`. Those of training
-are listed in `idx/train_{vis,nir}.txt`; those of testing come a second time as `test_{vis,nir}/cam{c}/{pid:04d}/`,
-which is what the published protocol walks, with the identities of `idx/test_id.txt`.
+All images are stored in `vis/{pid:04d}/` and `nir/{pid:04d}/` as `{pid}_c{camera}_s*_f*_{vis,nir}.jpg`.
+`idx/train_{vis,nir}.txt` list the training images. The test images are stored a second time in
+`test_{vis,nir}/cam{c}/{pid:04d}/`; the published protocol reads these folders, for the identities in `idx/test_id.txt`.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ _CAMERA = re.compile(r"_c(\d+)_")
 
 
 def read(root: Path, *, strict: bool = True) -> pa.Table:
-    """Read the folder.
+    """Return the manifest of a dataset folder.
 
-    Splits: `train` and, of its identities, every tenth as `val` (see `splits.held_out`); `test` for both modalities,
-    as each searches the other in one of the two protocols. Test images are those of `test_vis` and `test_nir` where
-    these folders are there, else those of `idx/test_{vis,nir}.txt`. `pid` is the folder's number.
+    The splits are `train`, `val` (every tenth training identity, see `splits.held_out`) and `test`. `test` contains
+    both modalities, because each one is the query in one of the two protocols. Test images are read from `test_vis`
+    and `test_nir` or, if these folders are missing, from `idx/test_{vis,nir}.txt`. `pid` is the number of the folder.
 
     Args:
-        root: folder that holds vis, nir, test_vis, test_nir and idx.
-        strict: refuse missing images and identities in two splits; `tvilfm data check` counts them instead.
+        root: folder that contains vis, nir, test_vis, test_nir and idx.
+        strict: raise an error for missing images and for identities in two splits; `tvilfm data check` sets False.
 
     Raises:
-        ValueError: another layout, a missing or malformed list, a file name without a camera, or what `strict` refuses.
+        ValueError: the layout is different, a list is missing or malformed, a file name contains no camera, or a check
+            of `strict` failed.
 
     Source: Zhang and Wang, CVPR 2023; METHOD 5, 8. Differs: none known.
     """
@@ -41,7 +42,7 @@ def read(root: Path, *, strict: bool = True) -> pa.Table:
     if absent:
         raise ValueError(
             f"data.root: expected LLCM's folders vis and nir in {root}, got no {absent[0]}. "
-            "Give the folder that holds vis, nir and idx."
+            "Set data.root to the folder that contains vis, nir and idx."
         )
     train = [row for modality in FOLDERS for row in _listed(root, "train", modality)]
     folders = [root / f"test_{folder}" for folder in FOLDERS.values()]
@@ -71,7 +72,7 @@ def _listed(root: Path, part: str, modality: str) -> Iterator[dict[str, object]]
 
 
 def _test_folder(root: Path, modality: str, pids: list[int]) -> Iterator[dict[str, object]]:
-    """Return images of `test_{vis,nir}/cam{c}/{pid:04d}` by identity, camera and file, as the released protocol."""
+    """Yield the images of `test_{vis,nir}` by identity, camera and file name, like the released protocol."""
     top = f"test_{FOLDERS[modality]}"
     cameras = sorted(
         int(folder.name[3:])

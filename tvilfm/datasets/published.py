@@ -1,4 +1,4 @@
-"""Published results per dataset, which reports show beside a run's own."""
+"""Published results per dataset; reports show them next to the results of a run."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ class PublishedRow:
     """A published result, for comparison.
 
     Args:
-        setting: the published protocol in words.
+        setting: description of the published protocol.
         method: the published method or ablation.
-        query: which of our query modalities it compares with.
-        rank1, mAP, mINP: fractions, None where not reported.
-        rank1_std: standard deviation of rank-1 over training seeds, None for a single run.
-        note: how the number came about.
+        query: our query modality to compare with.
+        rank1, mAP, mINP: fractions; None = not reported.
+        rank1_std: standard deviation of rank-1 over training seeds; None = single run.
+        note: origin of the numbers.
     """
 
     setting: str

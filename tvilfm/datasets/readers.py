@@ -1,4 +1,4 @@
-"""Read any dataset by name: a folder becomes a manifest."""
+"""Read any dataset by its name: convert its folder to a manifest."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from tvilfm.datasets import folder, llcm, regdb, sysu_mm01
 
-# The synthetic benchmark is SYSU-MM01's layout on disk, read by the reader of the real dataset.
+# The synthetic benchmark has the layout of SYSU-MM01 on disk, so the same reader reads it.
 READERS: dict[str, Callable[..., pa.Table]] = {
     "sysu_mm01": sysu_mm01.read,
     "regdb": regdb.read,
@@ -21,27 +21,29 @@ READERS: dict[str, Callable[..., pa.Table]] = {
 
 
 def read_dataset(name: str, root: str | Path, **options: object) -> pa.Table:
-    """Read a dataset's folder into the manifest table; no image is opened.
+    """Return the manifest of a dataset folder; no image is opened.
 
     Args:
         name: a key of `READERS`.
-        root: the dataset's folder.
-        options: what this dataset's reader takes: `split` (1 to 10) for regdb, `table` for folder, and `strict` for
-            all but SYSU-MM01's layout.
+        root: folder of the dataset.
+        options: options of this dataset's reader: `split` (1 to 10) of regdb, `table` of folder, and `strict` of all
+            datasets except those in the layout of SYSU-MM01.
 
     Returns:
         Table with `image` (path relative to root), `pid`, `camid`, `modality`, `split`.
 
     Raises:
-        ValueError: unknown name or option, or a folder that is not this dataset.
+        ValueError: the name or an option is unknown, or the folder does not contain this dataset.
     """
     if name not in READERS:
         raise ValueError(f"data.name: expected one of {sorted(READERS)}, got {name!r}.")
     known = [option for option in inspect.signature(READERS[name]).parameters if option != "root"]
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise ValueError(f"read_dataset: expected options of {name} among {known}, got {unknown[0]}. Leave it out.")
+        raise ValueError(f"read_dataset: expected options of {name} among {known}, got {unknown[0]}. Remove it.")
     root = Path(root)
     if not root.is_dir():
-        raise ValueError(f"data.root: expected the folder of {name}, got {root}, which is no folder. Check the path.")
+        raise ValueError(
+            f"data.root: expected the folder of {name}, got {root}, which is not a folder. Check the path."
+        )
     return READERS[name](root, **options)

@@ -1,8 +1,8 @@
-"""RegDB: 412 identities, ten visible and ten thermal images of each, ten ways to halve the identities.
+"""RegDB: 412 identities, ten visible and ten thermal images of each, ten random splits into two halves.
 
-`Visible/{pid}/*.bmp`, `Thermal/{pid}/*.bmp` and `idx/{train,test}_{visible,thermal}_{1..10}.txt`. The ten splits share
-the identities, so a model knows half of the test people of every split but its own: the split is part of what a model
-is, and the configuration carries it as `data.split`.
+Files: `Visible/{pid}/*.bmp`, `Thermal/{pid}/*.bmp` and `idx/{train,test}_{visible,thermal}_{1..10}.txt`. All splits
+divide the same identities, so a model was trained on half of the test identities of every other split. The split
+therefore belongs to the model; it is stored in the configuration as `data.split`.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ CAMERAS = {"visible": 1, "infrared": 2}
 
 
 def read(root: Path, *, split: int = 1, strict: bool = True) -> pa.Table:
-    """Read one of the ten splits.
+    """Return the manifest of one of the ten splits.
 
-    `pid` is the folder's number, not the label in the list: the label is a position in that list, and the same number
-    means another person in the next list, while the published captions by identity go by the folder. Every tenth
-    training identity is `val` (see `splits.held_out`). Rows follow the lists.
+    `pid` is the number of the folder, not the label in the list: a label is a position in one list and stands for
+    another person in the next list. The published captions by identity also use the number of the folder. Every tenth
+    training identity is `val` (see `splits.held_out`). Rows are in the order of the lists.
 
     Args:
-        root: folder that holds Visible, Thermal and idx.
+        root: folder that contains Visible, Thermal and idx.
         split: 1 to 10.
-        strict: refuse missing images and identities in two splits; `tvilfm data check` counts them instead.
+        strict: raise an error for missing images and for identities in two splits; `tvilfm data check` sets False.
 
     Raises:
-        ValueError: another layout, a missing or malformed list, an image listed under the wrong modality, lists of the
-            two modalities with different identities, or what `strict` refuses.
+        ValueError: the layout is different, a list is missing or malformed, an image is listed under the wrong
+            modality, or a check of `strict` failed, including that both modalities have the same identities.
 
     Source: Nguyen et al., Sensors 2017; lists of Ye et al., AAAI 2018; METHOD 8. Differs: none known.
     """
     if not 1 <= split <= NUM_SPLITS:
-        raise ValueError(f"data.split: expected 1 to {NUM_SPLITS}, got {split}. Pick one of RegDB's splits.")
+        raise ValueError(f"data.split: expected 1 to {NUM_SPLITS}, got {split}. Choose one of RegDB's splits.")
     absent = [folder for folder in FOLDERS.values() if not (root / folder).is_dir()]
     if absent:
         raise ValueError(
             f"data.root: expected RegDB's folders Visible and Thermal in {root}, got no {absent[0]}. "
-            "Give the folder that holds Visible, Thermal and idx."
+            "Set data.root to the folder that contains Visible, Thermal and idx."
         )
     listed: dict[str, dict[str, list[tuple[str, int]]]] = {"train": {}, "test": {}}
     for part, modalities in listed.items():

@@ -1,7 +1,8 @@
-"""SYSU-MM01: six cameras, 395 + 96 identities, single-folder-per-camera layout.
+"""SYSU-MM01: six cameras, 395 + 96 identities, one folder per camera.
 
-`cam{1..6}/{pid:04d}/*.jpg`; cameras 3 and 6 are infrared; `exp/{train,val,test}_id.txt` hold comma-separated pids.
-`exp/rand_perm_cam.mat` of the authors' evaluation kit, where a user has put it, says which images their galleries have.
+Images are `cam{1..6}/{pid:04d}/*.jpg`; cameras 3 and 6 are infrared. `exp/{train,val,test}_id.txt` contain
+comma-separated pids. `exp/rand_perm_cam.mat`, an optional file of the authors' evaluation kit, contains the images of
+their galleries.
 """
 
 from __future__ import annotations
@@ -20,32 +21,33 @@ INFRARED_CAMERAS = (3, 6)
 CAMERAS = (1, 2, 3, 4, 5, 6)
 SUFFIXES = (".jpg", ".png", ".bmp")
 PERMUTATIONS_FILE = "rand_perm_cam.mat"
-PERMUTATIONS = b"rand_perm_cam"  # metadata of the manifest
+PERMUTATIONS = b"rand_perm_cam"  # metadata key of the manifest
 MOST_SHOTS = 10
 
 
 def read(root: Path) -> pa.Table:
-    """Read the folder.
+    """Return the manifest of a dataset folder.
 
-    Splits: `train`, `val` (together the 395 training identities of the protocol), and of the test identities
-    `query` (infrared) and `gallery` (visible). Rows are ordered by split file, pid, camera, file name.
+    The splits are `train` and `val` (together the 395 training identities of the protocol) and, for the test
+    identities, `query` (infrared) and `gallery` (visible). Rows are ordered by split file, pid, camera, file name.
 
     Raises:
-        ValueError: a split file is missing or unreadable, an identity is in two splits, or no camera folder is there.
+        ValueError: a split file is missing or unreadable, an identity is in two splits, or there is no camera folder.
 
     Source: Wu et al., "RGB-Infrared Cross-Modality Person Re-Identification", ICCV 2017; METHOD 8.
     """
     if not any((root / f"cam{camid}").is_dir() for camid in CAMERAS):
         raise ValueError(
             f"data.root: expected SYSU-MM01's folders cam1 to cam6 in {root}, got none of them. "
-            "Give the folder that holds cam1 and exp."
+            "Set data.root to the folder that contains cam1 and exp."
         )
     ids = {split: read_ids(root / "exp" / f"{split}_id.txt") for split in ("train", "val", "test")}
     for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
         both = sorted(set(ids[first]) & set(ids[second]))
         if both:
             raise ValueError(
-                f"exp/{second}_id.txt: expected identities that are not in {first}_id.txt, got pid {both[0]} in both."
+                f"exp/{second}_id.txt: expected identities that are not in {first}_id.txt, got pid {both[0]} in both. "
+                "Restore the split files."
             )
     rows = []
     for split, pids in ids.items():
@@ -80,17 +82,17 @@ def read_permutations(path: Path, pids: Iterable[int]) -> dict[str, list[list[in
 
     Args:
         path: MATLAB file with the cell array `rand_perm_cam`: camera, then identity, then trials x images.
-        pids: identities wanted.
+        pids: identities to read.
 
     Returns:
-        "camera/identity" -> for each trial, numbers of the first `MOST_SHOTS` images drawn, as the files are named.
+        "camera/identity" -> per trial, the numbers in the file names of the first `MOST_SHOTS` drawn images.
 
     Raises:
-        ValueError: a file of another format.
+        ValueError: the file has another format.
 
     Source: Wu et al., ICCV 2017, evaluation kit.
     """
-    from scipy.io import loadmat  # imported here: only those who have the file need it
+    from scipy.io import loadmat  # imported here because it is only needed for this file
 
     try:
         cells = loadmat(path)["rand_perm_cam"]
@@ -109,6 +111,6 @@ def read_permutations(path: Path, pids: Iterable[int]) -> dict[str, list[list[in
 
 
 def permutations(manifest: pa.Table) -> dict[str, list[list[int]]]:
-    """Return what `read_permutations` read with the manifest; empty where the dataset has no such file."""
+    """Return the result of `read_permutations` from the manifest's metadata; empty if the dataset has no such file."""
     drawn: dict[str, list[list[int]]] = json.loads((manifest.schema.metadata or {}).get(PERMUTATIONS, b"{}"))
     return drawn

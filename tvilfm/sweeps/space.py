@@ -1,15 +1,15 @@
-"""Search spaces: what a sweep varies, how it searches, and what it compares.
+"""Search spaces: the varied parameters, the search method, and the compared metric of a sweep.
 
-A space is a YAML file. It either lists named `rows` (an ablation: overrides of the run description, one row of a
-table) or crosses `parameters`. A parameter is a dotted key of the run description with a list of choices or a range,
-or a label of its own with named `settings`, each of which sets several keys at once:
+A space is a YAML file. It either lists named `rows` of an ablation table, each with overrides of the run description,
+or it combines `parameters`. A parameter is a dotted key of the run description with a list of choices or a range, or a
+label with named `settings`, each of which sets several keys:
 
     optim.text_lr: {loguniform: [1.0e-4, 1.0e-2]}        # float
-    train.text.cache_views: {randint: [1, 4]}            # both ends included
+    train.text.cache_views: {randint: [1, 4]}            # including both ends
     loss.joint: [true, false]
     views: {settings: {none: {train.text.cache_views: 0}, two: {train.text.cache_views: 2}}}
 
-Everything is checked against the run description before the first trial starts.
+The whole space is checked against the run description before the first trial starts.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Parameter(Section):
     Attributes:
         choices: values of a config key.
         uniform, loguniform: lowest and highest value of a float key.
-        randint: lowest and highest value of an integer key, both included.
+        randint: lowest and highest value of an integer key, both inclusive.
         settings: name -> overrides that are set together.
     """
 
@@ -60,13 +60,13 @@ class Parameter(Section):
         given = [name for name in (*RANGES, "choices", "settings") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
-                f"choices: expected a list, settings or one of {', '.join(RANGES)}, got {given}. Give one."
+                f"choices: expected a list, settings or one of {', '.join(RANGES)}, got {given}. Set exactly one."
             )
         if self.range is not None:
             kind, low, high = self.range
             if not low < high or (kind == "loguniform" and low <= 0):
-                wanted = "0 < lowest < highest" if kind == "loguniform" else "lowest < highest"
-                raise ValueError(f"{kind}: expected {wanted}, got [{low}, {high}]. Fix the bounds.")
+                order = "0 < lowest < highest" if kind == "loguniform" else "lowest < highest"
+                raise ValueError(f"{kind}: expected {order}, got [{low}, {high}]. Fix the bounds.")
         return self
 
     @property
@@ -103,59 +103,61 @@ class Parameter(Section):
 class Row(Section):
     """A named row of an ablation table."""
 
-    overrides: Overrides = Field(default_factory=dict, description="of the run description")
-    query: SweptQuery = Field("fusion", description="which query of the results the row reads")
-    published: str | None = Field(None, description="`method` of the published row that it stands beside")
+    overrides: Overrides = Field(default_factory=dict, description="overrides of the run description")
+    query: SweptQuery = Field("fusion", description="query of the results that the row shows")
+    published: str | None = Field(None, description="`method` of the published row to show beside it")
 
 
 class Scheduler(Section):
-    """Whether bad trials are stopped early."""
+    """Early stopping of bad trials."""
 
     name: Literal["none", "asha"] = Field("none", description="none, or asha (asynchronous successive halving)")
     stage: Literal["base", "text"] = Field("text", description="training stage whose epochs asha counts")
-    grace: float = Field(0.25, gt=0, lt=1, description="share of that stage's epochs that every trial is given")
-    reduction_factor: int = Field(3, ge=2, description="asha keeps the best 1 / this at each of its halvings")
+    grace: float = Field(0.25, gt=0, lt=1, description="share of the stage's epochs before a trial can be stopped")
+    reduction_factor: int = Field(3, ge=2, description="at each halving, asha keeps the best 1 / reduction_factor")
 
     @model_validator(mode="before")
     @classmethod
     def _no_population_based_training(cls, values: object) -> object:
         if isinstance(values, dict) and values.get("name") == "pbt":
             raise ValueError(
-                "name: expected none or asha, got pbt. It copies checkpoints between trials, and a trial here keeps "
-                "them in training runs of its own, where pbt would silently copy nothing. Choose asha."
+                "name: expected none or asha, got pbt. pbt copies checkpoints between trials, but trials here store "
+                "checkpoints in their own training runs, where pbt cannot access them. Choose asha."
             )
         return values
 
     def epochs(self, config: Config) -> int:
-        """Epochs of the stage that asha watches."""
+        """Return the number of epochs of the stage that asha counts."""
         return config.train.base.epochs if self.stage == "base" else config.train.text.epochs
 
     def grace_epochs(self, config: Config) -> int:
-        """Epochs before the first stop."""
+        """Return the number of epochs before the first stop."""
         return max(1, math.ceil(self.grace * self.epochs(config)))
 
 
 class Budget(Section):
     """The budget of a sweep."""
 
-    num_samples: int | None = Field(None, ge=1, description="settings tried; null where rows or a grid give them")
-    max_concurrent: int | None = Field(None, ge=1, description="trials at once; null = what the cluster has room for")
+    num_samples: int | None = Field(None, ge=1, description="number of settings; null for rows and grids")
+    max_concurrent: int | None = Field(
+        None, ge=1, description="maximum number of concurrent trials; null = as many as fit the cluster"
+    )
     time_limit_s: float | None = Field(
-        None, gt=0, description="the sweep ends after so many seconds, without the trials under way; null = no limit"
+        None, gt=0, description="seconds until the sweep ends and drops running trials; null = no limit"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One setting under one seed.
+    """One setting with one seed.
 
     Attributes:
-        name: unique in the sweep, fit for a folder.
-        setting: row name or parameter values as words; the trials of one setting differ in their seed alone.
+        name: unique in the sweep and valid as a folder name.
+        setting: row name or parameter values as text; trials of one setting differ only in their seed.
         values: parameter -> value; empty for rows.
-        seed: of the run.
-        query: which query of the results is read.
-        overrides: of the run description, in order. Trials with the same overrides and seed are the same run.
+        seed: seed of the run.
+        query: query of the results to read.
+        overrides: overrides of the run description, in order. Trials with the same overrides are the same run.
     """
 
     name: str
@@ -167,29 +169,29 @@ class Trial:
 
 
 class Space(Section):
-    """A sweep as described in its file."""
+    """A sweep, as described in its YAML file."""
 
-    name: str = Field(pattern=r"^\w[\w-]*$", description="of the file")
-    description: str = Field(description="what the sweep is to find out")
-    metric: Metric = Field("val_mAP", description="what trials are compared by: val_* on validation identities")
-    mode: Literal["max"] = Field("max", description="every metric here is better when higher")
-    query: SweptQuery = Field("fusion", description="which query of the results the metric is of (rows: their own)")
-    searcher: Literal["grid", "random", "optuna"] = Field("grid", description="how settings are chosen")
+    name: str = Field(pattern=r"^\w[\w-]*$", description="name of the file without its suffix")
+    description: str = Field(description="question that the sweep answers")
+    metric: Metric = Field("val_mAP", description="metric to compare trials by; val_* are on validation identities")
+    mode: Literal["max"] = Field("max", description="higher is better for every metric")
+    query: SweptQuery = Field("fusion", description="query of the results that the metric uses (rows set their own)")
+    searcher: Literal["grid", "random", "optuna"] = Field("grid", description="method to choose settings")
     scheduler: Scheduler = Scheduler()
     budget: Budget = Budget()
-    seeds: tuple[int, ...] = Field((0,), min_length=1, description="every setting runs once under each")
+    seeds: tuple[int, ...] = Field((0,), min_length=1, description="seeds; every setting runs once with each")
     free_steps: int | None = Field(
-        None, ge=1, description="steps a side of the grid of MER weights swept for free in every trial; null = none"
+        None, ge=1, description="steps per side of the grid of MER weights that every trial sweeps; null = no sweep"
     )
     base: Overrides = Field(default_factory=dict, description="overrides of the run description for every trial")
     rows: dict[str, Row] = Field(default_factory=dict, description="named rows of an ablation")
-    reference: str | None = Field(None, description="row that the others are compared with")
-    parameters: dict[str, Parameter] = Field(default_factory=dict, description="what is searched")
+    reference: str | None = Field(None, description="row to compare the others with")
+    parameters: dict[str, Parameter] = Field(default_factory=dict, description="searched parameters")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Space:
         if bool(self.rows) == bool(self.parameters):
-            raise ValueError("parameters: expected either parameters or rows, got both or none. Give one of them.")
+            raise ValueError("parameters: expected either parameters or rows, got both or none. Set one of them.")
         if self.rows and (self.searcher != "grid" or self.reference not in self.rows):
             raise ValueError(
                 f"rows: expected searcher grid and a reference among {list(self.rows)}, got {self.searcher} and "
@@ -200,18 +202,18 @@ class Space(Section):
         if (self.searcher == "grid") != (self.budget.num_samples is None):
             raise ValueError(
                 f"budget.num_samples: expected {'null with' if self.searcher == 'grid' else 'a number with'} searcher "
-                f"{self.searcher}, got {self.budget.num_samples}. A grid runs all of itself; a search has to end."
+                f"{self.searcher}, got {self.budget.num_samples}. A grid runs all its settings; a search needs a limit."
             )
         ranges = [key for key, parameter in self.parameters.items() if parameter.range is not None]
         if self.searcher == "grid" and ranges:
             raise ValueError(
                 f"parameters.{ranges[0]}: expected a list or settings with searcher grid, got a range. "
-                "List the values, or search at random."
+                "List the values, or use searcher random."
             )
         if self.searcher == "optuna" and len(self.seeds) > 1:
             raise ValueError(
-                f"seeds: expected one with searcher optuna, got {len(self.seeds)}. It learns from one number a "
-                "setting; run the best settings again as a grid over several seeds."
+                f"seeds: expected one with searcher optuna, got {len(self.seeds)}. optuna learns from one number per "
+                "setting; run the best settings again as a grid with several seeds."
             )
         if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds: expected different numbers >= 0, got {list(self.seeds)}. Fix the list.")
@@ -221,19 +223,19 @@ class Space(Section):
                 "val_rank1 and val_mAP of the fusion query are known while a trial trains."
             )
         if self.free_steps is not None and self.query != "ensemble":
-            raise ValueError(f"free_steps: expected null with query {self.query}, got {self.free_steps}. Drop it.")
+            raise ValueError(f"free_steps: expected null with query {self.query}, got {self.free_steps}. Leave it out.")
         return self
 
     def overrides_of(self, values: Mapping[str, Any]) -> Overrides:
-        """Return config keys and values of parameter values; a setting's name stands for all its keys."""
-        found: Overrides = {}
+        """Return the overrides of parameter values; a setting's name is replaced by all its keys."""
+        overrides: Overrides = {}
         for key, value in values.items():
             settings = self.parameters[key].settings
-            found |= {key: value} if settings is None else settings[value]
-        return found
+            overrides |= {key: value} if settings is None else settings[value]
+        return overrides
 
     def settings(self) -> list[dict[str, Any]]:
-        """Return the parameter values of every setting of a grid or a random search (the same on every call)."""
+        """Return the parameter values of every setting of a grid or a random search; every call returns the same."""
         if self.searcher == "grid":
             combined = itertools.product(*(parameter.options for parameter in self.parameters.values()))
             return [dict(zip(self.parameters, values, strict=True)) for values in combined]
@@ -244,14 +246,14 @@ class Space(Section):
         ]
 
     def trial(self, number: int, values: Mapping[str, Any], seed: int, overrides: Sequence[str] = ()) -> Trial:
-        """Return the trial of parameter values that a search proposes; arguments as of `trials`."""
+        """Return the trial of parameter values that a searcher proposes; `overrides` are as in `trials`."""
         return self._trial(number, words(values), values, self.overrides_of(values), self.query, seed, overrides)
 
     def trials(self, overrides: Sequence[str] = ()) -> list[Trial]:
-        """Return all trials known in advance, seed by seed; none with optuna.
+        """Return all trials known in advance, ordered by seed; with optuna, there are none.
 
         Args:
-            overrides: of the user, `section.key=value`; they come after the space's base and before its parameters.
+            overrides: user's overrides, `section.key=value`; applied after the space's base, before its parameters.
         """
         if self.searcher == "optuna":
             return []
@@ -288,12 +290,12 @@ class Space(Section):
 
 
 def words(values: Mapping[str, Any]) -> str:
-    """Return parameter values as one line: the last part of each key, and its value."""
+    """Return parameter values as one line, with the last part of each key."""
     return ", ".join(f"{key.rpartition('.')[2]}={word(value)}" for key, value in values.items())
 
 
 def written(overrides: Mapping[str, Any]) -> list[str]:
-    """Return overrides as `section.key=value` strings with YAML values, as `load_config` reads them."""
+    """Return overrides as `section.key=value` strings with YAML values, for `load_config`."""
     return [f"{key}={_yaml(value)}" for key, value in overrides.items()]
 
 
@@ -304,16 +306,18 @@ def load_space(path: Path) -> Space:
         path: YAML file; its stem is the space's name.
 
     Raises:
-        ValueError: no such file, not YAML, an unknown key or a value that does not fit.
+        ValueError: the file does not exist or is not YAML, a key is unknown, or a value is invalid.
     """
     if not path.is_file():
-        raise ValueError(f"space: expected a YAML file, got {path}. Name a space of tune_spaces or a file's path.")
+        raise ValueError(f"space: expected a YAML file, got {path}. Use a name from tune_spaces or the path of a file.")
     try:
         values = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: expected YAML, got {error}. Fix the file.") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a mapping, got {type(values).__name__}. Begin as tune_spaces/losses.yaml.")
+        raise ValueError(
+            f"{path}: expected a mapping, got {type(values).__name__}. See tune_spaces/losses.yaml for an example."
+        )
     try:
         return Space.model_validate({"name": path.stem, **values})
     except ValidationError as error:
@@ -330,40 +334,40 @@ def with_seeds(space: Space, seeds: str) -> Space:
     """Return the space with other seeds.
 
     Args:
-        space: of `load_space`.
-        seeds: numbers with commas between them.
+        space: space from `load_space`.
+        seeds: comma-separated numbers.
 
     Raises:
-        ValueError: no such numbers, or more than the searcher can use.
+        ValueError: the seeds are not such numbers, or the searcher cannot use them.
     """
     try:
         return Space.model_validate({**space.model_dump(), "seeds": [int(seed) for seed in seeds.split(",")]})
     except ValidationError as error:
         raise ValueError(f"--seeds: {explain(error)}") from None
     except ValueError:
-        raise ValueError(f"--seeds: expected numbers with commas between them, got {seeds}.") from None
+        raise ValueError(f"--seeds: expected comma-separated numbers, got {seeds}. Use for example 0,1,2.") from None
 
 
 def check_space(
     space: Space, path: Path | None = None, overrides: Sequence[str] = (), *, size: str | None = None
 ) -> Config:
-    """Check a space against the run description, before anything starts.
+    """Check that a space fits the run description, before the first trial starts.
 
-    Every row, every choice and both bounds of every range have to give a config: alone and, as cross-section rules
-    concern two keys at a time, together with every value of every other parameter.
+    Every row, every choice and both bounds of every range must result in a valid config. Rules across sections concern
+    two keys at a time, so values are checked alone and combined with every value of every other parameter.
 
     Args:
-        space: of `load_space`.
-        path: run description, as `load_config` takes it.
-        overrides: of the user; they may not set what the space varies.
-        size: recipe, as `load_config` takes it.
+        space: space from `load_space`.
+        path: run description, as for `load_config`.
+        overrides: user's overrides; they must not set keys that the space varies.
+        size: recipe, as for `load_config`.
 
     Returns:
-        The config that every trial begins with.
+        The base config of all trials.
 
     Raises:
-        ValueError: an unknown key (its nearest neighbour is named), a value out of bounds, a contradiction between
-            two keys, a key that has no business in a space, or a scheduler that would never hear of a metric.
+        ValueError: a key is unknown (the message names the nearest one) or not allowed in a space, a value is out of
+            bounds, two keys contradict each other, or the scheduler cannot compare the trials.
     """
 
     description = read_description(path)
@@ -400,14 +404,14 @@ def _refuse(space: Space, varied: Iterable[str], overrides: Sequence[str]) -> No
     for key in sorted(varied):
         if key in space.base or key in given:
             raise ValueError(
-                f"{key}: expected a key that {space.name} does not vary, got an override of it, which would be "
-                "lost. Drop the override, or change the space."
+                f"{key}: expected a key that {space.name} does not vary, got an override of a varied key, which would "
+                "be lost. Remove the override, or change the space."
             )
     for key in sorted({*varied, *space.base}):
         if key.startswith(("run.", "cluster.")) and key in known_keys():
             raise ValueError(
-                f"{space.name}, {key}: expected a key that a result depends on, got where or with what it is "
-                "computed. Seeds stand under `seeds`; give the rest on the command line."
+                f"{space.name}, {key}: expected a key that affects the results, got a key of the run or the cluster. "
+                "Set seeds under `seeds`, and other such keys on the command line."
             )
 
 
@@ -418,18 +422,18 @@ def _check_asha(space: Space, config: Config, configs: Iterable[Config]) -> None
         schedule = other.train.base if stage == "base" else other.train.text
         if schedule.select != "val":
             raise ValueError(
-                f"train.{stage}.select: expected val with scheduler asha, got {schedule.select}. It stops trials by "
-                "their validation; set select=val or scheduler none."
+                f"train.{stage}.select: expected val with scheduler asha, got {schedule.select}. asha compares trials "
+                "by their validation scores; set select=val or use scheduler none."
             )
         if schedule.epochs != epochs:
             raise ValueError(
                 f"train.{stage}.epochs: expected {epochs} in every trial with scheduler asha, got {schedule.epochs}. "
-                "Trials of different length cannot be halved together; use scheduler none."
+                "asha cannot compare trials of different length; use scheduler none."
             )
 
 
 def word(value: Any) -> str:
-    """Return a parameter's value for display: floats with three digits, everything else as YAML."""
+    """Return a parameter's value for display: floats with three significant digits, other values as YAML."""
     return f"{value:.3g}" if isinstance(value, float) else _yaml(value)
 
 

@@ -25,12 +25,12 @@ from tvilfm.datasets.synthetic.rendering import INFRARED_CAMERAS, VISIBLE_CAMERA
 from tvilfm.datasets.synthetic.sentences import observe, write_sentence
 
 Layout = Literal["sysu_mm01", "regdb", "llcm", "folder"]
-FEW_SHOTS = 300  # drawn in less time than it takes to start processes
+FEW_SHOTS = 300  # up to this number, rendering takes less time than starting processes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How many identities a benchmark size has and how many images each camera takes of one."""
+    """Number of identities per split, and number of images per identity and camera."""
 
     train: int
     val: int
@@ -65,18 +65,18 @@ def _shoot(shot: _Shot, root: Path) -> tuple[str, str, str]:
 
 
 def write_layout(root: Path, size: Size, *, seed: int, layout: Layout = "sysu_mm01", archetypes: bool = True) -> None:
-    """Write a benchmark as files in the exact layout of a dataset, so that the dataset's own reader reads it.
+    """Write a benchmark in the exact layout of a dataset, so that the reader of this dataset reads it.
 
     Args:
-        root: the folder to make; it must not exist.
-        size: identities by split and images a camera. RegDB and LLCM have no validation list: their readers hold out
-            every tenth of the `train + val` training identities.
-        seed: same seed, same bytes.
+        root: folder to create; it must not exist.
+        size: identities per split and images per camera. RegDB and LLCM have no validation list; their readers hold
+            out every tenth of the `train + val` identities.
+        seed: seed; the same seed creates the same bytes.
         layout: sysu_mm01, regdb (ten splits), llcm (nine cameras, eight of them also infrared) or folder.
         archetypes: see `draw_people`.
 
     Raises:
-        FileExistsError: when `root` exists.
+        FileExistsError: `root` exists.
     """
     writers = {
         "sysu_mm01": write_sysu_layout,
@@ -88,20 +88,20 @@ def write_layout(root: Path, size: Size, *, seed: int, layout: Layout = "sysu_mm
 
 
 def write_sysu_layout(root: Path, size: Size, *, seed: int, archetypes: bool = True) -> None:
-    """Write a benchmark as files in SYSU-MM01's exact layout, captions in the published format.
+    """Write a benchmark in the exact layout of SYSU-MM01, with captions in the published format.
 
-    `cam{1..6}/{pid:04d}/{index:04d}.jpg`, `exp/{train,val,test}_id.txt`,
-    `Text/Blip_{RGB,IR}/caption_llm_dict_Blip_{RGB,IR}.json`, and `attributes.json` (the truth, which no stage of the
-    method reads but pre-training). The folder appears whole or not at all.
+    The files are `cam{1..6}/{pid:04d}/{index:04d}.jpg`, `exp/{train,val,test}_id.txt`,
+    `Text/Blip_{RGB,IR}/caption_llm_dict_Blip_{RGB,IR}.json`, and `attributes.json` (the true attributes, which no stage
+    except pre-training reads). The folder is created completely or, after an error, not at all.
 
     Args:
-        root: the folder to make; it must not exist.
-        size: identities by split and images a camera.
-        seed: same seed, same bytes.
+        root: folder to create; it must not exist.
+        size: identities per split and images per camera.
+        seed: seed; the same seed creates the same bytes.
         archetypes: see `draw_people`.
 
     Raises:
-        FileExistsError: when `root` exists.
+        FileExistsError: `root` exists.
     """
     with _whole_or_nothing(root) as partial:
         people, split_of = _people(size, seed, archetypes)
@@ -121,7 +121,7 @@ def write_sysu_layout(root: Path, size: Size, *, seed: int, archetypes: bool = T
 
 
 def _write_regdb_layout(root: Path, size: Size, *, seed: int, archetypes: bool = True) -> None:
-    """`{Visible,Thermal}/{pid}/*.bmp`, `idx/{train,test}_{visible,thermal}_{1..10}.txt`, and Text."""
+    """Write `{Visible,Thermal}/{pid}/*.bmp`, `idx/{train,test}_{visible,thermal}_{1..10}.txt`, and Text."""
     with _whole_or_nothing(root) as partial:
         people, _ = _people(size, seed, archetypes)
         shots = []
@@ -149,7 +149,7 @@ def _write_regdb_layout(root: Path, size: Size, *, seed: int, archetypes: bool =
 
 
 def _write_llcm_layout(root: Path, size: Size, *, seed: int, archetypes: bool = True) -> None:
-    """`{vis,nir}/{pid:04d}/*.jpg`, test images also as `test_{vis,nir}/cam{c}/{pid:04d}/*`, `idx/*.txt`, and Text."""
+    """Write `{vis,nir}/{pid:04d}/*.jpg`, `test_{vis,nir}/cam{c}/{pid:04d}/*`, `idx/*.txt`, and Text."""
     with _whole_or_nothing(root) as partial:
         people, split_of = _people(size, seed, archetypes)
         pids: dict[str, list[int]] = {"train": [], "test": []}
@@ -165,7 +165,7 @@ def _write_llcm_layout(root: Path, size: Size, *, seed: int, archetypes: bool = 
                     for camera, number in product(cameras, range(size.images_per_camera)):
                         name = f"{pid:04d}_c{camera:02d}_s{100000 + camera}_f{1000 + number}_{kind}.jpg"
                         path = f"{kind}/{pid:04d}/{name}"
-                        # Rendered as one of the two infrared cameras, or as a visible camera of its own.
+                        # Infrared images use one of the two infrared cameras; every visible camera has its own look.
                         camid = camera + 10 if kind == "vis" else INFRARED_CAMERAS[camera % 2]
                         index = camera * 1000 + number
                         shots.append(_Shot(person=person, camid=camid, index=index, seed=seed, path=path))
@@ -184,7 +184,7 @@ def _write_llcm_layout(root: Path, size: Size, *, seed: int, archetypes: bool = 
 
 
 def _write_folder_layout(root: Path, size: Size, *, seed: int, archetypes: bool = True) -> None:
-    """`{visible,infrared}/{pid}/{camid}/{index:04d}.jpg`, `splits.csv`, and Text."""
+    """Write `{visible,infrared}/{pid}/{camid}/{index:04d}.jpg`, `splits.csv`, and Text."""
     with _whole_or_nothing(root) as partial:
         people, split_of = _people(size, seed, archetypes)
         shots = []
@@ -200,9 +200,11 @@ def _write_folder_layout(root: Path, size: Size, *, seed: int, archetypes: bool 
 
 @contextmanager
 def _whole_or_nothing(root: Path) -> Iterator[Path]:
-    """Yield a temporary folder that gets its name when the block ends without an error."""
+    """Yield a temporary folder that is renamed to `root` if the block ends without an error."""
     if root.exists():
-        raise FileExistsError(f"out: expected a folder that does not exist, got {root}. Choose another or remove it.")
+        raise FileExistsError(
+            f"out: expected a folder that does not exist, got {root}. Choose another folder or remove it."
+        )
     partial = root.with_name(root.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -211,7 +213,7 @@ def _whole_or_nothing(root: Path) -> Iterator[Path]:
 
 
 def _people(size: Size, seed: int, archetypes: bool) -> tuple[list[Person], dict[int, str]]:
-    """The benchmark's people in order of pid, and who is for train, val and test."""
+    """Return the people of the benchmark in the order of pid, and the split of every pid."""
     counts = {"train": size.train, "val": size.val, "test": size.test}
     people = draw_people(sum(counts.values()), seed=seed, archetypes=archetypes)
     order = np.random.default_rng([seed, 5]).permutation(len(people))
@@ -220,10 +222,10 @@ def _people(size: Size, seed: int, archetypes: bool) -> tuple[list[Person], dict
 
 
 def _shoot_all(partial: Path, shots: Sequence[_Shot]) -> list[tuple[str, str, str]]:
-    """Render every shot into the folder; (path, caption, rephrase) in the order given."""
+    """Render all shots into the folder and return (path, caption, rephrase) in the same order."""
     if len(shots) <= FEW_SHOTS:
         return [_shoot(shot, partial) for shot in shots]
-    # spawn: a fork of a process that has threads (torch, ray) may hang.
+    # spawn, because a fork of a process with threads (torch, ray) can hang.
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(_shoot, shots, [partial] * len(shots), chunksize=64))
 
@@ -256,7 +258,7 @@ def _write_truth(partial: Path, people: Sequence[Person]) -> None:
 def _shots(people: Sequence[Person], images_per_camera: int, seed: int) -> Iterator[_Shot]:
     for person in people:
         for camid in sorted((*VISIBLE_CAMERAS, *INFRARED_CAMERAS)):
-            # Two infrared cameras against four visible ones: twice the shots keeps the modalities even.
+            # There are two infrared and four visible cameras; twice the shots gives both modalities the same size.
             factor = 2 if camid in INFRARED_CAMERAS else 1
             for index in range(images_per_camera * factor):
                 path = f"cam{camid}/{person.pid:04d}/{index + 1:04d}.jpg"

@@ -1,4 +1,4 @@
-"""The people of the synthetic benchmark: attributes that an infrared camera sees, and colours that it does not."""
+"""The people of the synthetic benchmark: attributes that are visible in infrared, and colours that are not."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ ATTRIBUTES = {**SHAPE_ATTRIBUTES, **COLOUR_ATTRIBUTES}
 
 
 def _archetypes() -> list[dict[str, str]]:
-    """The 24 colour-free looks that exist: spread over the product of the shape attributes, the same in every run."""
+    """Return the 24 archetypes, which are spread over all combinations of shape attributes and are always the same."""
     every = list(product(*SHAPE_ATTRIBUTES.values()))
     order = np.random.default_rng(20240).permutation(len(every))
     chosen = [every[order[0]]]
-    # Farthest-point selection, so that two archetypes differ in two attributes or more.
+    # Farthest-point selection: two archetypes differ in at least two attributes.
     for _ in range(NUM_ARCHETYPES - 1):
         distances = [min(sum(a != b for a, b in zip(every[i], c, strict=True)) for c in chosen) for i in order]
         chosen.append(every[order[int(np.argmax(distances))]])
@@ -55,7 +55,7 @@ def _archetypes() -> list[dict[str, str]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Person:
-    """One identity: what every picture and every caption of it is made from."""
+    """One identity; its images and captions are created from these attributes."""
 
     pid: int
     attributes: dict[str, str]
@@ -63,16 +63,16 @@ class Person:
 
 
 def draw_people(num_identities: int, *, seed: int, first_pid: int = 1, archetypes: bool = True) -> list[Person]:
-    """Draw identities; no two have the same attributes.
+    """Draw identities with distinct attributes.
 
     Args:
-        num_identities: how many.
-        seed: the benchmark's seed.
-        first_pid: pid of the first; the rest follow.
-        archetypes: take the look from the 24 archetypes (the benchmark) or from the whole product (pre-training).
+        num_identities: number of identities.
+        seed: seed of the benchmark.
+        first_pid: pid of the first identity; the others follow.
+        archetypes: use shape attributes of the 24 archetypes (benchmark); false = all combinations (pre-training).
 
     Raises:
-        ValueError: when more identities are asked for than attribute combinations exist.
+        ValueError: there are fewer attribute combinations than `num_identities`.
     """
     looks = (
         _archetypes()
@@ -81,7 +81,7 @@ def draw_people(num_identities: int, *, seed: int, first_pid: int = 1, archetype
     )
     capacity = len(looks) * int(np.prod([len(values) for values in COLOUR_ATTRIBUTES.values()]))
     if num_identities > capacity:
-        raise ValueError(f"identities: expected at most {capacity}, got {num_identities}. Ask for fewer.")
+        raise ValueError(f"identities: expected at most {capacity}, got {num_identities}. Lower the number.")
     rng = np.random.default_rng([seed, 1])
     seen: set[tuple[str, ...]] = set()
     people: list[Person] = []
@@ -102,7 +102,7 @@ def draw_people(num_identities: int, *, seed: int, first_pid: int = 1, archetype
 
 
 def _skewed(count: int, rng: np.random.Generator) -> int:
-    """An index, early ones more likely: as in the street, black, white and gray are common and orange is rare."""
+    """Draw an index; low ones are more likely, because black, white and gray are common on the street."""
     weights = 1.0 / (np.arange(count) + 2.0)
     return int(rng.choice(count, p=weights / weights.sum()))
 

@@ -1,4 +1,4 @@
-"""Draw a person as a visible or an infrared camera sees them."""
+"""Render a person as seen by a visible or an infrared camera."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INFRARED_CAMERAS = (3, 6)
 
 @dataclass(frozen=True, kw_only=True)
 class Rendering:
-    """A picture and which attributes can be seen in it."""
+    """An image and the attributes that can be seen in it."""
 
     pixels: npt.NDArray[np.uint8]  # H x W x 3
     seen: frozenset[str]
@@ -29,10 +29,10 @@ def render(person: Person, camid: int, index: int, *, seed: int) -> Rendering:
     """Render one crop: the person's fixed look under the camera's light, pose, background, noise and occlusion.
 
     Args:
-        person: who.
+        person: person to render.
         camid: 1, 2, 4, 5 visible; 3, 6 infrared (as in SYSU-MM01).
-        index: which image of this person in this camera.
-        seed: the benchmark's seed; the same four arguments give the same bytes.
+        index: number of the image of this person in this camera.
+        seed: seed of the benchmark; the same four arguments return the same bytes.
 
     Returns:
         96 x 48 x 3 uint8 (infrared: three equal channels) and the attributes that are visible in it.
@@ -99,7 +99,7 @@ def _background(
 def _occlude(
     draw: ImageDraw.ImageDraw, rng: np.random.Generator, width: int, height: int, infrared: bool
 ) -> frozenset[str]:
-    """Put a bench or a pillar before the person; returns the attributes it hides."""
+    """Draw a bench or a pillar in front of the person and return the attributes that it hides."""
     fill = (90, 90, 90) if infrared else tuple(int(v) for v in rng.integers(60, 140, 3))
     if rng.random() < 0.6:
         draw.rectangle((0, int(height * rng.uniform(0.72, 0.82)), width, height), fill=fill)
@@ -246,7 +246,7 @@ def _darker(rgb: tuple[int, int, int], factor: float) -> tuple[int, int, int]:
 
 
 def _contrast(rgb: tuple[int, int, int]) -> tuple[int, int, int]:
-    """A stripe that stands out on this ground: darker on bright cloth, brighter on dark cloth."""
+    """Return a stripe colour with contrast: darker on bright cloth, brighter on dark cloth."""
     if luminance(rgb) > 0.4:
         return _darker(rgb, 0.45)
     return min(255, rgb[0] + 110), min(255, rgb[1] + 110), min(255, rgb[2] + 110)

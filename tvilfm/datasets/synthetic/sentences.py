@@ -1,4 +1,4 @@
-"""Sentences about a rendered person, with the mistakes that a captioner makes."""
+"""Sentences about a rendered person, with the errors of a captioner."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ FILLERS = ("clearly ", "basically ", "existing ", "certainly ", "very modern ")
 
 
 def observe(person: Person, rendering: Rendering, rng: np.random.Generator, *, infrared: bool) -> dict[str, str]:
-    """What a captioner believes it sees: visible attributes, some missed, some wrong; no colours in infrared."""
+    """Return the attributes that a captioner reports: some are missing, some are wrong; no colours in infrared."""
     missed, wrong = (0.25, 0.12) if infrared else (0.25, 0.10)
     believed: dict[str, str] = {}
     for name, value in person.attributes.items():
@@ -65,7 +65,7 @@ def observe(person: Person, rendering: Rendering, rng: np.random.Generator, *, i
 
 
 def write_sentence(believed: dict[str, str], rng: np.random.Generator) -> str:
-    """One sentence in the manner of the published captions from what a captioner believes it sees."""
+    """Return a sentence about the reported attributes, in the style of the published captions."""
 
     def word(value: str) -> str:
         options = SYNONYMS.get(value, (value,))
