@@ -62,6 +62,7 @@ def s3_endpoint() -> Iterator[str]:
 def ray_session() -> Iterator[None]:
     """A local Ray of four (virtual) CPUs, shut down after the last test."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.25"  # as `cluster.session` sets it
     import ray
 
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")

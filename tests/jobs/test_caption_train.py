@@ -29,7 +29,7 @@ from tvilfm.datasets import read_dataset
 from tvilfm.datasets.caption_files import read_published
 from tvilfm.datasets.synthetic.layouts import Size, write_sysu_layout
 
-EPOCHS = 24  # so that the kill falls between two of them: one takes 0.1 s, and the kill about as long
+EPOCHS = 40  # so that the kill falls between two of them: one takes 0.1 s, and the kill about as long
 OVERRIDES = (
     "caption.visible={model: conv, max_new_tokens: 12}",
     "caption.infrared={model: conv, max_new_tokens: 12}",
