@@ -1,7 +1,7 @@
 """Nodes that go for good while a job runs: it ends with the numbers of the undisturbed one.
 
 Several nodes on this machine (`ray.cluster_utils.Cluster`): each has a raylet and workers of its own, and loses all of
-them at once. Captioning with a lost node: tests/jobs/test_caption_kill.py.
+them at once. Captioning with a lost node: tests/jobs/tables/test_caption_kill.py.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from cluster.stages.base import fit_base
 from cluster.stages.pixels import decode_dataset
 from cluster.sweep import sweep_space
+from tests.paths import REPOSITORY
 from tests.processes import alive, command_line, descendants, kill_all, kill_tree
 from tvilfm.config import Config, load_config
 from tvilfm.datasets import read_dataset
@@ -32,7 +33,6 @@ from tvilfm.models import TVILFM
 from tvilfm.sweeps.results import read_trials
 from tvilfm.sweeps.space import Space
 
-REPOSITORY = Path(__file__).parents[2]
 EPOCHS = 4
 OVERRIDES = (
     f"train.base={{epochs: {EPOCHS}, warmup_epochs: 1, milestones: [2], eval_every: 1}}",

@@ -18,6 +18,7 @@ import torch
 
 from cluster.run import run
 from cluster.stages.registry import stages_of
+from tests.paths import REPOSITORY
 from tests.processes import kill
 from tvilfm.captioning.colors import find_colors
 from tvilfm.config import Config, load_config
@@ -27,7 +28,7 @@ from tvilfm.models.tvilfm import parameter_digest
 
 OVERRIDES = ("caption.source=files", "cluster.cpus_per_train_worker=1")
 CONFIG = Path("ray_config.yaml")
-TINY = Path(__file__).parents[2] / "runs" / "tiny"
+TINY = REPOSITORY / "runs" / "tiny"
 
 
 def _config(folder: Path, *overrides: str) -> Config:

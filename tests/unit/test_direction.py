@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[2]
+from tests.paths import REPOSITORY
+
 # Packages of tvilfm from the bottom up; a package may import its own level and those below.
 LEVELS = (
     ("__version__", "terms", "place", "versions", "files", "config"),

@@ -16,10 +16,10 @@ import yaml
 from cluster.cli.app import app
 from cluster.machines.render import render
 from cluster.machines.submit import parse
+from tests.paths import REPOSITORY
 from tvilfm.config import fidelity_table
 from tvilfm.sweeps.space import Space, load_space
 
-REPOSITORY = Path(__file__).parents[2]
 DOCS = ("service", "cluster", "runs", "reproduce", "cameras", "extend", "method", "architecture", "writing")
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{name}.md" for name in DOCS))
 RUN_COMMANDS = ("run", "train", "evaluate", "index", "serve")  # take the folder of a run, which no fresh clone has

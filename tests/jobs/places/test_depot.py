@@ -20,12 +20,12 @@ from cluster.run import run
 from cluster.stages.registry import stages_of
 from cluster.stages.store import StageStore
 from cluster.tables.indexing import finished_run
+from tests.paths import REPOSITORY
 from tests.processes import kill, kill_tree
 from tvilfm.config import Config, load_config
 from tvilfm.models import TVILFM
 from tvilfm.place import Place
 
-REPOSITORY = Path(__file__).parents[2]
 # The chain without what it can do without.
 QUICK = (
     *("model.weights=random", "train.text.cache_views=1", "caption.source=files", "cluster.cpus_per_train_worker=1"),

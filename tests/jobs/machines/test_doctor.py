@@ -13,9 +13,9 @@ import pytest
 
 from cluster.cli.app import main
 from cluster.machines.doctor import PACKAGES, Facts, Finding, examine, judge
+from tests.paths import REPOSITORY
 from tvilfm.config import load_config
 
-REPOSITORY = Path(__file__).parents[2]
 SOUND = Facts(
     host="one",
     python="3.11.7",

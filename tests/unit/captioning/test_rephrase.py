@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from tests.paths import REGDB_CAPTIONS, needs_regdb_captions
 from tvilfm.captioning.colors import find_colors
 from tvilfm.captioning.engines import RuleParaphraser, TransformersRephraser
 from tvilfm.captioning.rephrase import (
@@ -30,13 +31,11 @@ from tvilfm.config import RephraseSection
 from tvilfm.datasets.synthetic.people import ATTRIBUTES, COLOUR_ATTRIBUTES
 from tvilfm.datasets.synthetic.sentences import write_sentence
 
-REAL = Path(__file__).parents[3] / "shared" / "data" / "regdb_captions"
-needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the published RegDB captions are not on this machine")
 MODALITY = {"RGB": "visible", "IR": "infrared"}
 
 
 def real(sensor: str) -> list[tuple[str, str]]:
-    entries = json.loads((REAL / f"caption_llm_dict_Blip_{sensor}.json").read_text()).values()
+    entries = json.loads((REGDB_CAPTIONS / f"caption_llm_dict_Blip_{sensor}.json").read_text()).values()
     return [(entry["description"], entry["aug_description"]) for entry in entries]
 
 
@@ -96,7 +95,7 @@ def test_a_rephrase_is_refused_for_a_reason(modality: str, text: str, rephrase: 
     assert validate(text, rephrase, modality=modality, max_words=30) == reason
 
 
-@needs_real
+@needs_regdb_captions
 def test_most_published_rephrases_pass_and_those_that_invent_a_colour_do_not() -> None:
     refused = {
         sensor: Counter(
@@ -152,7 +151,7 @@ def test_prompts_name_the_task_of_their_modality() -> None:
 @pytest.mark.parametrize("modality", ["visible", "infrared"])
 def test_rules_pass_every_check_and_lose_no_colour(modality: str) -> None:
     texts = benchmark_sentences(200, infrared=modality == "infrared")
-    if REAL.is_dir():
+    if REGDB_CAPTIONS.is_dir():
         texts += [text for text, _ in real({"visible": "RGB", "infrared": "IR"}[modality])[::20]]
     texts += ["a tall person.", "Somebody", "a white t - shirt, a baseball cap and a female individual"]
     rules: Rephraser = RuleParaphraser()

@@ -38,7 +38,7 @@ from cluster.serve.searcher import SearcherReplica
 from cluster.serve.writer import Writer
 from cluster.tables.indexing import finished_run, index
 from tests.processes import command_line, descendants, until
-from tests.unit.test_service import hostile
+from tests.unit.service.test_service import hostile
 from tests.untrained_run import Ranking, UntrainedRun, evaluated_rankings
 from tvilfm.captioning.captioner import Captioner
 from tvilfm.captioning.colors import remove_colors

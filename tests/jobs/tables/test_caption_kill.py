@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 
 from cluster.tables.parts import Parts
+from tests.paths import REPOSITORY
 
 IMAGES, BATCH = 96, 4
-REPOSITORY = Path(__file__).parents[2]
 
 # A job in a process of its own, on a Ray of its own, whose captioner writes down every picture it is given. The
 # sentence names the picture's first pixel, so that a mix-up would show.

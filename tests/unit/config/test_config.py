@@ -10,6 +10,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from tests.paths import REPOSITORY
 from tvilfm.config import (
     FIDELITY_SWITCHES,
     Config,
@@ -21,7 +22,6 @@ from tvilfm.config import (
     to_yaml,
 )
 
-REPOSITORY = Path(__file__).parents[2]
 FILE = REPOSITORY / "ray_config.yaml"
 
 

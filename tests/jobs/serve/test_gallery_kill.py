@@ -85,7 +85,7 @@ def read(uri: str) -> State:
 
 
 def start(uri: str, seed: int) -> subprocess.Popen[str]:
-    code = f"from tests.jobs.test_gallery_kill import write; write({uri!r}, {seed})"
+    code = f"from tests.jobs.serve.test_gallery_kill import write; write({uri!r}, {seed})"
     return subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from cluster.cli.app import app
-from tests.unit.test_released import released
+from tests.unit.models.test_released import released
 from tests.untrained_run import UntrainedRun, evaluated_rankings
 from tvilfm.config import EnsembleWeights
 from tvilfm.data.pixels import decode_files

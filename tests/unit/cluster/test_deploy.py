@@ -21,9 +21,9 @@ from ray.serve.schema import ServeDeploySchema
 
 from cluster.machines.render import CONFIG_PATH, REQUEST_S, SERVE_ENV, TARGETS, render
 from cluster.places.check import excluded
+from tests.paths import REPOSITORY
 from tvilfm.config import Config, load_config
 
-REPOSITORY = Path(__file__).parents[2]
 IMAGE = "cluster.image=registry/tvilfm:1"
 AWS = (
     IMAGE,

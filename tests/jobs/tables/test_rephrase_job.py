@@ -23,11 +23,11 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedT
 
 from cluster.tables import rephrasing as module
 from cluster.tables.rephrasing import rephrase_table
+from tests.paths import REPOSITORY
 from tvilfm.captioning.engines import EndpointRephraser, TransformersRephraser
 from tvilfm.captioning.rephrase import rephrase_all, seed_of
 from tvilfm.config import ClusterSection, RephraseSection
 
-REPOSITORY = Path(__file__).parents[2]
 KEY = "TVILFM_TEST_KEY"
 
 

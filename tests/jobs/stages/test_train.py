@@ -20,7 +20,7 @@ from tvilfm.models import TVILFM
 
 # 8 identities x 4 visible images and batches of 4 x 2: int(32 / 8) + 1 = 5 steps an epoch.
 # The paper's warm-up: at a full rate Adam turns rounding in near-zero gradients into whole steps of either sign;
-# tests/unit/test_distributed.py shows, in float64, that the gradients themselves are equal.
+# tests/unit/training/test_distributed.py shows, in float64, that the gradients themselves are equal.
 OVERRIDES = (
     "train.base={epochs: 1, warmup_epochs: 10, select: last}",
     "train.text={epochs: 1, warmup_epochs: 10, select: last, cache_views: 0}",

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.unit.test_captioner import FAMILIES, PICTURES
+from tests.unit.captioning.test_captioner import FAMILIES, PICTURES
 from tvilfm.captioning.captioner import Captioner
 from tvilfm.captioning.colors import find_colors
 from tvilfm.captioning.conv_captioner import build_conv_captioner

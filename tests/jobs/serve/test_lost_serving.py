@@ -23,9 +23,10 @@ import pytest
 
 from cluster.machines.render import render
 from cluster.tables.indexing import index
+from tests.jobs.machines.test_submit import TOKEN, free_ports, plain_environment, wait_for
+from tests.jobs.serve.test_serve import free_port
 from tests.jobs.test_lost_nodes import named
-from tests.jobs.test_serve import free_port
-from tests.jobs.test_submit import TOKEN, free_ports, plain_environment, wait_for
+from tests.paths import REPOSITORY
 from tests.processes import command_line, descendants, kill_tree
 from tests.untrained_run import UntrainedRun
 from tvilfm.config import Config
@@ -33,7 +34,6 @@ from tvilfm.data.manifest import select
 from tvilfm.retrieval.gallery import Gallery
 from tvilfm.service.client import Client, as_json
 
-REPOSITORY = Path(__file__).parents[2]
 BINARIES = Path(sys.executable).parent
 REDIS = shutil.which("redis-server")
 PARTS = ("Ingress", "Encoder", "SearcherReplica", "Writer")

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.paths import REGDB_CAPTIONS, needs_regdb_captions
 from tvilfm.captioning.colors import find_colors
 from tvilfm.data.captions import identity_map
 from tvilfm.data.manifest import CAPTION_SCHEMA, build_manifest, fingerprint, select
@@ -25,9 +26,6 @@ from tvilfm.datasets.caption_files import (
 )
 from tvilfm.datasets.sysu_mm01 import read as read_sysu
 from tvilfm.evaluation.protocols import get_protocol, select_query, witness_captions
-
-REAL = Path(__file__).parents[3] / "shared" / "data" / "regdb_captions"
-needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the published RegDB captions are not on this machine")
 
 
 def manifest_of(images: list[str]) -> pa.Table:
@@ -47,11 +45,11 @@ def manifest_of(images: list[str]) -> pa.Table:
 @pytest.fixture(scope="module")
 def real() -> pa.Table:
     """The published RegDB captions as a table, visible first, in the files' order."""
-    visible = read_caption_dict(REAL / "caption_llm_dict_Blip_RGB.json")
-    return pa.concat_tables([visible, read_caption_dict(REAL / "caption_llm_dict_Blip_IR.json")])
+    visible = read_caption_dict(REGDB_CAPTIONS / "caption_llm_dict_Blip_RGB.json")
+    return pa.concat_tables([visible, read_caption_dict(REGDB_CAPTIONS / "caption_llm_dict_Blip_IR.json")])
 
 
-@needs_real
+@needs_regdb_captions
 def test_the_published_regdb_captions_import(real: pa.Table) -> None:
     manifest = manifest_of(real["image"].to_pylist())
     assert real.schema.equals(CAPTION_SCHEMA)
@@ -61,12 +59,12 @@ def test_the_published_regdb_captions_import(real: pa.Table) -> None:
         assert Counter(Counter(rows["pid"].to_pylist()).values()) == {10: 412}
     assert all(real["caption"].to_pylist()) and all(real["rephrased"].to_pylist())
     # The same through the door that a run uses, from the files as they lie in one folder.
-    captions = read_published(Path("/nowhere"), manifest, text_dir=REAL)
+    captions = read_published(Path("/nowhere"), manifest, text_dir=REGDB_CAPTIONS)
     assert captions.equals(real)
-    assert read_captions(manifest, Path("/nowhere"), REAL).equals(real)
+    assert read_captions(manifest, Path("/nowhere"), REGDB_CAPTIONS).equals(real)
 
 
-@needs_real
+@needs_regdb_captions
 def test_published_captions_and_colour_words(real: pa.Table) -> None:
     """A colour in every visible text, none in an infrared one but "crimson": the published filter did not know it."""
     for column in ("caption", "rephrased"):
@@ -76,31 +74,32 @@ def test_published_captions_and_colour_words(real: pa.Table) -> None:
         assert named == {"crimson": {"caption": 12, "rephrased": 7}[column]}
 
 
-@needs_real
+@needs_regdb_captions
 def test_the_published_identity_map_is_the_captions_by_folder_number(real: pa.Table) -> None:
-    texts = read_identity_map(REAL / "id_caption_map_Blip_RGB.json")
+    texts = read_identity_map(REGDB_CAPTIONS / "id_caption_map_Blip_RGB.json")
     expected: dict[int, set[str]] = {}
     for image, caption in zip(real["image"].to_pylist()[:4120], real["caption"].to_pylist()[:4120], strict=True):
         expected.setdefault(int(image.split("/")[1]), set()).add(caption)
     assert {pid: set(pool) for pid, pool in texts.items()} == expected
     assert all(len(pool) == len(set(pool)) for pool in texts.values())
-    assert not collect(REAL, manifest_of(real["image"].to_pylist())).unknown
+    assert not collect(REGDB_CAPTIONS, manifest_of(real["image"].to_pylist())).unknown
 
 
-@needs_real
+@needs_regdb_captions
 def test_the_published_regdb_files_are_written_back_byte_for_byte(real: pa.Table, tmp_path: Path) -> None:
     """All but the identity map's order within an identity, which is that of a Python set on the authors' machine."""
     manifest = manifest_of(real["image"].to_pylist())
     write_published(tmp_path, real, manifest, key_root="datasets/regdb/")
     written = {path.name: path for path in tmp_path.rglob("*.json")}
-    for path in sorted(REAL.glob("caption_*.json")):
+    for path in sorted(REGDB_CAPTIONS.glob("caption_*.json")):
         assert written[path.name].read_bytes() == path.read_bytes(), path.name
     name = "id_caption_map_Blip_RGB.json"
-    ours, theirs = (json.loads(path.read_text()) for path in (written[name], REAL / name))
+    ours, theirs = (json.loads(path.read_text()) for path in (written[name], REGDB_CAPTIONS / name))
     assert list(ours) == list(theirs)
     assert {pid: sorted(pool) for pid, pool in ours.items()} == {pid: sorted(pool) for pid, pool in theirs.items()}
     theirs_reordered = json.dumps({pid: ours[pid] for pid in theirs}, indent=4)
-    assert written[name].read_text() == theirs_reordered and len(theirs_reordered) == len((REAL / name).read_text())
+    assert written[name].read_text() == theirs_reordered
+    assert len(theirs_reordered) == len((REGDB_CAPTIONS / name).read_text())
 
 
 @pytest.mark.parametrize(

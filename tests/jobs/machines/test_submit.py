@@ -33,10 +33,10 @@ from cluster.machines.submit import (
     package_of,
     parse,
 )
+from tests.paths import REPOSITORY
 from tests.processes import descendants, kill_all
 from tvilfm.config import load_config
 
-REPOSITORY = Path(__file__).parents[2]
 DEFAULT = Path("ray_config.yaml")
 TOKEN = "a-token-of-the-tests-and-nobody-else"
 # Text parameters that are no paths, and files that travel with the program.

@@ -19,7 +19,8 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 from cluster.run import evaluator_of
 from cluster.tables.indexing import index
-from tests.jobs.test_serve import assert_ranks_as_evaluated, free_port, until
+from tests.jobs.serve.test_serve import assert_ranks_as_evaluated, free_port, until
+from tests.paths import REPOSITORY
 from tests.processes import descendants, kill_tree
 from tests.untrained_run import UntrainedRun, evaluated_rankings
 from tvilfm.config import Config, load_config
@@ -28,8 +29,7 @@ from tvilfm.retrieval.gallery import Gallery
 from tvilfm.service.client import Client, ServiceError
 from tvilfm.service.keys import add_key
 
-REPOSITORY = Path(__file__).parents[2]
-# Twenty take ten minutes: TVILFM_LIVES=20 pytest tests/jobs/test_serve_command.py -k killed
+# Twenty take ten minutes: TVILFM_LIVES=20 pytest tests/jobs/serve/test_serve_command.py -k killed
 LIVES = int(os.environ.get("TVILFM_LIVES", "2"))
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 

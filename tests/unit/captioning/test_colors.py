@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tests.paths import REGDB_CAPTIONS
 from tvilfm.captioning.colors import find_colors, remove_colors
 from tvilfm.datasets.synthetic.people import RGB
 from tvilfm.datasets.synthetic.sentences import SYNONYMS
-
-REAL = Path(__file__).parents[3] / "shared" / "data" / "regdb_captions"
 
 # What a removal could leave behind. A caption may have such a fault of its own, so the test counts.
 BROKEN = [
@@ -109,10 +107,10 @@ def test_the_benchmark_s_own_colours_are_known() -> None:
         assert find_colors(f"a {color} coat") == [color.replace("grey", "gray")]
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the published RegDB captions are not on this machine")
+@pytest.mark.skipif(not REGDB_CAPTIONS.is_dir(), reason="the published RegDB captions are not on this machine")
 @pytest.mark.parametrize("sensor", ["RGB", "IR"])
 def test_every_real_caption_comes_out_without_colour_and_unbroken(sensor: str) -> None:
-    entries = json.loads((REAL / f"caption_llm_dict_Blip_{sensor}.json").read_text()).values()
+    entries = json.loads((REGDB_CAPTIONS / f"caption_llm_dict_Blip_{sensor}.json").read_text()).values()
     texts = {entry[key] for entry in entries for key in ("description", "aug_description")}
     colored = 0
     for text in texts:
