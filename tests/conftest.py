@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
 import torch
 
 from tests.untrained_run import UntrainedRun, write_untrained_run
 from tvilfm.datasets.synthetic.layouts import Size, write_sysu_layout
+from tvilfm.retrieval.embedded import start_server
 
 TINY = Size(train=6, val=2, test=4, images_per_camera=1)
 
@@ -56,6 +59,36 @@ def s3_endpoint() -> Iterator[str]:
     server.start()
     yield "{}:{}".format(*server.get_host_and_port())
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def database_server() -> str:
+    """URL of an embedded PostgreSQL server."""
+    # Not below pytest's folder: if root runs the tests, another user runs the server.
+    url = start_server(Path(tempfile.mkdtemp(prefix="tvilfm-postgres-")))
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("ALTER SYSTEM SET fsync = off")  # each new database is 300 files
+        connection.execute("SELECT pg_reload_conf()")
+    return url
+
+
+@pytest.fixture(scope="session")
+def new_database(database_server: str) -> Callable[[], str]:
+    """Return the URL of a new database."""
+
+    def create() -> str:
+        name = f"test_{uuid.uuid4().hex}"
+        with psycopg.connect(database_server, autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name}".encode())
+        return database_server.replace("/postgres?", f"/{name}?")
+
+    return create
+
+
+@pytest.fixture
+def database(new_database: Callable[[], str]) -> str:
+    """URL of a database of one test."""
+    return new_database()
 
 
 @pytest.fixture(scope="session")

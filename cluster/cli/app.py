@@ -12,7 +12,7 @@ from typing import Any
 import typer
 import typer.core
 
-from cluster.cli import captions, data, description, jobs, runs, service
+from cluster.cli import captions, data, description, gallery, jobs, runs, service
 
 
 class Commands(typer.core.TyperGroup):
@@ -35,6 +35,7 @@ app = typer.Typer(
 for group in (runs, captions, service, jobs, description):
     app.add_typer(group.app)
 app.add_typer(data.app, name="data")
+app.add_typer(gallery.app, name="gallery")
 
 
 def _guard() -> None:

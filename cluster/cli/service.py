@@ -24,7 +24,7 @@ KeysOption = Annotated[
 def index_command(
     gallery: Annotated[
         str | None,
-        typer.Option(help="Folder or object store URI of the gallery; default: gallery.uri.", show_default=False),
+        typer.Option(help="postgresql://HOST/DATABASE, or a folder; default: gallery.url.", show_default=False),
     ] = None,
     images: Annotated[
         str | None,
@@ -34,6 +34,15 @@ def index_command(
         int | None,
         typer.Option(help="Number of the camera that took --images.", show_default=False, min=0, max=2**31 - 1),
     ] = None,
+    manifest: Annotated[
+        str | None,
+        typer.Option(
+            help="Parquet or CSV file that lists the images: path below --images, camera, and optionally id, person "
+            "(numbers) and time.",
+            show_default=False,
+        ),
+    ] = None,
+    again: Annotated[bool, typer.Option(help="Encode and write images again that the gallery already has.")] = False,
     config: ConfigOption = None,
     size: SizeOption = None,
     overrides: Overrides = None,
@@ -41,10 +50,10 @@ def index_command(
     """Encode images of people with a finished run's model, write them into a gallery, and put it in use."""
     from cluster.tables.indexing import index
 
-    where = [] if gallery is None else [f"gallery.uri={json.dumps(gallery)}"]
-    written = index(described(config, size, [*(overrides or []), *where]), images=images, camid=camid)
-    facts = f"{len(written)} images in space {written.space_id}, version {written.version}"
-    typer.echo(f"gallery: {written.uri} holds {facts}")
+    where = [] if gallery is None else [f"gallery.url={json.dumps(gallery)}"]
+    described_run = described(config, size, [*(overrides or []), *where])
+    for line in index(described_run, images=images, camid=camid, manifest=manifest, again=again).lines():
+        typer.echo(line)
 
 
 @app.command("serve")
@@ -54,7 +63,7 @@ def serve_command(
     size: SizeOption = None,
     overrides: Overrides = None,
 ) -> None:
-    """Serve a finished run over HTTP. If gallery.uri is not set and no gallery exists, index its test images first."""
+    """Serve a finished run over HTTP. If gallery.url is not set and no gallery exists, index its test images first."""
     from cluster.serve.launch import serve_forever
 
     serve_forever(described(config, size, overrides), show=show)

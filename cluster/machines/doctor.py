@@ -25,7 +25,7 @@ from cluster.session import session
 from tvilfm.config import Config, resolve
 from tvilfm.versions import UNKNOWN, version_of
 
-PACKAGES = ("tvilfm", "ray", "torch", "torchvision", "transformers", "pyarrow", "pylance")
+PACKAGES = ("tvilfm", "ray", "torch", "torchvision", "transformers", "pyarrow", "psycopg")
 ANSWER_S = 120.0  # the first task of a node waits until its process has imported torch
 # Ray spills objects to disk and a run writes checkpoints there; the object store is in shared memory.
 FREE_DISK_GB = 10.0

@@ -29,8 +29,7 @@ PROGRAM_FOLDER = "~/tvilfm"
 USER_ID = 1000  # user of the Dockerfile
 # Ray reads the token from this file if RAY_AUTH_MODE=token.
 TOKEN_FILE = "~/.ray/auth_token"
-# Timeout of a request to the service: long enough to compact a large gallery. Other requests have shorter timeouts.
-REQUEST_S = 3600.0
+REQUEST_S = 120.0  # timeout of a request to the service: above that of its replicas, which answer 503
 # Time between the end of a job and the deletion of its cluster, in which the dashboard can still be read.
 KEPT_AFTER_END_S = 300
 # How long workers wait for a head whose state is in Redis (KubeRay's value). Ray's default of one minute is too short

@@ -98,7 +98,8 @@ def paths_of(config: Config) -> dict[str, str]:
     for name, section in config:
         if isinstance(section, BaseModel) and name != "cluster":
             paths |= {f"{name}.{key}": str(value) for key, value in section if isinstance(value, Path)}
-    return paths | ({"gallery.uri": config.gallery.uri} if config.gallery.uri else {})
+    url = config.gallery.url
+    return paths | ({"gallery.url": url} if url and "://" not in url else {})
 
 
 def absolute_paths(config: Config, base: Path | None) -> list[str]:

@@ -11,8 +11,7 @@ from cluster.serve.encoder import Encoder
 from cluster.serve.ingress import Ingress
 from cluster.serve.replicas import HEALTH_S
 from cluster.serve.searcher import SearcherReplica
-from cluster.serve.writer import Writer
-from cluster.tables.indexing import FinishedRun, finished_run
+from cluster.tables.indexing import FinishedRun, check_reachable, finished_run
 from tvilfm.config import CaptionerSection, Config, EvaluateSection
 from tvilfm.models import TVILFM
 from tvilfm.retrieval.gallery import Gallery
@@ -21,7 +20,7 @@ from tvilfm.service.keys import KeyFile
 from tvilfm.service.messages import ModelFacts, Weights
 
 # CPUs that a replica of each deployment reserves. One of each fits on two CPUs; compute threads are not reserved.
-INGRESS_CPUS, ENCODER_CPUS, SEARCHER_CPUS, WRITER_CPUS = 0.1, 1.0, 0.2, 0.2
+INGRESS_CPUS, ENCODER_CPUS, SEARCHER_CPUS = 0.2, 1.0, 0.2
 UNDER_WAY = 1000  # concurrent requests of an ingress; the replicas behind it reject excess load
 AT_A_PART = 32  # minimum for the other replicas; the router backs off longer and longer from a full one
 
@@ -76,10 +75,13 @@ def application(args: dict[str, Any]) -> serve.Application:
         KeyFile(section.keys)
     model = TVILFM.from_pretrained(run.here(run.model))
     space = space_id(model, height=run.config.data.height, width=run.config.data.width)
-    Gallery.open(config.gallery_uri, space_id=space)
+    check_reachable(config)
+    Gallery.open(config.gallery_url, space_id=space).close()
     facts = ModelFacts(
         model=config.run.name,
         space_id=space,
+        dim=model.spec.dim,
+        width=model.spec.image_dim,
         text=model.text is not None,
         captioner=section.captioner is not None,
         weights=Weights(**run.config.evaluate.ensemble.weights),
@@ -106,11 +108,10 @@ def application(args: dict[str, Any]) -> serve.Application:
     encoder = part(Encoder, ENCODER_CPUS, gpus=gpus, autoscaling_config=load).bind(config, run, captioner)
     searchers = part(SearcherReplica, SEARCHER_CPUS, gpus=section.searcher_gpus, num_replicas=section.searchers)
     searcher = searchers.bind(config, space)
-    writer = part(Writer, WRITER_CPUS, num_replicas=1).bind(config, space)
     ingress = serve.deployment(
         name="Ingress",
         ray_actor_options={"num_cpus": INGRESS_CPUS},
         max_ongoing_requests=UNDER_WAY,
         health_check_period_s=HEALTH_S,
     )(serve.ingress()(Ingress))
-    return ingress.bind(config, facts, encoder, searcher, writer)
+    return ingress.bind(config, facts, encoder, searcher)

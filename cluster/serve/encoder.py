@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from ray import serve
 
 from cluster.serve.replicas import in_batches
@@ -19,7 +19,6 @@ from tvilfm.data.images import Pixels, resized
 from tvilfm.models import TVILFM
 from tvilfm.models.encode import encode_pixels
 from tvilfm.retrieval.query import Query, QueryEncoder, Question
-from tvilfm.retrieval.spaces import gallery_vectors
 
 
 class Encoder:
@@ -59,11 +58,10 @@ class Encoder:
         assert self._captioner is not None
         return [remove_colors(sentence) for sentence in self._captioner.caption(pictures)]
 
-    async def encode_visible(self, pictures: Sequence[Pixels]) -> list[dict[str, Any]]:
-        """Return the vectors of visible images."""
+    async def encode_visible(self, pictures: Sequence[Pixels]) -> npt.NDArray[np.float32]:
+        """Return the raw features of visible images."""
         return await asyncio.to_thread(self._encode_visible, pictures)
 
-    def _encode_visible(self, pictures: Sequence[Pixels]) -> list[dict[str, Any]]:
+    def _encode_visible(self, pictures: Sequence[Pixels]) -> npt.NDArray[np.float32]:
         pixels = np.stack([resized(picture, **self._size) for picture in pictures])
-        vectors = gallery_vectors(self._model, encode_pixels(self._model, pixels, "visible"))
-        return [{name: part[row] for name, part in vectors.items()} for row in range(len(pictures))]
+        return encode_pixels(self._model, pixels, "visible")

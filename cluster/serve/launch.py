@@ -18,11 +18,10 @@ from rich.console import Console
 
 from cluster.machines.render import http_options
 from cluster.places.check import absolute_paths
-from cluster.serve.application import ENCODER_CPUS, INGRESS_CPUS, SEARCHER_CPUS, WRITER_CPUS, application
+from cluster.serve.application import ENCODER_CPUS, INGRESS_CPUS, SEARCHER_CPUS, application
 from cluster.session import address_of, session
 from cluster.tables.indexing import index
 from tvilfm.config import Config, ServeSection, resolve
-from tvilfm.retrieval.gallery import POINTER
 
 APPLICATION = "tvilfm"
 QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")  # requests are in the audit trail
@@ -41,7 +40,7 @@ def serving(config: Config) -> Iterator[str]:
     """
     # Replicas do not run in the current folder, so relative paths are made absolute.
     config = resolve(config.model_dump(mode="json"), absolute_paths(config, Path.cwd()))
-    if config.gallery.uri is None and not (Path(config.gallery_uri) / POINTER).exists():
+    if config.gallery.url is None and not Path(config.gallery_url).exists():
         index(config)
     section = config.serve
     with session(config.cluster):
@@ -75,7 +74,7 @@ def _check_room(config: Config, resources: Mapping[str, float]) -> None:
             so missing resources are only printed.
     """
     section = config.serve
-    cpus = INGRESS_CPUS + WRITER_CPUS + section.encoders * ENCODER_CPUS + section.searchers * SEARCHER_CPUS
+    cpus = INGRESS_CPUS + section.encoders * ENCODER_CPUS + section.searchers * SEARCHER_CPUS
     gpus = section.encoders * config.cluster.gpus_per_worker + section.searchers * section.searcher_gpus
     for name, amount in (("CPU", cpus), ("GPU", gpus)):
         has = resources.get(name, 0.0)

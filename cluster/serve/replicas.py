@@ -8,9 +8,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 HEALTH_S = 1.0  # period of health checks: a dead replica is detected within this time
-PATIENCE_S = 40.0  # timeout of a call to a replica, including its replacement; `compact` has none
-# How long a write waits for the previous one; shorter than the client's timeout, so no write is made after a 503.
-TURN_S = PATIENCE_S / 2
+PATIENCE_S = 40.0  # timeout of a call to a replica, including its replacement
 T = TypeVar("T")
 
 

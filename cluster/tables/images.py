@@ -29,16 +29,27 @@ def read_pictures(batch: Batch, *, root: str, size: tuple[int, int] | None, thum
         size: height and width of the pixels; None = no pixels.
         thumbnail_height: maximum height of thumbnails, in pixels.
 
-    Raises:
-        ValueError: a file is not an image; the message names it.
+    Returns:
+        The rows with `image`, `thumbnail`, `pixels` and `fault`: why the file is not an image, else "". Such a row has
+        an empty thumbnail and black pixels.
     """
     folder = Place(root)
-    images, thumbnails, inputs = [], [], []
+    images, thumbnails, inputs, faults = [], [], [], []
     for name in batch["name"]:
-        pixels = decode((folder / name).read(), height=None, width=None, name=name)
+        pixels, fault, small = np.zeros((1, 1, 3), dtype=np.uint8), "", b""
+        try:
+            pixels = decode((folder / name).read(), height=None, width=None, name=name)
+            small = thumbnail(pixels, height=thumbnail_height)
+        except (ValueError, OSError) as error:
+            fault = str(error)
         images.append(reference(folder, name))
-        thumbnails.append(thumbnail(pixels, height=thumbnail_height))
+        thumbnails.append(small)
+        faults.append(fault)
         if size is not None:
             inputs.append(resized(pixels, height=size[0], width=size[1]))
-    batch = batch | {"image": np.array(images), "thumbnail": np.array(thumbnails, dtype=object)}
+    batch = batch | {
+        "image": np.array(images),
+        "thumbnail": np.array(thumbnails, dtype=object),
+        "fault": np.array(faults, dtype=object),
+    }
     return batch if size is None else batch | {"pixels": np.stack(inputs)}

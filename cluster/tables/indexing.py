@@ -1,18 +1,17 @@
 """`tvilfm index`: fill a gallery with the test images of a finished run or with other images.
 
-CPU tasks read and decode images, actors compute vectors, and with lance-ray every task writes its own rows to a new
-table. If the table already has rows, its single writer upserts instead, so indexing a second time changes nothing. The
-gallery in use is switched when all rows are written.
+CPU tasks read and decode images. Actors compute raw features and write their own rows to the database, in one
+transaction per chunk, so no row passes through the driver. Rows that the gallery already has are skipped, so a killed
+job continues where it stopped. The gallery is put in use when all rows are written.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import warnings
-from collections.abc import Callable
-from contextlib import closing, suppress
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,10 +20,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 import ray
 
 from cluster.places.depot import Depot, runs_depot, stages_depot
+from cluster.progress import ProgressFile, watch
 from cluster.session import plain_errors, session
 from cluster.tables.captioning import list_images
 from cluster.tables.images import read_pictures, reference
@@ -35,15 +36,18 @@ from tvilfm.evaluation.features import IMAGES_FILE, FeatureTable
 from tvilfm.evaluation.protocols import get_protocol
 from tvilfm.models import TVILFM
 from tvilfm.models.encode import encode_pixels
+from tvilfm.models.tvilfm import parameter_digest
 from tvilfm.place import Place
-from tvilfm.retrieval.gallery import METRIC, Gallery
-from tvilfm.retrieval.rows import table_schema, vector_column
-from tvilfm.retrieval.spaces import gallery_vectors, space_id
+from tvilfm.retrieval.database import is_server
+from tvilfm.retrieval.gallery import Gallery
+from tvilfm.retrieval.rows import TIME, vector_column
+from tvilfm.retrieval.spaces import Heads, space_id
 from tvilfm.terms import MAX_ID, is_id
 
 KEPT = "kept"  # in a run folder: files of a run from another machine, fetched from storage
-FEWEST_INDEXED = 512  # rows; a codebook has 256 entries, and each is learned from two rows
-SAMPLES = 256  # rows per partition and codebook entry that an index is trained on, if the table has enough
+MANIFEST_COLUMNS = ("path", "camera", "id", "person", "time")  # of --manifest; the first two are required
+SHOWN_FAULTS = 5
+_REPORT = pa.schema([("written", pa.int64()), ("faults", pa.list_(pa.string()))])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,46 +127,124 @@ def _described(path: Path, runs: Depot) -> Path:
     return kept
 
 
-def index(config: Config, *, images: str | None = None, camid: int | None = None) -> Gallery:
+@dataclass(frozen=True, kw_only=True)
+class Indexed:
+    """Result of a job.
+
+    Attributes:
+        gallery: the gallery, opened.
+        written: rows that this job wrote.
+        skipped: rows that the gallery already had.
+        faults: why images could not be read, one line per image.
+    """
+
+    gallery: Gallery
+    written: int
+    skipped: int
+    faults: Sequence[str]
+
+    def lines(self) -> list[str]:
+        """Return the summary as lines of text."""
+        lines = [f"gallery: {self.gallery.count()} images; {self.written} written, {self.skipped} skipped as existing"]
+        if self.faults:
+            lines.append(f"{len(self.faults)} images could not be read; fix them and run the command again:")
+            lines += [f"  {fault}" for fault in self.faults[:SHOWN_FAULTS]]
+            lines += ["  ..."] * (len(self.faults) > SHOWN_FAULTS)
+        return lines
+
+
+def check_reachable(config: Config) -> None:
+    """Check that every machine of the cluster reaches the gallery.
+
+    Raises:
+        ValueError: the gallery is embedded, and the cluster has several machines.
+    """
+    if is_server(config.gallery_url) or not ray.is_initialized():
+        return
+    machines = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+    if len(machines) > 1:
+        raise ValueError(
+            f"gallery.url: expected postgresql://... on a cluster of {len(machines)} machines, got "
+            f"{config.gallery_url}, which only this machine reaches. Set it to a PostgreSQL server with pgvector."
+        )
+
+
+def gallery_of(config: Config) -> Gallery:
+    """Open the gallery of the model of a finished run; create an empty one if it is missing."""
+    run = finished_run(config)
+    return open_gallery(TVILFM.from_pretrained(run.here(run.model)).eval(), run, config)
+
+
+def open_gallery(model: TVILFM, run: FinishedRun, config: Config) -> Gallery:
+    """Open the gallery of a run's model; create an empty one if it is missing."""
+    data = run.config.data
+    return Gallery.prepare(
+        config.gallery_url,
+        space_id=space_id(model, height=data.height, width=data.width),
+        heads=Heads.of(model),
+        encoder=f"{parameter_digest(model.backbone)}-{parameter_digest(model.pool)}-{data.height}x{data.width}",
+        section=config.gallery,
+    )
+
+
+def index(
+    config: Config,
+    *,
+    images: str | None = None,
+    camid: int | None = None,
+    manifest: str | None = None,
+    again: bool = False,
+) -> Indexed:
     """Write images of people into the gallery and put it in use.
 
     Args:
         config: sections `run` (the run), `gallery` (the gallery and its index) and `cluster` (the workers).
         images: folder or URI of images; None = the visible test images of the run.
         camid: number of the camera that took `images`.
-
-    Returns:
-        The gallery, opened for reading.
+        manifest: Parquet or CSV file with a row per image: `path` below `images` and `camera`, and optionally `id`,
+            `person` (a number) and `time`; None = all images below `images`.
+        again: write rows again that the gallery already has.
 
     Raises:
-        ValueError: the run is not finished, an image cannot be read, or another process writes to the gallery.
+        ValueError: the run is not finished, the manifest is invalid, or no image can be read.
     """
     run = finished_run(config)
-    model = TVILFM.from_pretrained(run.here(run.model)).eval()
-    data = run.config.data
-    space = space_id(model, height=data.height, width=data.width)
     if images is None:
+        if manifest is not None:
+            raise ValueError("--images: expected the folder that the paths of --manifest start from, got none.")
         rows, root = _tested(run), str(run.config.data_root.absolute())
     else:
-        if camid is None:
-            raise ValueError("--camid: expected the camera of --images, got none. Set --camid to its number.")
-        rows, root = _pictures(images, camid), images
-    prepared = Gallery.prepare(config.gallery_uri, space_id=space, dim=model.spec.dim)
-    with closing(prepared) as gallery, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "lance is not fork-safe")  # Ray forks only to start other programs
-        with session(config.cluster), plain_errors():
-            people = _with_vectors(rows, root, run, config)
-            if len(gallery):
-                # Ties rank in the order of writing, so the order must not depend on the workers.
-                people.context.execution_options.preserve_order = True
-                for batch in people.iter_batches(batch_size=None, batch_format="pyarrow"):
-                    gallery.upsert(batch, space_id=space)
-            else:
-                _fill(gallery, people, rows_a_task=math.ceil(rows.num_rows / config.cluster.extract_workers))
-            if len(gallery) > config.gallery.exact_limit:
-                build_index(gallery, config)
+        rows, root = _listed(images, camid) if manifest is None else _described_by(manifest, images), images
+    with session(config.cluster), plain_errors():
+        check_reachable(config)
+        gallery = gallery_of(config)
+        known = np.zeros(rows.num_rows, dtype=bool) if again else gallery.contains(rows["id"].to_pylist())
+        missing = rows.filter(pa.array(~known))
+        # Equal scores rank in the order of the rows, however fast each worker is.
+        first = gallery.reserve(missing.num_rows)
+        missing = missing.append_column("position", pa.array(first + np.arange(missing.num_rows)))
+        written, faults = 0, []
+        with _shown("index", "images") as progress:
+            for report in _reports(missing, root, run, config):
+                written += report["written"]
+                faults += report["faults"]
+                progress.update(written + len(faults), missing.num_rows)
+        if faults and not written and not known.any():
+            raise ValueError(f"--images: expected images, got {len(faults)} invalid files. First: {faults[0]}")
+        if gallery.count(config.gallery.exact_limit + 1) > config.gallery.exact_limit and gallery.unindexed():
+            with _shown("build", "percent") as progress:
+                gallery.build_index(
+                    workers=config.cluster.extract_workers,
+                    on_progress=lambda share: progress.update(round(100 * share), 100),
+                )
         gallery.publish()
-    return Gallery.open(config.gallery_uri)
+    return Indexed(gallery=gallery, written=written, skipped=int(known.sum()), faults=faults)
+
+
+@contextmanager
+def _shown(label: str, unit: str) -> Iterator[ProgressFile]:
+    with tempfile.TemporaryDirectory() as folder, watch(Path(folder) / "progress.json", label, unit):
+        yield ProgressFile(Path(folder) / "progress.json")
 
 
 def _tested(run: FinishedRun) -> pa.Table:
@@ -172,27 +254,68 @@ def _tested(run: FinishedRun) -> pa.Table:
         table = table.sort_by([("pid", "ascending"), ("camid", "ascending"), ("image", "ascending")])
     names = table["image"].to_pylist()
     raw = vector_column(FeatureTable.read(run.here(run.features)).select(names))
-    return pa.table({"name": names, "id": names, "pid": table["pid"], "camid": table["camid"], "raw": raw})
+    return _rows(names, names, table["camid"], pid=table["pid"]).append_column("raw", raw)
 
 
-def _pictures(uri: str, camid: int) -> pa.Table:
+def _listed(uri: str, camid: int | None) -> pa.Table:
     """Return rows for all images below a folder, whose identities are not known."""
+    if camid is None:
+        raise ValueError("--camid: expected the camera of --images, got none. Set --camid to its number.")
     names = list_images(uri, "visible")["image"].to_pylist()
-    nobody = pa.nulls(len(names), pa.int64())
-    folder = Place(uri)
-    ids = [reference(folder, name) for name in names]
+    return _rows(names, _ids(uri, names), pa.repeat(camid, len(names)))
+
+
+def _described_by(manifest: str, root: str) -> pa.Table:
+    """Return rows for the images of a table.
+
+    Raises:
+        ValueError: a column is missing, unknown or of another type, or an id stands in it twice.
+    """
+    content = pa.BufferReader(Place(manifest).read())
+    table = pq.read_table(content) if manifest.endswith(".parquet") else pcsv.read_csv(content)
+    unknown = sorted(set(table.column_names) - set(MANIFEST_COLUMNS))
+    lacking = sorted(set(MANIFEST_COLUMNS[:2]) - set(table.column_names))
+    if unknown or lacking:
+        raise ValueError(
+            f"--manifest: expected the columns path, camera and optionally id, person, time in {manifest}, "
+            f"got {table.column_names}."
+        )
+    columns = {}
+    for name, kind in zip(MANIFEST_COLUMNS, (pa.string(), pa.int32(), pa.string(), pa.int64(), TIME), strict=True):
+        if name in table.column_names:
+            try:
+                columns[name] = table[name].cast(kind).combine_chunks()
+            except pa.ArrowException as error:
+                raise ValueError(f"--manifest: expected {kind} in column {name} of {manifest}, got: {error}.") from None
+    names = columns["path"].to_pylist()
+    ids = columns["id"].to_pylist() if "id" in columns else _ids(root, names)
+    if len(set(ids)) < len(ids):
+        twice = next(id for id in ids if ids.count(id) > 1)
+        raise ValueError(f"--manifest: expected each image once in {manifest}, got {twice} twice. Remove one row.")
+    return _rows(names, ids, columns["camera"], pid=columns.get("person"), time=columns.get("time"))
+
+
+def _rows(names: Sequence[str], ids: Sequence[str], camid: Any, *, pid: Any = None, time: Any = None) -> pa.Table:
     for id in ids:
         if not is_id(id):  # the service could neither return it nor delete it
             raise ValueError(
                 f"--images: expected paths of at most {MAX_ID} printable characters, got {id[:MAX_ID]!r}. Rename it."
             )
-    return pa.table({"name": names, "id": ids, "pid": nobody, "camid": pa.repeat(camid, len(names))})
+    nobody, never = pa.nulls(len(names), pa.int64()), pa.nulls(len(names), TIME)
+    pid, time = nobody if pid is None else pid, never if time is None else time
+    return pa.table({"name": list(names), "id": list(ids), "camid": camid, "pid": pid, "time": time})
 
 
-def _with_vectors(rows: pa.Table, root: str, run: FinishedRun, config: Config) -> ray.data.Dataset:
-    """Return the dataset of the rows to write to the gallery's table, computed from image names."""
+def _ids(root: str, names: Sequence[str]) -> list[str]:
+    folder = Place(root)
+    return [reference(folder, name) for name in names]
+
+
+def _reports(rows: pa.Table, root: str, run: FinishedRun, config: Config) -> Iterator[dict[str, Any]]:
+    """Write the rows on workers, and yield what each chunk gave."""
+    if not rows.num_rows:
+        return
     data, batch = run.config.data, config.evaluate.batch
-    rows = rows.append_column("position", pa.array(np.arange(rows.num_rows)))
     read = partial(
         read_pictures,
         root=root,
@@ -200,85 +323,41 @@ def _with_vectors(rows: pa.Table, root: str, run: FinishedRun, config: Config) -
         thumbnail_height=config.gallery.thumbnail_height,
     )
     blocks = [rows.slice(start, batch) for start in range(0, rows.num_rows, batch)]
-    return (
+    reports = (
         ray.data.from_arrow(blocks)
         .map_batches(read, batch_size=None, num_cpus=1)
         .map_batches(
-            GalleryEncoder,
-            fn_constructor_kwargs={"run": run, "cuda": config.cluster.gpus_per_worker > 0},
+            GalleryFiller,
+            fn_constructor_kwargs={"run": run, "config": config},
             batch_size=None,
             num_cpus=1,
             num_gpus=config.cluster.gpus_per_worker or None,
             compute=ray.data.ActorPoolStrategy(size=min(config.cluster.extract_workers, len(blocks))),
         )
     )
+    yield from reports.iter_rows()
 
 
-class GalleryEncoder:
-    """Actor that adds the vectors of both spaces to rows that have pixels or, from a run, raw features."""
+class GalleryFiller:
+    """Actor that writes rows to the gallery, from pixels or, for a run's test images, from raw features."""
 
-    def __init__(self, run: FinishedRun, cuda: bool) -> None:
-        self._model = TVILFM.from_pretrained(run.here(run.model)).to("cuda" if cuda else "cpu").eval()
+    def __init__(self, run: FinishedRun, config: Config) -> None:
+        device = "cuda" if config.cluster.gpus_per_worker > 0 else "cpu"
+        self._model = TVILFM.from_pretrained(run.here(run.model)).to(device).eval()
+        self._gallery = open_gallery(self._model, run, config)
 
     def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> pa.Table:
-        known = "raw" in batch
-        raw = np.stack(list(batch["raw"])) if known else encode_pixels(self._model, batch["pixels"], "visible")
-        vectors = gallery_vectors(self._model, raw)
-        schema = table_schema(self._model.spec.dim, "")
-        columns = {name: pa.array(batch[name]) for name in ("id", "pid", "camid", "image", "thumbnail", "position")}
-        columns |= {name: vector_column(part) for name, part in vectors.items()}
-        columns["time"] = pa.nulls(len(batch["id"]), schema.field("time").type)
-        columns["pid"] = pa.array(batch["pid"], from_pandas=True)  # NaN = identity not known
-        return pa.table({name: columns[name] for name in schema.names}).cast(schema.remove_metadata())
+        readable = batch["fault"] == ""
+        faults = [str(fault) for fault in batch["fault"][~readable]]
+        batch = {name: column[readable] for name, column in batch.items()}
+        if readable.any():
+            raw = np.stack(list(batch["raw"])) if "raw" in batch else self._features(batch["pixels"])
+            columns = {name: pa.array(batch[name]) for name in ("id", "camid", "image", "thumbnail")}
+            columns["pid"] = pa.array(batch["pid"], pa.int64(), from_pandas=True)  # NaN = identity not known
+            columns["time"] = pa.array(batch["time"], TIME, from_pandas=True)
+            table = pa.table(columns | {"raw": vector_column(raw)})
+            self._gallery.upsert(table, space_id=self._gallery.space_id, position=batch["position"])
+        return pa.table({"written": [int(readable.sum())], "faults": [faults]}, schema=_REPORT)
 
-
-def _fill(gallery: Gallery, people: ray.data.Dataset, *, rows_a_task: int) -> None:
-    """Fill an empty table: every task writes its own rows, in one commit."""
-    import lance_ray
-
-    lance_ray.write_lance(
-        people,
-        gallery.table_uri,
-        mode="append",
-        schema=gallery.dataset.schema,
-        min_rows_per_file=rows_a_task,
-        enable_stable_row_ids=True,
-    )
-    gallery.reload()
-
-
-def build_index(gallery: Gallery, config: Config, *, workers: bool = True) -> None:
-    """Build the search indexes of a large gallery for both vectors of its rows, or add new rows to them.
-
-    Args:
-        gallery: gallery opened for writing.
-        config: sections `gallery` and `cluster` (the workers).
-        workers: build the indexes on workers instead of in this process.
-
-    Raises:
-        ValueError: `gallery.sub_vectors` does not divide the dimension.
-    """
-    section, rows = config.gallery, len(gallery)
-    if gallery.dim % section.sub_vectors:
-        raise ValueError(
-            f"gallery.sub_vectors: expected a divisor of the dimension {gallery.dim}, got {section.sub_vectors}."
-        )
-    gallery.update_index()
-    if rows < FEWEST_INDEXED:
-        return  # an exact search is faster
-    partitions = section.partitions or math.isqrt(rows)
-    how: dict[str, Any] = {
-        "index_type": "IVF_PQ",
-        "metric": METRIC,
-        "num_partitions": partitions,
-        "num_sub_vectors": section.sub_vectors,
-        "sample_rate": min(SAMPLES, rows // max(SAMPLES, partitions)),
-    }
-    build: Callable[..., object] = gallery.dataset.create_index
-    if workers:
-        import lance_ray
-
-        build = partial(lance_ray.create_index, gallery.table_uri, num_workers=config.cluster.extract_workers)
-    for column in gallery.unindexed_columns():
-        build(column, **how)
-    gallery.reload()
+    def _features(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        return encode_pixels(self._model, pixels, "visible")

@@ -86,12 +86,8 @@ class Config(Section):
         return self.run.dir / "data" / f"synthetic-{self.data.synthetic.size}-{self.data.synthetic.seed}"
 
     @property
-    def gallery_uri(self) -> str:
-        return self.gallery.uri or str(self.run.path / "gallery")
-
-    @property
-    def audit_path(self) -> Path:
-        return self.serve.audit or self.run.path / "audit"
+    def gallery_url(self) -> str:
+        return self.gallery.url or str(self.run.path / "gallery")
 
     @property
     def stages_path(self) -> Path:

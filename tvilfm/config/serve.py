@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field, model_validator
 
-from tvilfm.config.section import Section, check_no_keys
+from tvilfm.config.section import Section
 
 # Upper bound of serve.max_batch; bodies are validated against it before the configured limit applies.
 MAX_BATCH = 10_000
@@ -16,25 +17,38 @@ MAX_BATCH = 10_000
 class GallerySection(Section):
     """The gallery that a service searches, and its index."""
 
-    uri: str | None = Field(
-        None, description="folder or object store prefix of the gallery; null = gallery/ in the run folder"
+    url: str | None = Field(
+        None,
+        description="postgresql://HOST/DATABASE of a server with pgvector, or a folder for an embedded server on this "
+        "machine; null = gallery/ in the run folder",
     )
     exact_limit: int = Field(
-        100_000, ge=0, description="maximum rows for exact search in memory; larger galleries use an index (IVF_PQ)"
+        100_000,
+        ge=0,
+        description="maximum rows for exact search in memory; larger galleries use an index (HNSW)",
     )
-    partitions: int | None = Field(
-        None, ge=1, description="lists of the index (IVF); null = square root of the number of rows"
+    m: int = Field(16, ge=2, le=100, description="links per row in the index (HNSW)")
+    ef_construction: int = Field(
+        64, ge=4, le=1000, description="candidates per row while the index is built; at least twice gallery.m"
     )
-    sub_vectors: int = Field(
-        128, ge=1, description="bytes per vector in the index (PQ); must divide the vector's dimension"
-    )
-    probes: int = Field(32, ge=1, description="lists of the index per search; more are read if these have too few rows")
+    ef_search: int = Field(100, ge=1, le=1000, description="minimum candidates per search with the index")
     refine: int = Field(10, ge=1, description="candidates per hit that are compared with their full vectors")
+    build_mb: int = Field(1024, ge=64, description="memory of the server to build the index, megabytes")
     thumbnail_height: int = Field(192, ge=16, description="height of the stored thumbnails, pixels")
 
     @model_validator(mode="after")
-    def _names_no_keys(self) -> GallerySection:
-        check_no_keys("uri", self.uri)
+    def _agree(self) -> GallerySection:
+        if self.url is not None:
+            scheme, has_scheme, _ = self.url.partition("://")
+            if has_scheme and scheme not in ("postgresql", "postgres"):
+                raise ValueError(f"url: expected postgresql://... or a folder, got {scheme}://...")
+            if has_scheme and _password_in(self.url):
+                raise ValueError(
+                    "url: expected no password, because the description is stored with the run, got one. Set "
+                    "PGPASSWORD, or PGPASSFILE to the path of a password file, on every machine."
+                )
+        if self.ef_construction < 2 * self.m:
+            raise ValueError(f"ef_construction: expected at least 2 * m = {2 * self.m}, got {self.ef_construction}.")
         return self
 
 
@@ -56,9 +70,7 @@ class ServeSection(Section):
     searcher_gpus: float = Field(0, ge=0, description="GPUs per searcher; 0.2 = five searchers share one GPU, 0 = CPU")
     batch: int = Field(16, ge=1, description="maximum queries that are encoded or searched in one batch")
     batch_wait_ms: float = Field(2.0, ge=0, description="time that a batch waits for more queries, milliseconds")
-    follow_s: float = Field(
-        1.0, gt=0, description="interval at which searchers check for a new gallery version, seconds"
-    )
+    follow_s: float = Field(1.0, gt=0, description="longest time until searchers see a change of the gallery, seconds")
     max_body_mb: float = Field(16.0, gt=0, description="maximum size of a request body, megabytes (413)")
     max_pixels: int = Field(
         16_000_000, ge=1, description="maximum pixels of an image, and of all images of a request in total (422)"
@@ -67,10 +79,9 @@ class ServeSection(Section):
         64, ge=1, le=MAX_BATCH, description="maximum queries of a batch search, and rows of a bulk write (422)"
     )
     max_queued: int = Field(128, ge=1, description="maximum requests that wait for a replica (429)")
-    audit: Path | None = Field(None, description="folder of the audit trail; null = audit/ in the run folder")
     audit_days: int | None = Field(None, ge=1, description="days to keep the audit trail; null = forever")
     retention_days: int | None = Field(
-        None, ge=1, description="days after which rows are deleted from the gallery and its files; null = never"
+        None, ge=1, description="days after which rows are deleted from the gallery; null = never"
     )
 
     @model_validator(mode="after")
@@ -93,3 +104,9 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _password_in(url: str) -> str | None:
+    """Return the password in a URL of a database, before the host or as an option."""
+    parts = urlsplit(url)
+    return parts.password or next((value for name, value in parse_qsl(parts.query) if name == "password"), None)

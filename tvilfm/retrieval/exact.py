@@ -4,8 +4,8 @@ The first pass is one matrix product in the fastest available arithmetic (half p
 that could be among the best. The second pass scores these rows with `similarity`, as the evaluation does. The selection
 allows for the rounding errors of both passes, so the result equals that of the second pass over all rows.
 
-The rows are stored in immutable chunks. A new version adds a chunk and replaces the masks of deleted rows. So loading a
-version costs only as much as its new rows, and does not disturb running searches.
+The rows are stored in immutable chunks. A change adds a chunk and replaces the masks of deleted rows. So following the
+gallery costs only as much as its changes, and does not disturb running searches.
 
 Shapes: Q queries, N rows of a chunk, R rows of the second pass, K ranked rows, P (query, row) pairs, D feature.
 """
@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 
 from tvilfm.models.similarity import similarity
-from tvilfm.retrieval.gallery import Gallery
-from tvilfm.retrieval.rows import Where, column_of, vectors_of
+from tvilfm.retrieval.rows import FACTS, Where, column_of, vectors_of
+from tvilfm.retrieval.store import Changes
 
-FACTS = ("id", "pid", "camid", "time", "image", "position")
 CHUNK_ROWS = 1 << 18
 SPARE = 64  # extra rows that the first pass ranks
 # Rounding error of a product with a unit vector, relative to the length of the other vector. Half precision: four
@@ -97,17 +96,17 @@ def best_first(scores: npt.NDArray[np.float32], position: npt.NDArray[np.int64])
 
 @dataclass(frozen=True, kw_only=True)
 class _Chunk:
-    """Some rows of the table.
+    """Some rows of the gallery.
 
     Attributes:
-        stamps: see `Gallery.stamps`.
+        stamps: see `rows.STORED`.
         facts: columns of `FACTS`.
         vectors: whether of the base space -> (N, D) float32.
         coarse: the same vectors in the arithmetic and on the device of the first pass.
-        alive: which rows exist in this version.
+        alive: which rows still exist.
     """
 
-    stamps: npt.NDArray[np.void]
+    stamps: npt.NDArray[np.int64]
     facts: pa.Table
     vectors: dict[bool, Tensor]
     coarse: dict[bool, Tensor]
@@ -127,7 +126,7 @@ class _Chunk:
 
 
 class ExactIndex:
-    """All rows of one version. Create it with `load`.
+    """A copy of all rows of a gallery. Create it with `load`.
 
     Args:
         chunks: the rows.
@@ -140,30 +139,26 @@ class ExactIndex:
 
     @classmethod
     def load(
-        cls, gallery: Gallery, *, device: torch.device, half: bool, before: ExactIndex | None = None
+        cls, changes: Changes, *, device: torch.device, half: bool, before: ExactIndex | None = None
     ) -> ExactIndex:
-        """Load the rows of a version that an earlier load does not have.
+        """Return a copy of the rows after changes.
 
         Args:
-            gallery: the version to load.
+            changes: the changes since `before` was loaded, or all rows.
             device: device of the first pass.
             half: whether the first pass uses half precision.
-            before: an earlier load of the same table, which is not modified; None = load all rows.
+            before: an earlier copy, which is not modified; None = no rows.
         """
         index = cls((), device=device, half=half)
-        stamps = gallery.stamps()
-        chunks = [] if before is None else list(before._chunks)
-        known = np.zeros(len(stamps), dtype=bool)
-        for place, chunk in enumerate(chunks):
-            chunks[place] = replace(chunk, alive=chunk.alive & _among(chunk.stamps, stamps))
-            known |= _among(stamps, chunk.stamps[chunk.alive])
-        columns = (*FACTS, column_of(False), column_of(True))
-        table = gallery.load(None if not known.any() else np.flatnonzero(~known), columns)
-        for start in range(0, max(1, table.num_rows), CHUNK_ROWS):  # an empty gallery gets one empty chunk
-            part = table.slice(start, CHUNK_ROWS)
+        chunks = [] if before is None or changes.complete else list(before._chunks)
+        if changes.removed.size:
+            gone = np.sort(changes.removed)
+            chunks = [replace(chunk, alive=chunk.alive & ~np.isin(chunk.stamps, gone)) for chunk in chunks]
+        rows = changes.rows
+        for start in range(0, max(rows.num_rows, not chunks), CHUNK_ROWS):  # an empty gallery gets one empty chunk
+            part = rows.slice(start, CHUNK_ROWS)
             vectors = {base: tensor_of(part[column_of(base)]) for base in (False, True)}
-            facts = part.select(FACTS).combine_chunks()
-            chunks.append(index._chunk(stamps[~known][start : start + CHUNK_ROWS], facts, vectors))
+            chunks.append(index._chunk(part["stamp"].to_numpy(), part.select(FACTS).combine_chunks(), vectors))
         index._chunks = tuple(index._settled(chunks))
         return index
 
@@ -233,7 +228,7 @@ class ExactIndex:
         keep_QR[query_P, place_P] = True
         return rows_R.cpu(), keep_QR.cpu()
 
-    def _chunk(self, stamps: npt.NDArray[np.void], facts: pa.Table, vectors: dict[bool, Tensor]) -> _Chunk:
+    def _chunk(self, stamps: npt.NDArray[np.int64], facts: pa.Table, vectors: dict[bool, Tensor]) -> _Chunk:
         coarse = vectors
         if self._half:
             coarse = {base: part.to(self._device, torch.float16) for base, part in vectors.items()}
@@ -267,13 +262,3 @@ class ExactIndex:
                 for base in (False, True)
             },
         )
-
-
-def _among(stamps: npt.NDArray[np.void], others: npt.NDArray[np.void]) -> Mask:
-    """Return a mask of the stamps that are in `others`; each row occurs at most once in either array."""
-    if not len(others):
-        return np.zeros(len(stamps), dtype=bool)
-    order = np.argsort(others["row"])
-    place = np.searchsorted(others["row"], stamps["row"], sorter=order)
-    same: Mask = others[order[np.minimum(place, len(others) - 1)]] == stamps
-    return same

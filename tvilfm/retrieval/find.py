@@ -35,7 +35,7 @@ from tvilfm.models.ensemble import ensemble_query
 from tvilfm.models.opening import OpenedModel, model_fingerprint
 from tvilfm.models.similarity import similarity
 from tvilfm.retrieval.query import query_parts
-from tvilfm.retrieval.spaces import gallery_vectors
+from tvilfm.retrieval.spaces import Heads
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 SYSTEM_NAMES = ("Thumbs.db", ".DS_Store", "__MACOSX", "@eaDir")  # files and folders
@@ -175,7 +175,7 @@ def folder_features(
     waiting: dict[str, Vectors] = {}
     done = 0
     for keys, pixels in _decoded(folder, list(missing.items()), opened.height, opened.width):
-        spaces = gallery_vectors(_on_device(opened), encode_pixels(_on_device(opened), pixels, "visible"))
+        spaces = Heads.of(_on_device(opened)).vectors(encode_pixels(_on_device(opened), pixels, "visible"))
         waiting |= dict(zip(keys, np.hstack([spaces["vector"], spaces["vector_base"]]), strict=True))
         done += len(keys)
         if len(waiting) >= SAVED:

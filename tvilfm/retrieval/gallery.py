@@ -1,165 +1,158 @@
-"""The gallery: images of people from visible cameras, stored in a crash-safe Lance table.
+"""The gallery: images of people from visible cameras, stored in PostgreSQL with pgvector.
 
-A gallery is a folder or an object store prefix. It holds one table per model, named after the model's space, and a
-small file `current` that names the table in use. Vectors of different models cannot be compared, so a new model needs
-a new table. The new table is filled beside the old one, and `publish` switches to it with one rename.
+A database holds one gallery per model, because vectors of different models cannot be compared; one of them is in use.
+A row has the raw feature of its image in float32, from which both vectors follow, and both vectors in half precision
+for the index. A row that a client wrote as vectors has these in float32 instead.
 
-Every write is one Lance commit: it creates a new version, which readers see completely or not at all. Lance does not
-flush files to disk. So on a local disk this module flushes the data, then commits, then flushes the commit, and only
-then returns. A table has one writer. On a local disk a lock enforces this. On an object store nothing enforces it, but
-two writers cannot create duplicate rows.
-
-A row has two vectors because the evaluation compares in two spaces: infrared alone through the base stage's head, and
-queries with text through the current head. Raw features would take half the space, but Lance can only index vectors as
-they are compared, and a reader would need the model's weights to use raw features.
+Readers keep a copy in memory and follow the database. Each row notes the transaction that wrote it, and triggers note
+which rows were replaced or deleted. `changes` compares these transactions with the reader's last snapshot, so a
+transaction that commits late is not missed.
 
 Shapes: N rows, D feature.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import closing
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
-from io import BytesIO
-from pathlib import Path
-from typing import IO
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
-import lance
 import numpy as np
 import numpy.typing as npt
+import psycopg
 import pyarrow as pa
-import pyarrow.compute as pc
-from lance.dataset import MergeInsertBuilder
-from lance.file import LanceFileSession
-from lance.optimize import Compaction, CompactionOptions
+from pgvector import HalfVector
+from psycopg import sql
 
-from tvilfm.place import Place, lock, write_whole
-from tvilfm.retrieval.rows import OPTIONAL, SPACE_KEY, TIME, Where, column_of, row_schema, table_schema, vectors_of
-from tvilfm.terms import MAX_ID, is_id
+from tvilfm.config import GallerySection
+from tvilfm.retrieval.database import Connection, Database
+from tvilfm.retrieval.hnsw import build_indexes, unindexed
+from tvilfm.retrieval.records import INCOMING, INCOMING_TYPES, READ, condition_of, records_of, table_of
+from tvilfm.retrieval.rows import Where, checked, row_schema
+from tvilfm.retrieval.spaces import Heads
+from tvilfm.retrieval.store import Change, Changes, Snapshot
+from tvilfm.terms import SearchKind
 
-POINTER = "current"
-UNIT_TOLERANCE = 1e-3
-ALL_INDICES = 1 << 20  # more parts than an index ever has, so that all are merged
-# Each write adds a fragment. With this many fragments, a lookup by id takes several times as long as with one.
-SMALL_FRAGMENTS, SMALL_ROWS = 128, 1024
-DATED_ROWS = 4096  # rows per write in `date_undated`
-METRIC = "cosine"  # of the index; the vectors are unit, so cosine ranks like the similarity
+FETCHED, LOOKED_UP = 2_000, 10_000  # rows and ids per round trip
+KEPT_REMOVED = timedelta(days=1)  # how long stamps of removed rows are kept; a reader that was away longer starts over
+MAX_EF = 1000  # of pgvector
+FEW_ROWS = 10_000  # so many rows that match a filter are compared without the index
+MERGE = """
+    INSERT INTO image (gallery, id, position, pid, camid, time, image, thumbnail, raw, given, current, base)
+    SELECT %(gallery)s, id, coalesce(position, %(first)s + number), pid, camid, time, image, thumbnail, raw, given,
+        current, base
+    FROM incoming ORDER BY id -- all writes lock rows in this order, so none waits for another in a circle
+    ON CONFLICT (gallery, id) DO UPDATE SET
+        position = excluded.position, pid = excluded.pid, camid = excluded.camid, time = excluded.time,
+        image = excluded.image, thumbnail = excluded.thumbnail, raw = excluded.raw, given = excluded.given,
+        current = excluded.current, base = excluded.base, added = now()
+"""
+CHANGED = """
+    gallery = %(gallery)s AND written >= %(low)s::text::xid8
+    AND NOT pg_visible_in_snapshot(written, %(seen)s::pg_snapshot)
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class GalleryVersion:
-    """Number and time of one write."""
+class Description:
+    """Facts about a gallery.
 
-    number: int
-    time: datetime
+    Attributes:
+        rows: number of rows.
+        cameras: camera -> number of rows.
+        months: month (YYYY-MM) in which the images were taken -> number of rows; None = unknown.
+        oldest: time of the oldest image.
+        bytes: size on disk, indexes included.
+        indexed: whether both vectors have an index.
+        in_use: whether this is the database's gallery in use.
+    """
 
-
-class GalleryLocked(ValueError):
-    """Another writer holds the lock of the table."""
+    rows: int
+    cameras: dict[int, int]
+    months: dict[str | None, int]
+    oldest: datetime | None
+    bytes: int
+    indexed: bool
+    in_use: bool
 
 
 class Gallery:
-    """One version of one table of a gallery. Create it with `open` or `prepare`."""
+    """The gallery of one model in a PostgreSQL database. Create it with `open` or `prepare`.
 
-    def __init__(
-        self, uri: str, dataset: lance.LanceDataset, *, writes: bool, follows: bool, pinned: bool = False
-    ) -> None:
-        self.uri, self.dataset = uri, dataset
-        self._writes, self._follows, self._pinned = writes, follows, pinned
-        if writes:
-            self._lock = _lock(uri, self.space_id)
-            self._disk = _Disk(self.table_uri)
-            self.reload()  # another writer may have committed between opening and locking
+    It implements `store.GalleryStore`.
+
+    Args:
+        database: the database.
+        section: settings of the index.
+        facts: row of the table `gallery`.
+    """
+
+    def __init__(self, database: Database, section: GallerySection, facts: _Row) -> None:
+        self.database, self._section = database, section
+        self.number, self.space_id, self.dim = facts.number, facts.space, facts.dim
+        self.encoder, self.heads = facts.encoder, facts.heads
+        self._schema = row_schema(self.dim, facts.width)
 
     @classmethod
-    def open(cls, uri: str, *, write: bool = False, space_id: str | None = None) -> Gallery:
-        """Open the table in use or the table of one model.
+    def open(cls, url: str, *, section: GallerySection | None = None, space_id: str | None = None) -> Gallery:
+        """Open the gallery in use or the gallery of one model.
 
         Args:
-            uri: folder or object store prefix. The environment provides the endpoint and credentials of a store.
-            write: open as the table's only writer. A reader picks up new versions with `refresh`.
-            space_id: space of the table to open, in use or not. None = the table in use; a reader then switches to
-                another table when that is published.
+            url: `postgresql://...`, or a folder with an embedded server.
+            section: settings of the index.
+            space_id: space of the gallery to open, in use or not; None = the gallery in use.
 
         Raises:
-            ValueError: the gallery or its table of that space does not exist, or `write` is set and the table has
-                another writer.
+            ValueError: the database or its gallery of that space does not exist.
         """
-        uri = Place(uri).absolute
-        current = _current(uri)
-        if current is None:
+        database = Database.open(url)
+        rows = database.run(_galleries)
+        match = [row for row in rows if (row.in_use if space_id is None else row.space == space_id)]
+        if not match:
+            spaces = ", ".join(row.space for row in rows)
+            if spaces and space_id:
+                raise ValueError(
+                    f"gallery.url: expected vectors of {space_id} in {url}, got those of {spaces}. Index the images "
+                    "again under this model with tvilfm index, or serve the run that created the gallery."
+                )
             raise ValueError(
-                f"gallery.uri: expected a gallery, got {uri}, which has none. Create one with tvilfm index."
+                f"gallery.url: expected a gallery, got {url}, which has none. Create one with tvilfm index."
             )
-        try:
-            dataset = lance.dataset(_table_uri(uri, space_id or current))
-        except ValueError:
-            raise ValueError(
-                f"gallery.uri: expected vectors of {space_id} in {uri}, got those of {current}. "
-                "Index the images again under this model with tvilfm index, or serve the run that created the gallery."
-            ) from None
-        return cls(uri, dataset, writes=write, follows=not write, pinned=space_id is not None)
+        return cls(database, section or GallerySection(), match[0])
 
     @classmethod
-    def prepare(cls, uri: str, *, space_id: str, dim: int) -> Gallery:
-        """Open the table of one space for writing; create an empty one if it is missing. `publish` puts it in use.
+    def prepare(
+        cls, url: str, *, space_id: str, heads: Heads, encoder: str, section: GallerySection | None = None
+    ) -> Gallery:
+        """Open the gallery of one model; create an empty one if it is missing. `publish` puts it in use.
 
         Args:
-            uri: as in `open`.
-            space_id: space of the vectors that the table will hold; see `retrieval.spaces`.
-            dim: D.
-
-        Raises:
-            ValueError: the table has another writer, or its vectors have another dimension.
+            url: as in `open`.
+            space_id: space of the vectors; see `spaces.space_id`.
+            heads: the model's heads.
+            encoder: hash of the weights that compute raw features.
+            section: settings of the index.
         """
-        uri = Place(uri).absolute
-        table = _table_uri(uri, space_id)
-        try:
-            dataset = lance.dataset(table)
-        except ValueError:  # the table does not exist
-            schema = table_schema(dim, space_id)
-            # Stable row ids survive updates and compaction, so a reader can tell which rows it has not loaded yet.
-            dataset = lance.write_dataset(schema.empty_table(), table, schema=schema, enable_stable_row_ids=True)
-        gallery = cls(uri, dataset, writes=True, follows=False)
-        if gallery.dim != dim:
-            raise ValueError(f"gallery.uri: expected vectors of dimension {dim} in {table}, got {gallery.dim}.")
-        return gallery
+        database = Database.open(url)
+        row = database.run(lambda connection: _create(connection, space_id, heads, encoder))
+        return cls(database, section or GallerySection(), row)
 
     @property
-    def space_id(self) -> str:
-        space: bytes = self.dataset.schema.metadata[SPACE_KEY]
-        return space.decode()
-
-    @property
-    def dim(self) -> int:
-        dim: int = self.dataset.schema.field("vector").type.list_size
-        return dim
-
-    @property
-    def version(self) -> int:
-        return self.dataset.version
-
-    @property
-    def table_uri(self) -> str:
-        return _table_uri(self.uri, self.space_id)
-
-    @property
-    def in_use(self) -> bool:
-        """Whether this is the gallery's table in use."""
-        return _current(self.uri) == self.space_id
+    def url(self) -> str:
+        return self.database.url
 
     def __len__(self) -> int:
-        return int(self.dataset.count_rows())
+        return self.count()
 
     def check_space(self, space_id: str) -> None:
-        """Check that vectors are from this table's space.
+        """Check that vectors are from this gallery's space.
 
         Raises:
-            ValueError: `space_id` is not this table's space.
+            ValueError: `space_id` is not this gallery's space.
         """
         if space_id != self.space_id:
             raise ValueError(
@@ -167,374 +160,439 @@ class Gallery:
                 "Index the gallery again under the new model, or use the model that created the gallery."
             )
 
-    def upsert(self, rows: pa.Table, *, space_id: str) -> int:
-        """Write all rows or none of them; a row with an existing id replaces the old row.
+    # Writes
+
+    def upsert(
+        self, rows: pa.Table, *, space_id: str, by: str | None = None, position: npt.NDArray[np.int64] | None = None
+    ) -> Change:
+        """Write all rows of `rows.row_schema` or none; a row with an existing id replaces the old row.
 
         Args:
-            rows: columns of `row_schema`, each id once.
-            space_id: space of the vectors.
-
-        Returns:
-            The version that holds the rows. It is on disk when this returns.
+            rows: the rows.
+            space_id: space of the vectors, or of the model whose raw features these are.
+            by: name of the API key for the audit trail.
+            position: order of equal scores; None = the order of writing.
 
         Raises:
-            ValueError: the vectors are from another space, a column is missing or has another type, an id is empty, too
-                long or given twice, a vector is not a unit vector, or the gallery is not open for writing.
-            OSError: another writer of an object store committed the same row at the same time; nothing was written.
+            ValueError: a row is not as `rows.checked` expects it, or the vectors are from another space.
         """
-        self._check_writer()
         self.check_space(space_id)
-        rows = self._checked(rows)
-        if rows.num_rows:
-            position = self._next_position + np.arange(rows.num_rows)
-            table = rows.append_column(self.dataset.schema.field("position"), pa.array(position))
-            self._apply(lambda merge: merge.when_matched_update_all().when_not_matched_insert_all(), table)
-            self._next_position += rows.num_rows
-        return self.version
+        rows = checked(rows, self._schema)
+        records = records_of(rows, self.heads, position)
 
-    def delete(self, ids: Sequence[str]) -> int:
-        """Delete rows by id, all in one version; earlier versions keep them until `compact`.
+        def write(connection: Connection) -> int:
+            connection.execute(INCOMING)
+            with connection.cursor() as cursor, cursor.copy("COPY incoming FROM STDIN (FORMAT BINARY)") as copy:
+                copy.set_types(INCOMING_TYPES)
+                for record in records:
+                    copy.write_row(record)
+            first = _reserve(connection, rows.num_rows) if position is None else 0
+            return connection.execute(MERGE, {"gallery": self.number, "first": first}).rowcount
 
-        Returns:
-            The number of deleted rows.
-        """
-        self._check_writer()
-        keys = pa.table({"id": pa.array(list(dict.fromkeys(ids)), pa.string())})
-        return self._apply(lambda merge: merge.when_matched_delete(), keys)["num_deleted_rows"]
+        return self._change("upsert", write, by=by, ids=rows["id"].to_pylist())
 
-    def delete_person(self, pid: int) -> int:
-        """Delete every row of an identity and return their number. `compact` removes them from disk."""
-        return self._delete_where(pc.field("pid") == pid)
+    def delete(self, ids: Sequence[str], *, by: str | None = None) -> Change:
+        """Delete rows by id; missing ids are ignored."""
+        return self._delete("delete", "id = ANY(%(ids)s)", {"ids": list(ids)}, by=by, ids=list(ids))
 
-    def delete_before(self, time: datetime) -> int:
-        """Delete every row whose image was taken before an aware time; rows without a time stay (see `date_undated`).
+    def delete_person(self, pid: int, *, by: str | None = None) -> Change:
+        """Delete every row of an identity."""
+        return self._delete("delete person", "pid = %(pid)s", {"pid": pid}, by=by, pid=pid)
 
-        Returns:
-            The number of deleted rows.
-        """
-        return self._delete_where(pc.field("time") < pa.scalar(time, TIME))
+    def delete_camera(self, camid: int, *, by: str | None = None) -> Change:
+        """Delete every row of a camera."""
+        return self._delete("delete camera", "camid = %(camid)s", {"camid": camid}, by=by, camid=camid)
 
-    def date_undated(self, time: datetime) -> int:
-        """Set an aware time for every row that has none, and return the number of these rows."""
-        self._check_writer()
-        count = 0
-        undated = self.dataset.scanner(columns=["id"], filter=pc.field("time").is_null()).to_table()
-        for batch in undated.to_batches(max_chunksize=DATED_ROWS):
-            times = pa.array([time] * batch.num_rows, TIME)
-            dated = pa.table({"id": batch["id"], "time": times})
-            count += self._apply(lambda merge: merge.when_matched_update_all(), dated)["num_updated_rows"]
-        if count:
-            self.update_index()  # rewritten rows are no longer in the index
-        return count
+    def delete_before(self, time: datetime, *, by: str | None = None) -> Change:
+        """Delete every row whose image was taken, or if that is unknown was added, before an aware time."""
+        return self._delete("retention", "coalesce(time, added) < %(before)s", {"before": time}, by=by)
 
-    def _delete_where(self, rows: pc.Expression) -> int:
-        return self.delete(self.dataset.scanner(columns=["id"], filter=rows).to_table()["id"].to_pylist())
+    def expire(self, *, rows_days: int | None, audit_days: int | None) -> None:
+        """Delete rows and audit entries that are older than allowed (None = no limit), and stamps of removed rows."""
+        now = datetime.now(UTC)
+        if rows_days is not None:
+            self.delete_before(now - timedelta(days=rows_days))
 
-    def versions(self) -> list[GalleryVersion]:
-        """Return the versions that can be restored, oldest first."""
-        return [
-            GalleryVersion(number=int(version["version"]), time=version["timestamp"].astimezone())  # type: ignore[union-attr]
-            for version in self.dataset.versions()
-        ]
+        def forget(connection: Connection) -> None:
+            connection.execute("DELETE FROM removed WHERE time < %s", (now - KEPT_REMOVED,))
+            if audit_days is not None:
+                connection.execute("DELETE FROM audit WHERE time < %s", (now - timedelta(days=audit_days),))
 
-    def at(self, version: int) -> Gallery:
-        """Return an earlier version of the table, for reading.
+        self.database.run(forget)
 
-        Raises:
-            ValueError: the version does not exist or was removed.
-        """
-        known = [one.number for one in self.versions()]
-        if version not in known:
-            raise ValueError(f"version: expected one of the kept versions {known[0]} to {known[-1]}, got {version}.")
-        return Gallery(self.uri, self.dataset.checkout_version(version), writes=False, follows=False)
+    def note(self, action: str, entries: Sequence[tuple[int, Sequence[str]]], *, by: str | None) -> None:
+        """Add entries to the audit trail: gallery version and ids of hits."""
 
-    def restore(self, version: int) -> int:
-        """Create a new version that equals an old one. This also brings back rows that were deleted since then."""
-        self._check_writer()
-        self.at(version).dataset.restore()  # type: ignore[no-untyped-call]
-        self.reload()
-        return self.version
+        def write(connection: Connection) -> None:
+            connection.execute("SET LOCAL synchronous_commit = off")  # a crash of the server may lose the last second
+            for version, ids in entries:
+                _note(connection, action, by, version, ids, {})
 
-    def refresh(self) -> bool:
-        """Switch to the latest version, and return whether anything has changed."""
-        assert self._follows, "only a reader of the latest version can refresh"
-        space_id = self.space_id if self._pinned else _current(self.uri)
-        assert space_id is not None, "the gallery was deleted while it was open"
-        before, version = self.space_id, self.version
-        if space_id == before:
-            self.dataset = _latest(self.dataset)
-        else:
-            self.dataset = lance.dataset(_table_uri(self.uri, space_id))
-        return (space_id, self.version) != (before, version)
-
-    def reload(self) -> None:
-        """Load and flush to disk what other jobs of this writer have committed."""
-        self._check_writer()
-        self.dataset = _latest(self.dataset)
-        self._disk.flush()
-        self._next_position = self._first_free_position()
+        self.database.run(write)
 
     def publish(self) -> None:
-        """Put this table in use. The switch is atomic; readers get the table at their next refresh."""
-        self._check_writer()
-        _point(self.uri, self.space_id)
+        """Put this gallery in use."""
 
-    @property
-    def indexed(self) -> bool:
-        """Whether the vectors of both spaces have an index."""
-        return not self.unindexed_columns()
+        def switch(connection: Connection) -> None:
+            connection.execute("UPDATE gallery SET in_use = false WHERE in_use AND number <> %s", (self.number,))
+            connection.execute("UPDATE gallery SET in_use = true WHERE number = %s", (self.number,))
 
-    def unindexed_columns(self) -> list[str]:
-        """Return the vector columns that have no index."""
-        indexed = {name for index in self.dataset.describe_indices() for name in index.field_names}
-        return [name for name in map(column_of, (False, True)) if name not in indexed]
+        self.database.run(switch)
 
-    def update_index(self) -> None:
-        """Add new rows to the index, if there is one, and drop deleted rows. Until then, new rows are scanned."""
-        self._check_writer()
-        if self.dataset.describe_indices():
-            self.dataset.optimize.optimize_indices(num_indices_to_merge=ALL_INDICES)
-            self.reload()
-
-    def close(self) -> None:
-        """Stop writing and release the writer lock. The lock of a killed process is released automatically."""
-        self._check_writer()
-        self._lock.close()
-        self._writes = False
-
-    def compact(self) -> None:
-        """Run `clean` on this table and drop the tables of other models, so that no file keeps a deleted row.
-
-        A table of another model may have an active writer. On a local disk, the writer's lock shows this. An object
-        store has no locks, so no table is dropped there: an operator has to remove it once nobody writes to it.
+    def drop(self) -> None:
+        """Remove this gallery with all its rows.
 
         Raises:
-            ValueError: this table is not in use, a table of another model has a writer, or an object store has a table
-                of another model. Nothing was changed, except that unused tables of other models may be gone.
+            ValueError: it is in use.
         """
-        self._check_writer()
-        self._check_in_use()
-        for space_id in sorted(self._spaces() - {self.space_id}):
-            table = _table_uri(self.uri, space_id)
-            if Place(self.uri).is_uri:
+
+        def remove(connection: Connection) -> None:
+            query = "DELETE FROM gallery WHERE number = %s AND NOT in_use"
+            if not connection.execute(query, (self.number,)).rowcount:
                 raise ValueError(
-                    f"gallery: expected no table of another model on an object store, got {table}. Remove it with all "
-                    "its files once no tvilfm index writes to it, then compact again."
+                    f"gallery: expected one that is not in use, got {self.space_id}. Publish another first."
                 )
-            with closing(_lock(self.uri, space_id)):
-                self._check_in_use()  # its writer may have published it before releasing the lock
-                lance.LanceDataset.drop(table)
-        self.clean()
+            connection.execute(sql.SQL("DROP TABLE {}").format(sql.Identifier(self._table)))
+            connection.execute("DELETE FROM removed WHERE gallery = %s", (self.number,))
 
-    def clean(self) -> None:
-        """Merge small fragments and remove deleted rows from every file of this table.
+        self.database.run(remove)
 
-        This removes all earlier versions; readers of these have to refresh. On a local disk it also removes what killed
-        writes left behind. On an object store such files may belong to a running write of another process, so they are
-        only removed after seven days.
-        """
-        self._check_writer()
-        self._merge({"materialize_deletions_threshold": 0.0})
-        self.update_index()
-        self.dataset.cleanup_old_versions(retain_versions=1, delete_unverified=not Place(self.uri).is_uri)
+    def reserve(self, count: int) -> int:
+        """Return the first of `count` positions that later rows come after."""
+        return self.database.run(lambda connection: _reserve(connection, count))
+
+    # Reads
 
     def picture(self, id: str) -> tuple[str | None, bytes | None] | None:
-        """Return a row's image reference and thumbnail (each None if missing), or None if the row does not exist.
+        """Return a row's image reference and thumbnail (each None if missing), or None if the row does not exist."""
+        query = "SELECT image, thumbnail FROM image WHERE gallery = %s AND id = %s"
+        return self.database.run(lambda connection: connection.execute(query, (self.number, id)).fetchone())
 
-        This reads the latest version, so that an outdated reader does not show a deleted image.
-        """
-        table = _latest(self.dataset).scanner(columns=["image", "thumbnail"], filter=pc.field("id") == id).to_table()
-        for row in table.to_pylist():
-            return row["image"], row["thumbnail"]
-        return None
+    def contains(self, ids: Sequence[str]) -> npt.NDArray[np.bool_]:
+        """Return for each id whether a row has it."""
+        query = "SELECT id FROM image WHERE gallery = %s AND id = ANY(%s)"
 
-    def snapshot(self) -> Gallery:
-        """Return a reader of this version that later calls of `refresh` do not change."""
-        return Gallery(self.uri, self.dataset, writes=False, follows=False)
+        def read(connection: Connection) -> npt.NDArray[np.bool_]:
+            existing: set[str] = set()
+            for start in range(0, len(ids), LOOKED_UP):
+                some = list(ids[start : start + LOOKED_UP])
+                existing |= {id for (id,) in connection.execute(query, (self.number, some))}
+            return np.array([id in existing for id in ids], dtype=bool)
 
-    def nearest(
-        self, vector_D: npt.NDArray[np.float32], columns: Sequence[str], *, base: bool, k: int, where: Where, **how: int
-    ) -> pa.Table:
-        """Return approximately the k most similar rows, unordered; uses the index if there is one.
+        return self.database.run(read)
 
-        Args:
-            vector_D: float32, not necessarily unit.
-            columns: columns to return; the vector column is added.
-            base: whether the base stage's vectors are compared.
-            k: number of rows; fewer are returned if fewer match the filter.
-            where: filter on the rows.
-            how: `minimum_nprobes`: partitions of the index to read, more if too few of their rows match the filter.
-                `refine_factor`: k times this many candidates are re-scored with their full vectors.
-        """
-        column = column_of(base)
-        nearest = {"column": column, "q": vector_D, "k": k, "metric": METRIC, **how}
-        scanner = self.dataset.scanner(
-            columns=[*columns, column, "_distance"], nearest=nearest, prefilter=True, filter=where.expression()
-        )
-        return scanner.to_table().drop_columns(["_distance"])
+    def snapshot(self) -> Snapshot:
+        """Return what is committed now."""
+        return self.database.run(_snapshot)
 
-    def stamps(self) -> npt.NDArray[np.void]:
-        """Return each row's stamp in table order: `row` is its stable id, `version` the version of its last write.
+    def changes(self, since: Snapshot | None) -> Changes:
+        """Return what was committed since a snapshot; None = all rows."""
 
-        The content of a stamp never changes, so a reader only has to load rows with new stamps. The call scans two
-        integers per row.
-        """
-        table = self.dataset.scanner(columns=["_rowid", "_row_last_updated_at_version"]).to_table()
-        stamps = np.empty(table.num_rows, dtype=[("row", np.uint64), ("version", np.uint64)])
-        stamps["row"], stamps["version"] = (column.to_numpy() for column in table.columns)
-        return stamps
-
-    def load(self, offsets: npt.NDArray[np.int64] | None, columns: Sequence[str]) -> pa.Table:
-        """Return columns of all rows, or of the rows at `offsets` (indices into `stamps`), in that order."""
-        if offsets is None:
-            return self.dataset.scanner(columns=list(columns)).to_table()
-        return self.dataset.take(offsets.tolist(), columns=list(columns))
-
-    def _first_free_position(self) -> int:
-        last = pc.max(self.dataset.scanner(columns=["position"]).to_table()["position"]).as_py()
-        return 0 if last is None else last + 1
-
-    def _apply(self, actions: Callable[[MergeInsertBuilder], MergeInsertBuilder], rows: pa.Table) -> dict[str, int]:
-        """Join rows with the table by id and commit. Return the numbers of inserted, updated and deleted rows."""
-        if Place(self.uri).is_uri:
-            # Use the latest version and do not retry: of two writers that change a row at once, one must fail.
-            dataset = lance.dataset(self.table_uri)
-            counts: dict[str, int] = actions(dataset.merge_insert("id")).conflict_retries(0).execute(rows)
-            self.dataset = dataset
-        else:
-            transaction, counts = actions(self.dataset.merge_insert("id")).execute_uncommitted(rows)
-            if any(counts.values()):
-                self._disk.flush()
-                self.dataset = lance.LanceDataset.commit(self.dataset, transaction)
-                self._disk.flush()
-        if len(self.dataset.get_fragments()) % SMALL_FRAGMENTS == 0:
-            self._merge({"target_rows_per_fragment": SMALL_ROWS, "materialize_deletions": False})
-        return counts
-
-    def _merge(self, options: CompactionOptions) -> None:
-        """Merge small fragments; the rows do not change."""
-        plan = Compaction.plan(self.dataset, options)
-        results = [task.execute(self.dataset) for task in plan.tasks]
-        if results:
-            self._disk.flush()
-            Compaction.commit(self.dataset, results)
-            self._disk.flush()
-
-    def _spaces(self) -> set[str]:
-        """Return the spaces that the gallery has a table of."""
-        folders = [Path(prefix).name for prefix in LanceFileSession(self.uri).list_with_delimiter().common_prefixes]
-        return {name.removesuffix(".lance") for name in folders if name.endswith(".lance")}
-
-    def _check_in_use(self) -> None:
-        if not self.in_use:
-            raise ValueError(
-                f"gallery: expected the table in use to compact, got that of {self.space_id} while "
-                f"{_current(self.uri)} is in use. Serve the run that the gallery was last indexed with, and compact it "
-                "there."
+        def read(connection: Connection) -> Changes:
+            connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+            snapshot, where = _snapshot(connection), sql.SQL("gallery = %(gallery)s")
+            values: dict[str, Any] = {"gallery": self.number}
+            removed: list[tuple[int]] = []
+            is_complete = since is None or snapshot.version < since.version  # the database was restored from a backup
+            if since is not None and not is_complete:
+                where = sql.SQL(CHANGED)
+                values |= {"low": str(since.oldest_running), "seen": since.text}
+                removed = connection.execute(
+                    sql.SQL("SELECT stamp FROM removed WHERE {}").format(where), values
+                ).fetchall()
+            return Changes(
+                snapshot=snapshot,
+                rows=self._fetch(connection, where, values, pages=True),
+                removed=np.array([stamp for (stamp,) in removed], dtype=np.int64),
+                complete=is_complete,
             )
 
-    def _check_writer(self) -> None:
-        if not self._writes:
-            raise ValueError("gallery: expected one opened for writing, got a reader. Pass write=True to Gallery.open.")
+        return self.database.run(read)
 
-    def _checked(self, rows: pa.Table) -> pa.Table:
-        schema = row_schema(self.dim)
-        for field in schema:
-            if field.name not in rows.column_names:
-                if field.name not in OPTIONAL:
-                    raise ValueError(f"rows: expected a column {field.name}, got {rows.column_names}.")
-                rows = rows.append_column(field, pa.nulls(rows.num_rows, field.type))
-        try:
-            rows = rows.select(schema.names).cast(schema)
-        except (pa.ArrowException, ValueError) as error:
-            raise ValueError(f"rows: expected the columns of row_schema({self.dim}), got an error: {error}.") from None
-        ids = rows["id"].to_pylist()
-        for id in ids:
-            if not is_id(id):
-                raise ValueError(f"rows.id: expected 1 to {MAX_ID} printable characters, got {id[:MAX_ID]!r}.")
-        if len(set(ids)) < len(ids):
-            twice = next(id for id in ids if ids.count(id) > 1)
-            raise ValueError(f"rows.id: expected each id once, got {twice!r} twice. Send only the last one.")
-        for name in ("vector", "vector_base"):
-            length_N = np.linalg.norm(vectors_of(rows[name]), axis=1)
-            wrong = np.flatnonzero(~(np.abs(length_N - 1) <= UNIT_TOLERANCE))  # NaN is wrong too
-            if len(wrong):
-                raise ValueError(
-                    f"rows.{name}: expected unit vectors, got one of length {length_N[wrong[0]]:g} for "
-                    f"{ids[wrong[0]]!r}. Divide it by its length."
-                )
-        return rows
+    def nearest(self, vector_D: npt.NDArray[np.float32], *, base: bool, count: int, where: Where) -> pa.Table:
+        """Return about the `count` rows most similar to a vector, unordered; see `store.GalleryStore.nearest`."""
+        column = sql.Identifier("base" if base else "current")
+        wanted = count * self._section.refine
+        condition, values = condition_of(where)
+        values |= {"gallery": self.number, "vector": HalfVector(vector_D / np.linalg.norm(vector_D)), "count": wanted}
+        condition = sql.SQL("gallery = %(gallery)s AND {}").format(condition)
+
+        def read(connection: Connection) -> pa.Table:
+            # The index reads only so many rows that do not match, so it is no help with a filter that few rows match.
+            few = where != Where() and self._count(connection, condition, values, FEW_ROWS + 1) <= FEW_ROWS
+            rows = None if few else self._by_index(connection, column, condition, values, wanted)
+            if rows is None or rows.num_rows < count:
+                rows = self._by_scan(connection, column, condition, values)
+            return rows
+
+        return self.database.run(read)
+
+    def tables(self) -> Iterator[pa.Table]:
+        """Yield the columns `rows.STORED` of all rows, in their order, `FETCHED` rows at a time."""
+        for rows in self._pages(READ):
+            yield table_of(rows, self.heads)
+
+    @property
+    def exported(self) -> pa.Schema:
+        """Columns of `batches`: those of `rows.row_schema`, and `position`."""
+        return self._schema.append(pa.field("position", pa.int64(), nullable=False))
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """Yield all rows as they were written, in their order, `FETCHED` rows at a time."""
+        names = ("id", "raw", "given", "pid", "camid", "time", "image", "thumbnail", "position")
+        for rows in self._pages(names):
+            columns = dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+            given = [None if one is None else one.to_numpy() for one in columns.pop("given")]
+            columns["raw"] = [None if one is None else one.to_numpy() for one in columns["raw"]]
+            columns["vector"] = [None if one is None else one[: self.dim] for one in given]
+            columns["vector_base"] = [None if one is None else one[self.dim :] for one in given]
+            arrays = [pa.array(columns[field.name], field.type) for field in self.exported]
+            yield pa.RecordBatch.from_arrays(arrays, schema=self.exported)
+
+    def _pages(self, names: Sequence[str]) -> Iterator[list[tuple[Any, ...]]]:
+        """Yield columns of all rows, page by page, so that a lost connection costs one page."""
+        query = sql.SQL(
+            "SELECT {} FROM image WHERE gallery = %s AND (position, id) > (%s, %s) ORDER BY position, id LIMIT %s"
+        ).format(sql.SQL(", ").join(map(sql.Identifier, (*names, "position", "id"))))
+        after: tuple[int, str] = (-1, "")
+        while True:
+            values = (self.number, *after, FETCHED)
+
+            def read(connection: Connection, values: Any = values) -> list[tuple[Any, ...]]:
+                with connection.cursor(binary=True) as cursor:
+                    return cursor.execute(query, values).fetchall()
+
+            rows = self.database.run(read)
+            if not rows:
+                return
+            after = rows[-1][-2:]
+            yield [row[:-2] for row in rows]
+
+    def wait(self, seconds: float) -> Iterator[None]:
+        """Yield after each change, and at the latest after the given time."""
+        while True:
+            with suppress(psycopg.OperationalError), self.database.session() as connection:
+                connection.execute("LISTEN gallery")
+                yield  # what came before
+                while True:
+                    list(connection.notifies(timeout=seconds, stop_after=1))
+                    yield
+            time.sleep(min(seconds, 1.0))
+
+    def count(self, limit: int | None = None) -> int:
+        """Return the number of rows, or `limit` if there are more."""
+        condition, values = sql.SQL("gallery = %(gallery)s"), {"gallery": self.number}
+        return self.database.run(lambda connection: self._count(connection, condition, values, limit))
+
+    @property
+    def in_use(self) -> bool:
+        """Whether this is the database's gallery in use."""
+        return any(row.in_use and row.number == self.number for row in self.database.run(_galleries))
+
+    @property
+    def kind(self) -> SearchKind:
+        """How rows are searched in the database: with an index, or by reading every row."""
+        return "index" if not self.unindexed() else "scan"
+
+    def cameras(self) -> list[int]:
+        """Return the cameras that have rows."""
+        # One step of the index per camera, instead of one per row.
+        query = """
+            WITH RECURSIVE known AS (
+                (SELECT camid FROM image WHERE gallery = %(gallery)s ORDER BY camid LIMIT 1)
+                UNION ALL
+                SELECT (SELECT camid FROM image WHERE gallery = %(gallery)s AND camid > known.camid
+                    ORDER BY camid LIMIT 1) FROM known WHERE known.camid IS NOT NULL
+            ) SELECT camid FROM known WHERE camid IS NOT NULL
+        """
+        values = {"gallery": self.number}
+        return [
+            camid for (camid,) in self.database.run(lambda connection: connection.execute(query, values).fetchall())
+        ]
+
+    def describe(self) -> Description:
+        """Return facts about the rows; this reads an entry per row."""
+
+        def read(connection: Connection) -> Description:
+            def rows(query: str) -> list[tuple[Any, ...]]:
+                return connection.execute(query.encode(), {"gallery": self.number}).fetchall()
+
+            cameras = dict(rows("SELECT camid, count(*) FROM image WHERE gallery = %(gallery)s GROUP BY 1 ORDER BY 1"))
+            months = rows(
+                "SELECT to_char(time AT TIME ZONE 'UTC', 'YYYY-MM') AS month, count(*) FROM image "
+                "WHERE gallery = %(gallery)s GROUP BY 1 ORDER BY 1"
+            )
+            ((oldest,),) = rows("SELECT min(time) FROM image WHERE gallery = %(gallery)s")
+            ((size,),) = rows(f"SELECT pg_total_relation_size('{self._table}')")
+            return Description(
+                rows=sum(cameras.values()),
+                cameras=cameras,
+                months=dict(months),
+                oldest=oldest,
+                bytes=size,
+                indexed=not self.unindexed(),
+                in_use=self.in_use,
+            )
+
+        return self.database.run(read)
+
+    # The index
+
+    def unindexed(self) -> list[str]:
+        """Return the vector columns that have no index."""
+        return unindexed(self.database, self._table)
+
+    def build_index(
+        self, *, workers: int, again: bool = False, on_progress: Callable[[float], None] | None = None
+    ) -> None:
+        """Build the HNSW indexes that are missing. Rows that are written later are indexed at once.
+
+        Args:
+            workers: parallel workers of the server.
+            again: build existing indexes again, with the current settings.
+            on_progress: called with the share of rows that are done.
+
+        Raises:
+            ValueError: the vectors are too long for an index.
+        """
+        build_indexes(
+            self.database,
+            self._table,
+            self.dim,
+            self._section,
+            workers=workers,
+            again=again,
+            on_progress=on_progress,
+        )
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.database.close()
+
+    # Parts of the above
+
+    @property
+    def _table(self) -> str:
+        return f"image_{self.number}"
+
+    def _change(
+        self, action: str, work: Callable[[Connection], int], *, by: str | None, ids: Sequence[str] = (), **facts: Any
+    ) -> Change:
+        """Make a change and its entry in the audit trail in one transaction."""
+
+        def write(connection: Connection) -> Change:
+            count: int = work(connection)
+            (version,) = connection.execute("SELECT pg_current_xact_id()::text::bigint").fetchone() or (0,)
+            _note(connection, action, by, version, ids, facts | {"count": count})
+            return Change(version=version, count=count)
+
+        return self.database.run(write)
+
+    def _delete(self, action: str, condition: str, values: dict[str, Any], *, by: str | None, **facts: Any) -> Change:
+        query = (
+            "DELETE FROM image WHERE gallery = %(gallery)s AND id = ANY(ARRAY(SELECT id FROM image "
+            f"WHERE gallery = %(gallery)s AND {condition} ORDER BY id FOR UPDATE))"
+        ).encode()
+        values = values | {"gallery": self.number}
+        return self._change(action, lambda connection: int(connection.execute(query, values).rowcount), by=by, **facts)
+
+    def _count(
+        self, connection: Connection, condition: sql.Composable, values: dict[str, Any], limit: int | None
+    ) -> int:
+        query = sql.SQL("SELECT count(*) FROM (SELECT FROM image WHERE {} LIMIT {}) AS matching").format(
+            condition, sql.Literal(limit)
+        )
+        (number,) = connection.execute(query, values).fetchone() or (0,)
+        return int(number)
+
+    def _by_index(
+        self,
+        connection: Connection,
+        column: sql.Identifier,
+        condition: sql.Composable,
+        values: dict[str, Any],
+        wanted: int,
+    ) -> pa.Table:
+        """Return about the nearest rows; fewer if the index reads many rows that do not match the condition."""
+        connection.execute("SET LOCAL hnsw.iterative_scan = 'strict_order'")
+        connection.execute(f"SET LOCAL hnsw.ef_search = {min(MAX_EF, max(wanted, self._section.ef_search))}".encode())
+        order = sql.SQL("{condition} ORDER BY {column}::halfvec({dim}) <#> %(vector)s::halfvec({dim}) LIMIT %(count)s")
+        return self._fetch(
+            connection, order.format(condition=condition, column=column, dim=sql.Literal(self.dim)), values
+        )
+
+    def _by_scan(
+        self, connection: Connection, column: sql.Identifier, condition: sql.Composable, values: dict[str, Any]
+    ) -> pa.Table:
+        """Return the nearest rows by comparing all that match the condition."""
+        # Without a cast to a fixed dimension, the index does not apply.
+        order = sql.SQL("{} ORDER BY {} <#> %(vector)s LIMIT %(count)s").format(condition, column)
+        return self._fetch(connection, order, values)
+
+    def _fetch(
+        self, connection: Connection, where: sql.Composable, values: dict[str, Any], *, pages: bool = False
+    ) -> pa.Table:
+        """Return the columns `rows.STORED` of rows; `pages` limits the memory that many rows take at once."""
+        names = READ
+        query = sql.SQL("SELECT {} FROM image WHERE {}").format(sql.SQL(", ").join(map(sql.Identifier, names)), where)
+        if not pages:
+            with connection.cursor(binary=True) as client:
+                return table_of(client.execute(query, values).fetchall(), self.heads)
+        tables = [table_of([], self.heads)]
+        with connection.cursor(name="rows", binary=True) as server:
+            server.execute(query, values)
+            while rows := server.fetchmany(FETCHED):
+                tables.append(table_of(rows, self.heads))
+        return pa.concat_tables(tables).combine_chunks()
 
 
-class _Disk:
-    """Flush the new files of a local table. An object store needs no flush: its writes are durable on return."""
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """A row of the table `gallery`."""
 
-    FOLDERS = ("data", "_deletions", "_indices", "_transactions", "_versions")
-
-    def __init__(self, table_uri: str) -> None:
-        self._flushed: dict[Path, set[str]] = {}
-        if not Place(table_uri).is_uri:
-            self._flushed = {Path(table_uri) / name: set() for name in self.FOLDERS}
-
-    def flush(self) -> None:
-        for folder, flushed in self._flushed.items():
-            new = set(os.listdir(folder)) - flushed if folder.is_dir() else ()
-            for name in new:
-                path = folder / name
-                if path.is_dir():  # an index
-                    for part in path.iterdir():
-                        _fsync(part)
-                _fsync(path)
-            if new:
-                _fsync(folder)
-            flushed.update(new)
+    number: int
+    space: str
+    dim: int
+    width: int
+    encoder: str
+    heads: Heads
+    in_use: bool
 
 
-def _fsync(path: str | Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _galleries(connection: Connection) -> list[_Row]:
+    query = "SELECT number, space, dim, width, encoder, heads, in_use FROM gallery ORDER BY number"
+    names = ("number", "space", "dim", "width", "encoder", "heads", "in_use")
+    rows = [dict(zip(names, row, strict=True)) for row in connection.execute(query)]
+    return [_Row(**(row | {"heads": Heads.from_bytes(row["heads"])})) for row in rows]
 
 
-def _latest(dataset: lance.LanceDataset) -> lance.LanceDataset:
-    return dataset.checkout_version(dataset.latest_version)
+def _create(connection: Connection, space_id: str, heads: Heads, encoder: str) -> _Row:
+    query = (
+        "INSERT INTO gallery (space, dim, width, encoder, heads) VALUES (%s, %s, %s, %s, %s) "
+        "ON CONFLICT (space) DO NOTHING RETURNING number"
+    )
+    values = (space_id, heads.dim, heads.width, encoder, heads.to_bytes())
+    if created := connection.execute(query, values).fetchone():
+        name = sql.Identifier(f"image_{created[0]}")
+        connection.execute(
+            sql.SQL("CREATE TABLE {} PARTITION OF image FOR VALUES IN ({})").format(name, sql.Literal(created[0]))
+        )
+    return next(row for row in _galleries(connection) if row.space == space_id)
 
 
-def _table_uri(uri: str, space_id: str) -> str:
-    return f"{uri}/{space_id}.lance"
+def _reserve(connection: Connection, count: int) -> int:
+    query = "SELECT min(nextval('image_stamp')) FROM generate_series(1, %s)"
+    (first,) = connection.execute(query, (count,)).fetchone() or (0,)
+    return int(first or 0)
 
 
-def _lock(uri: str, space_id: str) -> IO[bytes]:
-    """Take the writer lock of a table until it is closed; the lock of a killed writer is free."""
-    if Place(uri).is_uri:
-        return BytesIO()  # no lock: commits are conditional, so one of two conflicting writers fails
-    try:
-        return lock(Path(uri) / f".{space_id}.writer", wait=False)
-    except BlockingIOError:
-        raise GalleryLocked(f"gallery.uri: expected one writer of {uri}, got a second one. Stop the first.") from None
+def _snapshot(connection: Connection) -> Snapshot:
+    (text,) = connection.execute("SELECT pg_current_snapshot()::text").fetchone() or ("",)
+    return Snapshot(text)
 
 
-def _current(uri: str) -> str | None:
-    """Return the space whose table is in use, or None if there is no gallery."""
-    if not Place(uri).is_uri:
-        path = Path(uri) / POINTER
-        return path.read_text().strip() if path.is_file() else None
-    session = LanceFileSession(uri)
-    if not session.contains(POINTER):
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        session.download_file(POINTER, f"{folder}/{POINTER}")
-        return (Path(folder) / POINTER).read_text().strip()
-
-
-def _point(uri: str, space_id: str) -> None:
-    if not Place(uri).is_uri:
-        write_whole(Path(uri) / POINTER, space_id, durable=True)
-        _fsync(uri)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / POINTER
-        path.write_text(space_id)
-        LanceFileSession(uri).upload_file(str(path), POINTER)
+def _note(
+    connection: Connection, action: str, by: str | None, version: int, ids: Sequence[str], facts: dict[str, Any]
+) -> None:
+    query = "INSERT INTO audit (key, action, version, ids, facts) VALUES (%s, %s, %s, %s, %s)"
+    connection.execute(query, (by, action, version, list(ids), json.dumps(facts)))

@@ -12,24 +12,37 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-SPACE_KEY = b"space_id"
+from tvilfm.terms import MAX_ID, is_id
+
 TIME = pa.timestamp("us", "UTC")
-OPTIONAL = ("pid", "time", "image", "thumbnail")
+OPTIONAL = ("raw", "vector", "vector_base", "pid", "time", "image", "thumbnail")
+VECTORS = ("vector", "vector_base")
+FACTS = ("id", "pid", "camid", "time", "image", "position")
+# What a gallery returns of its rows. `position` orders equal scores; `stamp` is new with each write of a row.
+STORED = (*FACTS, "stamp", *VECTORS)
+UNIT_TOLERANCE = 1e-3
 
 
-def row_schema(dim: int) -> pa.Schema:
-    """Return the columns of `Gallery.upsert`; pid, time, image and thumbnail may be missing or null.
+def row_schema(dim: int, width: int) -> pa.Schema:
+    """Return the columns of rows that are written to a gallery.
 
-    id: unique. vector, vector_base: unit vectors from the current and the base stage's head. time: when the image was
-    taken. image: reference to the original image. thumbnail: a JPEG.
+    Each row has either the raw feature of its image or both vectors. All columns but id and camid may be missing or
+    null.
+
+    id: unique. raw: feature before the heads. vector, vector_base: unit vectors from the current and the base stage's
+    head. time: when the image was taken. image: reference to the original image. thumbnail: a JPEG.
+
+    Args:
+        dim: length of the vectors.
+        width: length of a raw feature, `ModelSpec.image_dim`.
     """
     vector = pa.list_(pa.float32(), dim)
     return pa.schema(
         [
-            # With a primary key, Lance lets only one of two writers that insert the same id commit.
-            pa.field("id", pa.string(), nullable=False, metadata={"lance-schema:unenforced-primary-key": "true"}),
-            pa.field("vector", vector, nullable=False),
-            pa.field("vector_base", vector, nullable=False),
+            pa.field("id", pa.string(), nullable=False),
+            pa.field("raw", pa.list_(pa.float32(), width)),
+            pa.field("vector", vector),
+            pa.field("vector_base", vector),
             pa.field("pid", pa.int64()),
             pa.field("camid", pa.int32(), nullable=False),
             pa.field("time", TIME),
@@ -39,10 +52,45 @@ def row_schema(dim: int) -> pa.Schema:
     )
 
 
-def table_schema(dim: int, space_id: str) -> pa.Schema:
-    """Return the columns of the table: `row_schema` plus `position`, the order of writing, which breaks ties."""
-    position = pa.field("position", pa.int64(), nullable=False)
-    return row_schema(dim).append(position).with_metadata({SPACE_KEY: space_id.encode()})
+def checked(rows: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return rows with exactly the columns of `row_schema`; missing columns are null.
+
+    Raises:
+        ValueError: a column is missing or has another type, an id is empty, too long or given twice, a row has not
+            either a raw feature or both vectors, or a vector is not a unit vector.
+    """
+    for field in schema:
+        if field.name not in rows.column_names:
+            if field.name not in OPTIONAL:
+                raise ValueError(f"rows: expected a column {field.name}, got {rows.column_names}.")
+            rows = rows.append_column(field, pa.nulls(rows.num_rows, field.type))
+    try:
+        rows = rows.select(schema.names).cast(schema)
+    except (pa.ArrowException, ValueError) as error:
+        raise ValueError(f"rows: expected the columns of row_schema, got an error: {error}.") from None
+    ids = rows["id"].to_pylist()
+    for id in ids:
+        if not is_id(id):
+            raise ValueError(f"rows.id: expected 1 to {MAX_ID} printable characters, got {id[:MAX_ID]!r}.")
+    if len(set(ids)) < len(ids):
+        twice = next(id for id in ids if ids.count(id) > 1)
+        raise ValueError(f"rows.id: expected each id once, got {twice!r} twice. Send only the last one.")
+    raw_N, current_N, base_N = (rows[name].is_valid().to_numpy() for name in ("raw", *VECTORS))
+    if (wrong := np.flatnonzero((raw_N == current_N) | (current_N != base_N))).size:
+        raise ValueError(
+            f"rows: expected either raw or {' and '.join(VECTORS)}, got neither or both for {ids[wrong[0]]!r}."
+        )
+    for name in ("raw", *VECTORS):
+        given = rows.filter(rows[name].is_valid())
+        length_N = np.linalg.norm(vectors_of(given[name]), axis=1)
+        fits_N = np.isfinite(length_N) if name == "raw" else np.abs(length_N - 1) <= UNIT_TOLERANCE  # NaN does not
+        if (wrong := np.flatnonzero(~fits_N)).size:
+            expected = "finite numbers" if name == "raw" else "unit vectors"
+            raise ValueError(
+                f"rows.{name}: expected {expected}, got a vector of length {length_N[wrong[0]]:g} for "
+                f"{given['id'][wrong[0]].as_py()!r}."
+            )
+    return rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,14 @@
 """Search a gallery once for all modalities of a query, with the ranking of the evaluation.
 
-Small galleries are searched exactly, in memory. Large galleries are searched with Lance's index, which reads part of
-the table and re-scores its best candidates with the full vectors.
+Small galleries are searched exactly, in memory. Large galleries are searched in the database, whose index reads part of
+the rows; the best candidates are then scored with their full vectors.
 
 Shapes: Q queries, K hits, M modalities, D feature.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -18,12 +19,13 @@ from torch import Tensor
 from tvilfm.config import GallerySection
 from tvilfm.models.ensemble import ensemble_query
 from tvilfm.models.similarity import similarity
-from tvilfm.retrieval.exact import FACTS, ExactIndex, Ranked, best_first, tensor_of
-from tvilfm.retrieval.gallery import Gallery
+from tvilfm.retrieval.exact import ExactIndex, Ranked, best_first, tensor_of
 from tvilfm.retrieval.query import Query
-from tvilfm.retrieval.rows import Where, column_of
+from tvilfm.retrieval.rows import FACTS, Where, column_of
+from tvilfm.retrieval.store import GalleryStore, Snapshot
 from tvilfm.terms import SearchKind
 
+OLD_S = 12 * 3600.0  # a copy that was not updated for so long is loaded again; see `gallery.KEPT_REMOVED`
 MORE = 4  # growth of the number of ranked rows when they contain too few identities
 
 
@@ -72,49 +74,48 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class _State:
-    """A gallery version, and its in-memory index if the gallery is small enough."""
+    """What is searched: a snapshot of the gallery, and a copy of its rows if the gallery is small enough.
 
-    gallery: Gallery
+    `loaded_s` is the time (`time.monotonic`) of the snapshot.
+    """
+
+    snapshot: Snapshot
     exact: ExactIndex | None
+    loaded_s: float
 
 
 class Searcher:
     """Answer queries from one gallery.
 
     Args:
-        gallery: the gallery to search; `refresh` picks up new versions.
-        section: largest size that is searched exactly, and the settings of the index.
+        gallery: the gallery to search; `refresh` takes in what was committed since the last call.
+        section: largest size that is searched in memory.
         device: device of the first pass of an exact search; half precision on CUDA.
     """
 
-    def __init__(self, gallery: Gallery, section: GallerySection, *, device: str = "cpu") -> None:
-        self._gallery, self._section, self._device = gallery, section, torch.device(device)
+    def __init__(self, gallery: GalleryStore, section: GallerySection, *, device: str = "cpu") -> None:
+        self.gallery, self._section, self._device = gallery, section, torch.device(device)
         self._state = self._load(None)
 
     @property
-    def gallery(self) -> Gallery:
-        """The gallery version that is currently searched."""
-        return self._state.gallery
+    def snapshot(self) -> Snapshot:
+        """What is searched at the moment. Above `gallery.exact_limit`, searches see all that is committed."""
+        return self._state.snapshot
 
     @property
     def kind(self) -> SearchKind:
-        """How that version is searched: in memory, with its index, or by reading every row if it has no index."""
-        if self._state.exact is not None:
-            return "exact"
-        return "index" if self._state.gallery.indexed else "scan"
+        """How queries are answered: in memory, with the database's index, or by reading every row if it has none."""
+        return self.gallery.kind if self._state.exact is None else "exact"
 
     def refresh(self) -> bool:
-        """Load the rows that the latest version adds and search it from now on. Return whether it was new.
+        """Take in what was committed since the last call, and return whether anything was.
 
-        A running search finishes on the version that it started with.
+        A running search finishes on the rows that it started with.
         """
-        self._gallery.refresh()
-        searched = self._state.gallery  # also outdated if the last load failed
-        same_table = self._gallery.space_id == searched.space_id
-        if same_table and self._gallery.version == searched.version:
-            return False
-        self._state = self._load(self._state.exact if same_table else None)
-        return True
+        before = self._state
+        is_old = time.monotonic() - before.loaded_s > OLD_S
+        self._state = self._load(None if before.exact is None or is_old else before)
+        return self._state.snapshot.version != before.snapshot.version
 
     def search(self, queries: Sequence[Query], requests: Sequence[Request]) -> list[Answer]:
         """Answer queries together.
@@ -133,7 +134,7 @@ class Searcher:
         """
         state = self._state
         for query in queries:
-            state.gallery.check_space(query.space_id)
+            self.gallery.check_space(query.space_id)
         weights = [_weights(query, request) for query, request in zip(queries, requests, strict=True)]
         vectors = [ensemble_query(query.parts, own) for query, own in zip(queries, weights, strict=True)]
         ranked: dict[int, Ranked] = {}
@@ -152,16 +153,21 @@ class Searcher:
                 rows = [row for row in rows if row not in ranked]
                 count *= MORE
         return [
-            Answer(hits=_hits(ranked[row], query, weights[row]), version=state.gallery.version)
+            Answer(hits=_hits(ranked[row], query, weights[row]), version=state.snapshot.version)
             for row, query in enumerate(queries)
         ]
 
-    def _load(self, before: ExactIndex | None) -> _State:
-        gallery = self._gallery.snapshot()
-        if len(gallery) > self._section.exact_limit:
-            return _State(gallery=gallery, exact=None)
-        half = self._device.type == "cuda"
-        return _State(gallery=gallery, exact=ExactIndex.load(gallery, device=self._device, half=half, before=before))
+    def _load(self, before: _State | None) -> _State:
+        """Return the current state, from that of before (with a copy of the rows) or from nothing."""
+        limit, now_s = self._section.exact_limit, time.monotonic()
+        exact = None if before is None else before.exact
+        if (self.gallery.count(limit + 1) if exact is None else len(exact)) > limit:
+            return _State(snapshot=self.gallery.snapshot(), exact=None, loaded_s=now_s)
+        changes = self.gallery.changes(None if before is None else before.snapshot)
+        if exact is None or changes.complete or changes.rows.num_rows or changes.removed.size:
+            half = self._device.type == "cuda"
+            exact = ExactIndex.load(changes, device=self._device, half=half, before=exact)
+        return _State(snapshot=changes.snapshot, exact=exact, loaded_s=now_s)
 
     def _rank(
         self, state: _State, vectors_QD: Tensor, wheres: Sequence[Where], count: int, *, base: bool
@@ -170,9 +176,8 @@ class Searcher:
         if state.exact is not None:
             yield from state.exact.rank(vectors_QD, wheres, count, base=base)
             return
-        how = {"minimum_nprobes": self._section.probes, "refine_factor": self._section.refine}
         for vector_D, where in zip(vectors_QD, wheres, strict=True):
-            table = state.gallery.nearest(vector_D.numpy(), FACTS, base=base, k=count, where=where, **how)
+            table = self.gallery.nearest(vector_D.numpy(), base=base, count=count, where=where)
             vectors_RD = tensor_of(table[column_of(base)])
             scores_R = similarity(vector_D[None], vectors_RD)[0].numpy()
             best_K = best_first(scores_R, table["position"].to_numpy())

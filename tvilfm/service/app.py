@@ -16,6 +16,7 @@ from importlib.resources import files
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from fastapi import Depends, FastAPI, HTTPException, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -31,17 +32,15 @@ from tvilfm.data.images import Pixels, thumbnail
 from tvilfm.data.pixels import count_pixels, decode
 from tvilfm.retrieval import search
 from tvilfm.retrieval.query import Query, Question
-from tvilfm.retrieval.rows import Where, row_schema, vector_column
-from tvilfm.retrieval.search import Answer
+from tvilfm.retrieval.rows import VECTORS, Where, row_schema
+from tvilfm.retrieval.store import Change, Unavailable
 from tvilfm.service import keys, messages
-from tvilfm.service.audit import Audit
-from tvilfm.service.backend import Backend, Busy, Change, Unavailable
+from tvilfm.service.backend import Backend, Busy
 from tvilfm.service.messages import HEADER, RETRY_S, Bulk, SearchAnswer, SearchBatch, SearchQuery, Status, Written
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MIN_SIDE = 8  # pixels; smaller images cannot show a person
 ROOM = 8  # all running requests together may have this many times serve.max_pixels decoded, at three bytes per pixel
-VECTORS = ("vector", "vector_base")
 READY_S = 5.0
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "testserver")
 # The page is a single file and only talks to its own origin.
@@ -61,7 +60,6 @@ def create_app(
     backend: Backend,
     section: ServeSection,
     *,
-    audit: Audit,
     thumbnail_height: int,
     observe: Observe = lambda stage, seconds: None,
 ) -> FastAPI:
@@ -70,7 +68,6 @@ def create_app(
     Args:
         backend: encodes, searches and writes.
         section: limits, and the file of keys.
-        audit: audit trail of searches.
         thumbnail_height: height in pixels of the thumbnails that are stored with the vectors.
         observe: called with the name (decode, encode, search, write) and the seconds of each finished stage.
     """
@@ -80,7 +77,7 @@ def create_app(
         docs_url=None,  # FastAPI's documentation pages load scripts from other sites
         redoc_url=None,
     )
-    handlers = _Handlers(backend, section, audit, thumbnail_height, observe)
+    handlers = _Handlers(backend, section, thumbnail_height, observe)
     key_file = None if section.keys is None else keys.KeyFile(section.keys)
     read, write, admin = (_guarded(_needs(scope, key_file)) for scope in keys.SCOPES)
     documented = [] if key_file is None else [Depends(APIKeyHeader(name=HEADER, auto_error=False))]
@@ -93,7 +90,6 @@ def create_app(
     route("/v1/search/batch", handlers.search_batch, "POST", read, response_model=messages.BatchAnswer)
     route("/v1/status", handlers.status, "GET", read, response_model=Status)
     route("/v1/gallery/bulk", handlers.bulk, "POST", write, response_model=Written)
-    route("/v1/gallery/compact", handlers.compact, "POST", admin, response_model=Written)
     route("/v1/people/{pid}", handlers.delete_person, "DELETE", admin, response_model=Written)
     route("/v1/gallery/{id:path}/image", handlers.picture, "GET", read, response_class=JPEGResponse)
     route("/v1/gallery/{id:path}", handlers.put, "PUT", write, response_model=Written)
@@ -122,10 +118,8 @@ class JPEGResponse(Response):
 class _Handlers:
     """Handlers of the routes."""
 
-    def __init__(
-        self, backend: Backend, section: ServeSection, audit: Audit, thumbnail_height: int, observe: Observe
-    ) -> None:
-        self._backend, self._section, self._audit = backend, section, audit
+    def __init__(self, backend: Backend, section: ServeSection, thumbnail_height: int, observe: Observe) -> None:
+        self._backend, self._section = backend, section
         self._thumbnail_height, self._observe = thumbnail_height, observe
         self._pixels = 0  # decoded by all running requests
 
@@ -154,19 +148,12 @@ class _Handlers:
         return await self._write_rows(request, [row.id for row in bulk.rows], bulk.rows)
 
     async def delete(self, request: Request, id: Annotated[messages.RowId, Path()]) -> Written:
-        """Remove an image if it exists; it stays in earlier versions until the gallery is compacted."""
+        """Remove an image if it exists."""
         return _written(await self._timed("write", self._backend.delete([id], by=request.state.key)))
 
     async def delete_person(self, request: Request, pid: Annotated[messages.Person, Path()]) -> Written:
-        """Remove all images of a person; they stay in earlier versions until the gallery is compacted."""
+        """Remove all images of a person."""
         return _written(await self._timed("write", self._backend.delete_person(pid, by=request.state.key)))
-
-    async def compact(self, request: Request) -> Written:
-        """Remove deleted images from disk, and so from every version."""
-        try:
-            return _written(await self._timed("write", self._backend.compact(by=request.state.key)))
-        except ValueError as error:
-            raise HTTPException(409, str(error)) from None
 
     async def picture(self, id: Annotated[messages.RowId, Path()]) -> Response:
         """Return the thumbnail that is stored with a row."""
@@ -204,12 +191,8 @@ class _Handlers:
                 raise HTTPException(
                     409, f"min_version: expected at most {answer.version}, the latest, got {query.min_version}."
                 )
-        await asyncio.to_thread(self._note, request.state.key, answers)
+        await self._backend.note_searches(answers, by=request.state.key)
         return [_answer(query, answer, own) for query, answer, own in zip(queries, answers, requests, strict=True)]
-
-    def _note(self, key: str | None, answers: Sequence[Answer]) -> None:
-        for answer in answers:
-            self._audit.note("search", key=key, version=answer.version, ids=[hit.id for hit in answer.hits])
 
     async def _encoded(self, asked: Sequence[SearchQuery]) -> list[Query]:
         async with self._decoded([query.image for query in asked]) as images:
@@ -266,39 +249,36 @@ class _Handlers:
         height = self._thumbnail_height
         return [None if picture is None else thumbnail(picture, height=height) for picture in pictures]
 
-    async def _encoded_rows(self, rows: Sequence[messages.Row]) -> tuple[list[dict[str, Any]], list[bytes | None]]:
+    async def _encoded_rows(
+        self, rows: Sequence[messages.Row]
+    ) -> tuple[list[npt.NDArray[np.float32] | None], list[bytes | None]]:
+        """Return the raw feature and the thumbnail of each row; None for rows that bring vectors."""
         async with self._decoded([row.image for row in rows]) as pictures:
             shown = [picture for picture in pictures if picture is not None]
-            encoded = iter(await self._timed("encode", self._backend.encode_visible(shown)) if shown else ())
+            features = iter(await self._timed("encode", self._backend.encode_visible(shown)) if shown else ())
             thumbnails = await asyncio.to_thread(self._thumbnails, pictures)
-        vectors = [
-            {name: getattr(row, name) for name in VECTORS} if thumbnail is None else next(encoded)
-            for row, thumbnail in zip(rows, thumbnails, strict=True)
-        ]
-        return vectors, thumbnails
+        return [None if picture is None else next(features) for picture in pictures], thumbnails
 
     async def _write_rows(self, request: Request, ids: Sequence[str], rows: Sequence[messages.Row]) -> Written:
-        space = self._backend.facts.space_id
+        facts = self._backend.facts
         for row in rows:
-            if row.space_id not in (None, space):
+            if row.space_id not in (None, facts.space_id):
                 raise HTTPException(
-                    409, f"space_id: expected vectors of {space}, got {row.space_id}. Send the image instead."
+                    409, f"space_id: expected vectors of {facts.space_id}, got {row.space_id}. Send the image instead."
                 )
-        vectors, thumbnails = await self._encoded_rows(rows)
-        dims = {len(one[name]) for one in vectors for name in VECTORS}
-        if len(dims) > 1 or 0 in dims:
-            raise HTTPException(422, f"{', '.join(VECTORS)}: expected vectors of one length, got {sorted(dims)}.")
-        columns: dict[str, Any] = {}
-        for name in VECTORS:
-            columns[name] = vector_column(np.stack([np.asarray(one[name], dtype=np.float32) for one in vectors]))
-        schema = row_schema(dims.pop())
-        columns["id"] = list(ids)
-        columns |= {name: [getattr(row, name) for row in rows] for name in ("pid", "camid", "time")}
+            lengths = {len(vector) for vector in (row.vector, row.vector_base) if vector is not None}
+            if lengths - {facts.dim}:
+                raise HTTPException(
+                    422, f"{', '.join(VECTORS)}: expected vectors of length {facts.dim}, got {sorted(lengths)}."
+                )
+        raw, thumbnails = await self._encoded_rows(rows)
+        columns: dict[str, Any] = {"id": list(ids), "raw": raw, "thumbnail": thumbnails}
+        columns |= {name: [getattr(row, name) for row in rows] for name in (*VECTORS, "pid", "camid", "time")}
         columns["image"] = [row.reference for row in rows]
-        columns["thumbnail"] = thumbnails
+        schema = row_schema(facts.dim, facts.width)
         table = pa.table({field.name: pa.array(columns[field.name], field.type) for field in schema})
         try:
-            writing = self._backend.upsert(table, space_id=space, by=request.state.key)
+            writing = self._backend.upsert(table, space_id=facts.space_id, by=request.state.key)
             return _written(await self._timed("write", writing))
         except ValueError as error:
             raise HTTPException(422, str(error)) from None

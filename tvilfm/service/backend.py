@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +12,7 @@ import pyarrow as pa
 from tvilfm.data.images import Pixels
 from tvilfm.retrieval.query import Query, Question
 from tvilfm.retrieval.search import Answer, Request
+from tvilfm.retrieval.store import Change
 from tvilfm.service.messages import ModelFacts, Status
 
 
@@ -20,23 +20,11 @@ class Busy(Exception):
     """Too many requests are waiting; the client should retry later."""
 
 
-class Unavailable(Exception):
-    """A replica is being replaced, or a long change blocks the gallery; the client should retry soon."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """A committed write: the version that holds it and the number of affected rows."""
-
-    version: int
-    count: int
-
-
 class Backend(Protocol):
     """Encode, search and write. Each method may raise `Busy` and `Unavailable`, and ValueError for invalid input.
 
-    A change is recorded in the audit trail under `by`, the name of the API key (None = the service requires no keys),
-    even if the client has disconnected.
+    A change and its entry in the audit trail are one transaction. `by` is the name of the API key in that entry; None =
+    the service requires no keys.
     """
 
     facts: ModelFacts
@@ -44,8 +32,8 @@ class Backend(Protocol):
     async def encode(self, questions: Sequence[Question]) -> list[Query]:
         """Encode questions, as `QueryEncoder.encode` does."""
 
-    async def encode_visible(self, pictures: Sequence[Pixels]) -> list[dict[str, npt.NDArray[np.float32]]]:
-        """Encode (H, W, 3) uint8 images of any size; for each, return column of `row_schema` -> (D,) unit vector."""
+    async def encode_visible(self, pictures: Sequence[Pixels]) -> npt.NDArray[np.float32]:
+        """Encode (H, W, 3) uint8 images of any size, and return their raw features (N, `ModelFacts.width`)."""
 
     async def search(
         self, queries: Sequence[Query], requests: Sequence[Request], *, min_version: int = 0
@@ -59,14 +47,10 @@ class Backend(Protocol):
         """Remove rows by id; ids of missing rows are ignored."""
 
     async def delete_person(self, pid: int, *, by: str | None) -> Change:
-        """Remove all rows of an identity; they stay on disk until `compact`."""
+        """Remove all rows of an identity."""
 
-    async def compact(self, *, by: str | None) -> Change:
-        """Remove deleted rows from disk, and so from every version; `count` is the number of remaining rows.
-
-        Raises:
-            ValueError: as for `Gallery.compact`.
-        """
+    async def note_searches(self, answers: Sequence[Answer], *, by: str | None) -> None:
+        """Add the answers of a request to the audit trail."""
 
     async def picture(self, id: str) -> bytes | None:
         """Return the thumbnail of a row as JPEG, or None if there is none."""

@@ -111,12 +111,8 @@ class Client:
         return Written.model_validate(self._call("DELETE", _row_path(id)))
 
     def delete_person(self, pid: int) -> Written:
-        """Remove all images of a person; `compact` then removes them from disk."""
+        """Remove all images of a person."""
         return Written.model_validate(self._call("DELETE", f"/v1/people/{pid}"))
-
-    def compact(self, *, timeout_s: float = 3600.0) -> Written:
-        """Remove deleted images from disk. For a large gallery this is slow; it continues even after a timeout."""
-        return Written.model_validate(self._call("POST", "/v1/gallery/compact", timeout=timeout_s, goes_on=True))
 
     def picture(self, id: str) -> bytes:
         """Return the thumbnail of a row as JPEG."""
@@ -132,23 +128,19 @@ class Client:
     def _call(self, method: str, path: str, **body: Any) -> Any:
         return self._send(method, path, **body).json()
 
-    def _send(self, method: str, path: str, *, goes_on: bool = False, **body: Any) -> httpx.Response:
-        """Send a request and return the response, with retries.
-
-        `goes_on` marks work that continues without its client; it is not retried after a timeout.
-        """
+    def _send(self, method: str, path: str, **body: Any) -> httpx.Response:
+        """Send a request and return the response, with retries."""
         for tries_left in reversed(range(self._retries + 1)):
             wait_s = float(RETRY_S)
             try:
                 response = self._http.request(method, path, **body)
-            except httpx.TransportError as error:
-                if not tries_left or (goes_on and isinstance(error, httpx.ReadTimeout)):
+            except httpx.TransportError:
+                if not tries_left:
                     raise
             else:
                 if response.is_success:
                     return response
-                timed_out = response.status_code == httpx.codes.REQUEST_TIMEOUT
-                if not _worth_another(response) or not tries_left or (goes_on and timed_out):
+                if not _worth_another(response) or not tries_left:
                     raise ServiceError(response.status_code, _said(response))
                 retry_after = response.headers.get("Retry-After", "")
                 wait_s = float(retry_after if retry_after.isdecimal() else RETRY_S)  # a proxy may send a date

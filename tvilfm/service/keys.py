@@ -30,7 +30,7 @@ class Key(BaseModel):
 
     Attributes:
         name: name of the key, as recorded in the audit trail.
-        scopes: read: search, images, status. write: add and remove images. admin: erase people, compact.
+        scopes: read: search, images, status. write: add and remove images. admin: erase people.
         sha256: hash of the key, hexadecimal.
         created: time of creation.
     """

@@ -163,7 +163,7 @@ class Written(Message):
     """A write that is on disk."""
 
     version: int = Field(description="gallery version that holds the write")
-    count: int = Field(description="number of written or removed rows; for compact, number of remaining rows")
+    count: int = Field(description="number of written or removed rows")
 
 
 class ModelFacts(Message):
@@ -171,6 +171,8 @@ class ModelFacts(Message):
 
     model: str
     space_id: str = Field(description="space of the vectors of the model and the gallery")
+    dim: int = Field(description="length of the vectors")
+    width: int = Field(description="length of a raw feature, from which both vectors follow")
     text: bool = Field(description="whether the model reads sentences")
     captioner: bool = Field(description="whether the service captions infrared images of clients that send no caption")
     weights: Weights = Field(description="default weights of the modalities")
@@ -182,8 +184,8 @@ class Status(ModelFacts):
     images: int = Field(description="number of gallery rows")
     version: int = Field(description="gallery version")
     search: SearchKind = Field(
-        description="exact = all rows in memory; index = part of the rows on disk; scan = all rows on disk, which is "
-        "slow: the gallery is large and has no index, so compact it"
+        description="exact = all rows in memory; index = part of the rows in the database; scan = all rows in the "
+        "database, which is slow: the gallery is large and has no index, so build it with tvilfm gallery optimize"
     )
     cameras: list[int]
     gallery_in_use: bool = Field(description="false once the gallery has been indexed again with another model")

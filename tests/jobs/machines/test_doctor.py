@@ -46,9 +46,9 @@ def test_sound_machines_have_nothing_to_fix() -> None:
     ("change", "what", "found", "fix"),
     [
         (
-            {"packages": {**SOUND.packages, "lance": "1", "pylance": None}},
+            {"packages": {**SOUND.packages, "psycopg-binary": "1", "psycopg": None}},
             "packages",
-            "without pylance",
+            "without psycopg",
             "Install tvilfm",
         ),
         ({"torch": "libcuda.so.1: cannot open"}, "torch", "libcuda", "driver"),

@@ -94,7 +94,7 @@ def test_an_option_that_a_command_does_not_have_is_refused() -> None:
 
 
 def test_relative_paths_become_absolute_below_the_storage_or_here() -> None:
-    arguments = ("run", "--size", "tiny", "data.name=folder", "data.root=crops", "gallery.uri=s3://b/g")
+    arguments = ("run", "--size", "tiny", "data.name=folder", "data.root=crops", "gallery.url=postgresql://host/g")
     here = job_paths(parse(app, arguments, DEFAULT), Path("/home/me"), same_machine=True)
     assert set(here) == {'run.dir="/home/me/runs"', 'data.root="/home/me/crops"'}
     stored = parse(app, (*arguments, "cluster.storage=/mnt/shared", "cluster.address=ray://head:1"), DEFAULT)

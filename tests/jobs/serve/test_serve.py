@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import re
@@ -11,21 +10,21 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, chdir, closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, chdir
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import numpy as np
+import psycopg
 import pyarrow as pa
 import pytest
 import ray
 import torch
-from ray.exceptions import OwnerDiedError, RayTaskError
+from ray.exceptions import OwnerDiedError
 from ray.serve._private.common import DeploymentID
 from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import DeploymentUnavailableError
@@ -35,7 +34,6 @@ from cluster.serve.application import application, filter_captioner
 from cluster.serve.ingress import Ingress
 from cluster.serve.launch import _check_room, serving
 from cluster.serve.searcher import SearcherReplica
-from cluster.serve.writer import Writer
 from cluster.tables.indexing import finished_run, index
 from tests.processes import command_line, descendants, until
 from tests.unit.service.test_service import hostile
@@ -47,9 +45,10 @@ from tvilfm.data.manifest import select
 from tvilfm.data.pixels import decode
 from tvilfm.retrieval.gallery import Gallery
 from tvilfm.retrieval.query import Query
-from tvilfm.retrieval.rows import TIME, vector_column
+from tvilfm.retrieval.rows import vector_column
 from tvilfm.retrieval.search import Answer, Request, Searcher
-from tvilfm.service.backend import Change, Unavailable
+from tvilfm.retrieval.spaces import Heads
+from tvilfm.retrieval.store import Change, Unavailable
 from tvilfm.service.client import Client, as_json
 from tvilfm.service.messages import SearchAnswer
 
@@ -86,12 +85,11 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def config(untrained_run: UntrainedRun, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    folder = tmp_path_factory.mktemp("served")
+def config(untrained_run: UntrainedRun, ray_session: None, new_database: Callable[[], str]) -> Config:
     config = untrained_run.config
     changes = {
-        "gallery": config.gallery.model_copy(update={"uri": str(folder / "gallery")}),
-        "serve": config.serve.model_copy(update={"port": free_port(), "audit": folder / "audit", "captioner": "run"}),
+        "gallery": config.gallery.model_copy(update={"url": new_database()}),
+        "serve": config.serve.model_copy(update={"port": free_port(), "captioner": "run"}),
     }
     config = config.model_copy(update=changes)
     index(config)
@@ -99,11 +97,10 @@ def config(untrained_run: UntrainedRun, ray_session: None, tmp_path_factory: pyt
 
 
 @pytest.fixture(scope="module")
-def address(config: Config) -> Iterator[str]:
-    here = Path(config.gallery_uri).parent
+def address(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    here = tmp_path_factory.mktemp("served")
     # As in the folder of a user; the parts of the service run in another.
-    paths = (f"run.dir={os.path.relpath(config.run.dir, here)}", "gallery.uri=gallery", "serve.audit=audit")
-    relative = resolve(config.model_dump(mode="json"), paths)
+    relative = resolve(config.model_dump(mode="json"), [f"run.dir={os.path.relpath(config.run.dir, here)}"])
     with ExitStack() as stack:
         with chdir(here):
             address = stack.enter_context(serving(relative))
@@ -114,7 +111,11 @@ def address(config: Config) -> Iterator[str]:
     ("section", "changes", "message"),
     [
         ("serve", {"keys": Path("nowhere.yaml")}, "serve.keys: expected a file of API keys, got nowhere.yaml"),
-        ("gallery", {"uri": "nowhere"}, "gallery.uri: expected a gallery, got .*nowhere"),
+        (
+            "gallery",
+            {"url": "postgresql://x@127.0.0.1:1/y"},
+            "gallery.url: expected a PostgreSQL database at 127.0.0.1/y",
+        ),
         ("run", {"name": "none"}, "run.name: expected a finished run"),
     ],
 )
@@ -188,7 +189,7 @@ def test_a_machine_that_is_too_small_is_refused_and_a_cluster_may_grow(
     check(0.6, 0.2, CPU=2, GPU=1)
     with pytest.raises(ValueError, match="serve: expected 3 GPUs for its replicas, got 1"):
         check(1, 1, CPU=2, GPU=1)
-    with pytest.raises(ValueError, match=r"serve: expected 1\.7 CPUs for its replicas, got 1"):
+    with pytest.raises(ValueError, match=r"serve: expected 1\.6 CPUs for its replicas, got 1"):
         check(0, 0, CPU=1)
     assert capsys.readouterr().err == ""
     check(1, 0, address="auto", CPU=2)
@@ -250,11 +251,10 @@ def test_a_write_whose_client_hangs_up_is_audited_if_it_is_made(
             hung_up += 1
     assert hung_up
     time.sleep(3.0)  # what was under way is made, or not
-    found = Gallery.open(config.gallery_uri).load(None, ["id"])["id"].to_pylist()
-    (path,) = config.audit_path.iterdir()
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    audited = [id for line in lines if line["action"] == "upsert" for id in line["ids"] if id in ids]
-    assert sorted(audited) == sorted(ids.intersection(found))
+    with psycopg.connect(config.gallery_url) as connection:
+        written = connection.execute("SELECT id FROM image WHERE id = ANY(%s)", (list(ids),)).fetchall()
+        noted = connection.execute("SELECT unnest(ids) FROM audit WHERE action = 'upsert' AND ids <@ %s", (list(ids),))
+        assert sorted(noted.fetchall()) == sorted(written)
     with Client(address) as client:
         for id in ids:
             client.delete(id)
@@ -297,7 +297,13 @@ def test_parts_are_killed_under_load_and_nobody_who_tries_twice_sees_it(
         writes, searches = len(acknowledged), len(searched)
         until(lambda: len(acknowledged) > writes + 5 and len(searched) > searches + 5)
 
-    for part in ("SearcherReplica", "Encoder", "Writer"):
+    both_go_on()
+    with psycopg.connect(config.gallery_url) as connection:
+        connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+    for part in ("SearcherReplica", "Encoder"):
         both_go_on()
         pid = replicas(part)[0]
         os.kill(pid, signal.SIGKILL)
@@ -307,8 +313,7 @@ def test_parts_are_killed_under_load_and_nobody_who_tries_twice_sees_it(
     for worker in workers:
         worker.join(120)
     assert errors == []
-    found = Gallery.open(str(config.gallery.uri)).load(None, ["id"])["id"].to_pylist()
-    assert len(found) == len(set(found)) and set(acknowledged) <= set(found)
+    assert Gallery.open(config.gallery_url).contains(acknowledged).all()
     assert len(acknowledged) == len(set(acknowledged)) > 20
 
 
@@ -318,114 +323,27 @@ def replicas(part: str) -> list[int]:
     return [pid for pid in descendants(os.getpid()) if title in command_line(pid)]
 
 
-def test_people_leave_the_gallery_and_its_files_after_their_time(untrained_run: UntrainedRun, tmp_path: Path) -> None:
-    config, now = untrained_run.config, datetime.now(UTC)
-    gallery = Gallery.prepare(str(tmp_path), space_id="space", dim=4)
-    gallery.publish()
-    gallery.close()
-    serve = config.serve.model_copy(update={"retention_days": 30})
-    where = config.gallery.model_copy(update={"uri": str(tmp_path)})
+def small_gallery(config: Config, url: str, **serve: object) -> Config:
+    """How a gallery of three rows is served."""
+    head_4D = torch.ones(4, 4)
+    heads = Heads(current_4D=head_4D, base_4D=head_4D, eps=1e-5, width=4)
+    gallery = Gallery.prepare(url, space_id="space", heads=heads, encoder="none")
     vector = vector_column(np.eye(4, dtype=np.float32)[:3])
-    times = pa.array([now - timedelta(days=31), now - timedelta(days=29), None], TIME)
-    rows = {"id": ["left-long-ago", "stays", "now"], "camid": [1, 1, 1], "vector": vector, "vector_base": vector}
-    writer = Writer(config.model_copy(update={"serve": serve, "gallery": where}), "space")
-    asyncio.run(writer.upsert(pa.table({**rows, "time": times}), "space", None))
-    writer._gallery.close()
-    reader = Gallery.open(str(tmp_path))
-    assert None not in reader.load(None, ["time"])["time"].to_pylist()  # who comes without a time comes now
-    again = Writer(config.model_copy(update={"serve": serve, "gallery": where}), "space")
-    until(lambda: reader.refresh() and set(reader.load(None, ["id"])["id"].to_pylist()) == {"stays", "now"})
-    until(lambda: not any(b"left-long-ago" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()))
-    again._gallery.close()
-
-
-def small_gallery(config: Config, folder: Path, **serve: object) -> tuple[Config, pa.Table]:
-    """How an empty gallery in a folder is served, and rows for it, without a time."""
-    vector = vector_column(np.eye(4, dtype=np.float32)[:3])
-    rows = pa.table({"id": ["a", "b", "c"], "camid": [1, 2, 3], "vector": vector, "vector_base": vector})
-    gallery = Gallery.prepare(str(folder), space_id="space", dim=4)
+    gallery.upsert(
+        pa.table({"id": ["a", "b", "c"], "camid": [1, 2, 3], "vector": vector, "vector_base": vector}), space_id="space"
+    )
     gallery.publish()
-    gallery.close()
     changes = {
-        "serve": config.serve.model_copy(update={"follow_s": 3600, **serve}),
-        "gallery": config.gallery.model_copy(update={"uri": str(folder)}),
+        "serve": config.serve.model_copy(update=serve),
+        "gallery": config.gallery.model_copy(update={"url": url}),
     }
-    return config.model_copy(update=changes), rows
-
-
-def ids(gallery: Gallery) -> set[str]:
-    return set(gallery.load(None, ["id"])["id"].to_pylist())
-
-
-def test_people_who_were_indexed_without_a_time_leave_too(untrained_run: UntrainedRun, tmp_path: Path) -> None:
-    config, rows = small_gallery(untrained_run.config, tmp_path, retention_days=30)
-    with closing(Gallery.open(str(tmp_path), write=True)) as indexed:
-        indexed.upsert(rows, space_id="space")
-    writer = Writer(config, "space")
-    reader = Gallery.open(str(tmp_path))
-    until(lambda: reader.refresh() and None not in reader.load(None, ["time"])["time"].to_pylist())
-    writer._writer.change("retention", lambda: writer._forget_before(datetime.now(UTC) - timedelta(days=30)), by=None)
-    assert len(writer._gallery) == 3  # they came now
-    writer._writer.change("retention", lambda: writer._forget_before(datetime.now(UTC)), by=None)
-    assert len(writer._gallery) == 0
-    writer._gallery.close()
-
-
-def test_people_leave_an_old_models_table_and_the_one_in_use_stays(
-    untrained_run: UntrainedRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    config, rows = small_gallery(untrained_run.config, tmp_path, retention_days=30)
-    times = pa.array([datetime.now(UTC) - timedelta(days=days) for days in (31, 29, 1)], TIME)
-    with closing(Gallery.open(str(tmp_path), write=True)) as old:
-        old.upsert(rows.append_column("time", times), space_id="space")
-    with closing(Gallery.prepare(str(tmp_path), space_id="another", dim=4)) as new:
-        new.upsert(rows, space_id="another")
-        new.publish()
-    logger = logging.getLogger("ray.serve")
-    logger.addHandler(caplog.handler)
-    writer = Writer(config, "space")
-    reader = Gallery.open(str(tmp_path), space_id="space")
-    until(lambda: reader.refresh() and ids(reader) == {"b", "c"})
-    until(lambda: len(reader.versions()) == 1)  # it is in no file of that table
-    until(lambda: "expired rows could not be removed from every file" in caplog.text)
-    logger.removeHandler(caplog.handler)
-    with pytest.raises(ValueError, match="expected the table in use to compact"):
-        asyncio.run(writer.compact(None))
-    assert ids(Gallery.open(str(tmp_path))) == {"a", "b", "c"}
-    writer._gallery.close()
-
-
-def test_a_searcher_behind_a_compaction_goes_on_with_the_latest_version(
-    untrained_run: UntrainedRun, tmp_path: Path
-) -> None:
-    config, rows = small_gallery(untrained_run.config, tmp_path)
-    config = config.model_copy(update={"gallery": config.gallery.model_copy(update={"exact_limit": 1})})
-    writer = Writer(config, "space")
-    asyncio.run(writer.upsert(rows.append_column("time", pa.nulls(3, TIME)), "space", None))
-    searcher = SearcherReplica(config, "space")
-    asked = Query(parts={"text": torch.eye(4)[1]}, base=False, space_id="space", filter_text_source="none")
-
-    def compacted(id: str) -> int:
-        asyncio.run(writer.delete([id], None))
-        return asyncio.run(writer.compact(None)).version
-
-    version = compacted("a")
-    (answer,) = searcher._search([asked], [Request(weights={})], 0)
-    assert answer.version == version and [hit.id for hit in answer.hits] == ["b", "c"]
-    version = compacted("c")
-    facts = asyncio.run(searcher.facts())
-    assert (facts["images"], facts["cameras"], facts["version"]) == (1, [2], version)
-    with pytest.raises(ValueError, match="space_id: expected vectors of space, got other"):
-        searcher._search([replace(asked, space_id="other")], [Request(weights={})], 0)
-    writer._gallery.close()
+    return config.model_copy(update=changes)
 
 
 def test_a_batch_counts_questions_and_not_the_requests_that_bring_them(
-    untrained_run: UntrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    untrained_run: UntrainedRun, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, rows = small_gallery(untrained_run.config, tmp_path, batch=3)
-    with closing(Gallery.open(str(tmp_path), write=True)) as gallery:
-        gallery.upsert(rows.append_column("time", pa.nulls(3, TIME)), space_id="space")
+    config = small_gallery(untrained_run.config, database, batch=3)
     replica, sizes, search = SearcherReplica(config, "space"), [], Searcher.search
 
     def counted(self: Searcher, queries: Sequence[Query], requests: Sequence[Request]) -> list[Answer]:
@@ -435,31 +353,33 @@ def test_a_batch_counts_questions_and_not_the_requests_that_bring_them(
     monkeypatch.setattr(Searcher, "search", counted)
     vectors = (torch.eye(4)[row % 3] for row in range(7))
     asked = [Query(parts={"text": one}, base=False, space_id="space", filter_text_source="none") for one in vectors]
-    answers = replica._search(asked, [Request(weights={}, k=1)] * 7, 0)
+    answers = replica._search(asked, [Request(weights={}, k=1)] * 7, {0})
     assert [hit.id for answer in answers for hit in answer.hits] == list("abcabca") and sizes == [3, 3, 1]
 
 
-def test_a_gallery_that_grew_large_is_scanned_till_a_compaction_indexes_it(
-    untrained_run: UntrainedRun, tmp_path: Path
+def test_a_searcher_sees_a_write_at_once_if_asked_for_its_version_and_else_soon(
+    untrained_run: UntrainedRun, database: str
 ) -> None:
-    config, _ = small_gallery(untrained_run.config, tmp_path)
-    limits = {"exact_limit": 599, "sub_vectors": 2, "partitions": 2}
-    config = config.model_copy(update={"gallery": config.gallery.model_copy(update=limits)})
-    values = np.random.default_rng(0).standard_normal((600, 4)).astype(np.float32)
-    vector = vector_column(values / np.linalg.norm(values, axis=1, keepdims=True))
-    rows = {"id": [str(n) for n in range(600)], "camid": [1] * 600, "vector": vector, "vector_base": vector}
-    writer, searcher, said = Writer(config, "space"), SearcherReplica(config, "space"), []
-    for change in (
-        lambda: writer.upsert(pa.table(rows), "space", None),
-        lambda: writer.compact(None),
-        lambda: writer.delete(["0"], None),
-    ):
-        searcher._refresh()
-        said.append(asyncio.run(searcher.facts())["search"])
-        asyncio.run(change())
-    searcher._refresh()
-    assert [*said, asyncio.run(searcher.facts())["search"]] == ["exact", "scan", "index", "exact"]
-    writer._gallery.close()
+    replica = SearcherReplica(small_gallery(untrained_run.config, database, follow_s=3600), "space")
+    gallery = Gallery.open(database)
+    asked = Query(parts={"text": torch.eye(4)[1]}, base=False, space_id="space", filter_text_source="none")
+    version = gallery.delete(["b"]).version
+    (answer,) = replica._search([asked], [Request(weights={})], {version})
+    assert [hit.id for hit in answer.hits] == ["a", "c"] and answer.version >= version
+    version = gallery.delete(["a"]).version
+    until(lambda: replica._searcher.snapshot.includes(version))  # the database tells it
+    facts = asyncio.run(replica.facts())
+    assert (facts["images"], facts["cameras"], facts["search"], facts["gallery_in_use"]) == (1, [3], "exact", True)
+
+
+def test_expired_rows_leave_when_the_service_starts(untrained_run: UntrainedRun, database: str) -> None:
+    config = small_gallery(untrained_run.config, database, retention_days=30)
+    with psycopg.connect(database) as connection:
+        connection.execute("UPDATE image SET added = now() - interval '31 days' WHERE id <> 'b'")
+    gallery = Gallery.open(database)
+    ingress(config)
+    until(lambda: gallery.count() == 1)
+    assert gallery.contains(["b"]).all()
 
 
 class Part:
@@ -476,77 +396,33 @@ class Part:
         return Change(version=1, count=1)
 
 
-def ingress(config: Config, *, writer: Part, others: Part | None = None) -> Ingress:
-    answers = others or Part()
-    parts = [SimpleNamespace(ready=answers), SimpleNamespace(ready=answers)]
-    written = SimpleNamespace(ready=writer, compact=writer, delete=writer)
-    return Ingress(config, None, *parts, written)  # type: ignore[arg-type]
+def ingress(config: Config, *, encoder: Part | None = None, searcher: Part | None = None) -> Ingress:
+    facts = SimpleNamespace(space_id="space")
+    parts = [SimpleNamespace(ready=part, encode=part) for part in (encoder or Part(), searcher or Part())]
+    return Ingress(config, facts, *parts)  # type: ignore[arg-type]
 
 
-def test_a_slow_compaction_is_waited_for_and_asked_for_once(
-    untrained_run: UntrainedRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Ingress._call, "__kwdefaults__", {"patience_s": 0.05})
-    slow = Part(seconds=0.3)
-    service = ingress(untrained_run.config, writer=slow)
-    assert asyncio.run(service.compact(by=None)).count == 1 and slow.calls == 1
-    with pytest.raises(Unavailable):
-        asyncio.run(service.delete(["a"], by=None))
-    assert slow.calls == 3
-
-
-def test_who_is_told_that_the_gallery_is_compacted_is_not_written_afterwards(
-    untrained_run: UntrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, rows = small_gallery(untrained_run.config, tmp_path)
-    monkeypatch.setattr("cluster.serve.writer.TURN_S", 0.05)
-    writer = Writer(config, "space")
-    with writer._writer._lock, pytest.raises(Unavailable) as refused:
-        asyncio.run(writer.upsert(rows.append_column("time", pa.nulls(3, TIME)), "space", None))
-    assert len(writer._gallery) == 0
-    writer._gallery.close()
-    part = Part(error=RayTaskError("upsert", "", refused.value))
-    with pytest.raises(Unavailable, match="gallery: expected the end of a change"):
-        asyncio.run(ingress(untrained_run.config, writer=part).delete(["a"], by=None))
-    assert part.calls == 1
-
-
-def test_a_writer_is_ready_before_the_one_before_it_ends_and_writes_after_that(
-    untrained_run: UntrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, rows = small_gallery(untrained_run.config, tmp_path)
-    rows = rows.append_column("time", pa.nulls(3, TIME))
-    monkeypatch.setattr("cluster.serve.writer.TURN_S", 0.05)
-    before = Gallery.open(str(tmp_path), write=True)
-    writer = Writer(config, "space")
-    asyncio.run(writer.ready())
-    for change in (writer.upsert(rows, "space", None), writer.delete(["a"], None), writer.compact(None)):
-        with pytest.raises(Unavailable, match="expected the previous writer to end"):
-            asyncio.run(change)
-    before.upsert(rows.slice(0, 1), space_id="space")
-    before.close()
-    until(writer._begun.is_set)
-    assert ids(Gallery.open(str(tmp_path))) == {"a"}  # nothing that was refused was written later
-    assert asyncio.run(writer.upsert(rows, "space", None)).count == 3
-    writer._gallery.close()
-    with pytest.raises(ValueError, match="expected vectors of another"):
-        Writer(config, "another")
-
-
-def test_an_answer_that_went_with_its_machine_is_asked_for_again(untrained_run: UntrainedRun) -> None:
+def test_an_answer_that_went_with_its_machine_is_asked_for_again(untrained_run: UntrainedRun, database: str) -> None:
     part = Part(error=OwnerDiedError("0" * 56, None, ""))
     with pytest.raises(Unavailable):
-        asyncio.run(ingress(untrained_run.config, writer=part).delete(["a"], by=None))
+        asyncio.run(ingress(small_gallery(untrained_run.config, database), encoder=part).encode([]))
     assert part.calls == 2
 
 
-def test_the_service_is_ready_when_every_part_answers(untrained_run: UntrainedRun) -> None:
-    writer, others = Part(), Part()
-    asyncio.run(ingress(untrained_run.config, writer=writer, others=others).ready())
-    assert (writer.calls, others.calls) == (1, 2)
-    gone = Part(error=DeploymentUnavailableError(DeploymentID("Writer")))
+def test_the_service_is_ready_when_every_part_answers(
+    untrained_run: UntrainedRun, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, encoder, searcher = small_gallery(untrained_run.config, database), Part(), Part()
+    service = ingress(config, encoder=encoder, searcher=searcher)
+    asyncio.run(service.ready())
+    assert (encoder.calls, searcher.calls) == (1, 1)
+    gone = Part(error=DeploymentUnavailableError(DeploymentID("Encoder")))
     with pytest.raises(Unavailable):
-        asyncio.run(ingress(untrained_run.config, writer=gone).ready())
+        asyncio.run(ingress(config, encoder=gone).ready())
+    monkeypatch.setattr("tvilfm.retrieval.database.PATIENCE_S", 0.1)
+    service._gallery.database.close()
+    with pytest.raises(Unavailable, match="expected an answer from the database"):
+        asyncio.run(service.ready())
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from cluster.run import evaluator_of
 from cluster.tables.indexing import index
 from tests.jobs.serve.test_serve import assert_ranks_as_evaluated, free_port, until
 from tests.paths import REPOSITORY
-from tests.processes import descendants, kill_tree
+from tests.processes import descendants, kill_all, kill_tree
 from tests.untrained_run import UntrainedRun, evaluated_rankings
 from tvilfm.config import Config, load_config
 from tvilfm.data.manifest import select
@@ -40,8 +40,8 @@ def served(
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The command, ready to answer, and its address."""
     port = free_port()
-    where = [f"run.dir={config.run.dir}", f"run.name={config.run.name}", f"gallery.uri={folder / 'gallery'}"]
-    where += [f"serve.port={port}", f"serve.audit={folder / 'audit'}", "cluster.extract_workers=1", *overrides]
+    where = [f"run.dir={config.run.dir}", f"run.name={config.run.name}", f"gallery.url={folder / 'gallery'}"]
+    where += [f"serve.port={port}", "cluster.extract_workers=1", *overrides]
     command = [sys.executable, "-m", "cluster", "serve", "--size", size, *where]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -67,7 +67,7 @@ def served(
 
 
 def make_gallery(config: Config, folder: Path) -> None:
-    gallery = config.gallery.model_copy(update={"uri": str(folder / "gallery")})
+    gallery = config.gallery.model_copy(update={"url": str(folder / "gallery")})
     index(config.model_copy(update={"gallery": gallery}))
 
 
@@ -186,10 +186,13 @@ def test_everything_is_killed_while_clients_write_and_no_acknowledged_write_is_l
                 writer.start()
             until(lambda before=before: len(acknowledged) > before + 20)
             time.sleep(0.05 * life)
+            server = int((tmp_path / "gallery" / "postmaster.pid").read_text().split()[0])
+            kill_all([server, *descendants(server)])
             kill_tree(process)
             for writer in writers:
                 writer.join(60)
-        found = Gallery.open(str(tmp_path / "gallery")).load(None, ["id"])["id"].to_pylist()
-        assert len(found) == len(set(found)) and {*acknowledged, *names} <= set(found)
+        gallery = Gallery.open(str(tmp_path / "gallery"))
+        assert gallery.contains([*acknowledged, *names]).all()
         # A write that was under way may be there too, and nothing else.
-        assert len(found) <= len(acknowledged) + len(names) + 3 * (life + 1)
+        assert len(gallery) <= len(acknowledged) + len(names) + 3 * (life + 1)
+        gallery.close()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,29 +15,38 @@ import torch
 from PIL import Image
 
 from cluster.cli.app import main
-from cluster.tables.indexing import build_index, index
+from cluster.tables.indexing import index
 from tests.untrained_run import UntrainedRun, evaluated_rankings
-from tvilfm.config import Config, load_config
+from tvilfm.config import Config, resolve
 from tvilfm.data.images import resized
 from tvilfm.data.manifest import select
 from tvilfm.data.pixels import decode
 from tvilfm.models.encode import encode_pixels
 from tvilfm.retrieval.gallery import Gallery
 from tvilfm.retrieval.query import QueryEncoder, Question
-from tvilfm.retrieval.rows import Where, vector_column
+from tvilfm.retrieval.rows import Where
 from tvilfm.retrieval.search import Request, Searcher
 
 
-def rows(gallery: Gallery) -> list[dict[str, object]]:
-    table = gallery.load(None, ["id", "vector", "vector_base", "pid", "camid", "image", "thumbnail", "position"])
-    return table.sort_by("position").drop_columns(["position"]).to_pylist()
+def rows(gallery: Gallery) -> list[dict[str, Any]]:
+    stored = pa.concat_tables(gallery.tables()).drop_columns(["stamp", "position"]).to_pylist()
+    return [row | {"thumbnail": (gallery.picture(row["id"]) or (None, None))[1]} for row in stored]
+
+
+def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr("sys.argv", ["tvilfm", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return int(end.value.code or 0)
 
 
 @pytest.mark.slow
 def test_a_runs_gallery_ranks_as_its_evaluation_and_a_second_index_changes_nothing(
-    untrained_run: UntrainedRun, ray_session: None
+    untrained_run: UntrainedRun, ray_session: None, database: str
 ) -> None:
-    gallery = index(untrained_run.config)
+    config = resolve(untrained_run.config.model_dump(mode="json"), [f"gallery.url={database}"])
+    result = index(config)
+    gallery = result.gallery
     visible = select(untrained_run.manifest, split="gallery", modality="visible")
     first = rows(gallery)
     assert [row["id"] for row in first] == visible["image"].to_pylist()
@@ -65,8 +77,13 @@ def test_a_runs_gallery_ranks_as_its_evaluation_and_a_second_index_changes_nothi
         compared += 1
     assert compared == 16 * (3 + 4)  # held-out witnesses speak of indoor galleries only
 
-    again = index(untrained_run.config)
-    assert again.version > gallery.version and rows(again) == first
+    assert (result.written, result.skipped, result.faults) == (len(first), 0, [])
+    gallery.delete([str(first[0]["id"])])
+    later = index(config)
+    assert (later.written, later.skipped) == (1, len(first) - 1)
+    assert rows(later.gallery) == first[1:] + first[:1]
+    again = index(config, again=True)
+    assert again.written == len(first) and rows(again.gallery) == first
 
 
 @pytest.mark.slow
@@ -82,12 +99,13 @@ def test_the_command_encodes_ones_own_pictures(
     (tmp_path / "photos" / "deep").mkdir(parents=True)
     for name, picture in zip(names, pictures, strict=True):
         Image.fromarray(picture).save(tmp_path / "photos" / name, quality=95)
+    (tmp_path / "photos" / "broken.jpg").write_bytes(b"no picture")
     options = ["--gallery", str(tmp_path / "g"), "--images", str(tmp_path / "photos"), "--camid", "4", "--size", "tiny"]
     overrides = [f"run.dir={untrained_run.config.run.dir}", "gallery.thumbnail_height=20", "cluster.extract_workers=1"]
-    monkeypatch.setattr("sys.argv", ["tvilfm", "index", *options, *overrides])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 0 and "holds 3 images in space" in capsys.readouterr().out
+    assert run_command(monkeypatch, "index", *options, *overrides) == 0
+    printed = capsys.readouterr().out
+    assert "gallery: 3 images; 3 written, 0 skipped as existing" in printed
+    assert "1 images could not be read" in printed and "broken.jpg: expected an image" in printed
     gallery, data = Gallery.open(str(tmp_path / "g")), untrained_run.config.data
     found = rows(gallery)
     assert [row["id"] for row in found] == [str(tmp_path / "photos" / name) for name in names]
@@ -104,33 +122,64 @@ def test_the_command_encodes_ones_own_pictures(
 
 
 @pytest.mark.slow
-def test_a_large_gallery_gets_an_index_that_finds_what_an_exact_search_finds(ray_session: None, tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    vectors = rng.standard_normal((600, 32)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    gallery = Gallery.prepare(str(tmp_path), space_id="feed-48x24", dim=32)
-    columns = {"vector": vector_column(vectors), "vector_base": vector_column(vectors[::-1].copy())}
-    gallery.upsert(pa.table({"id": [str(n) for n in range(600)], "camid": [1] * 600, **columns}), space_id="feed-48x24")
+def test_a_manifest_brings_ids_people_cameras_and_times(
+    untrained_run: UntrainedRun,
+    ray_session: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    database: str,
+) -> None:
+    for name in ("a.jpg", "b.jpg"):
+        Image.new("RGB", (30, 60), "red").save(tmp_path / name)
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text("path,camera,id,person,time\na.jpg,3,first,7,2026-05-01T12:00:00Z\nb.jpg,4,second,,\n")
+    options = ["--gallery", database, "--images", str(tmp_path), "--manifest", str(manifest), "--size", "tiny"]
+    overrides = [f"run.dir={untrained_run.config.run.dir}", "gallery.exact_limit=1"]
+    assert run_command(monkeypatch, "index", *options, *overrides) == 0
+    gallery = Gallery.open(database)
+    found = [(row["id"], row["camid"], row["pid"], row["time"]) for row in rows(gallery)]
+    assert found == [("first", 3, 7, datetime(2026, 5, 1, 12, tzinfo=UTC)), ("second", 4, None, None)]
+    assert gallery.kind == "index"  # it does not fit gallery.exact_limit
+    manifest.write_text("path,person\na.jpg,7\n")
+    assert run_command(monkeypatch, "index", *options, *overrides) == 2
+    assert "--manifest: expected the columns path, camera" in capsys.readouterr().err
 
-    def indexed() -> list[int]:
-        statistics = (gallery.dataset.stats.index_stats(f"{column}_idx") for column in ("vector", "vector_base"))
-        return [one["num_indexed_rows"] for one in statistics]
 
-    config = load_config(
-        None, ["gallery.exact_limit=0", "gallery.sub_vectors=8", "gallery.partitions=4", "cluster.extract_workers=1"]
-    )
-    build_index(gallery, config)
-    assert indexed() == [600, 600]
-    for base, row in ((False, 17), (True, 582)):
-        found = gallery.nearest(vectors[17], ["id"], base=base, k=5, where=Where(), minimum_nprobes=4, refine_factor=30)
-        ranked = np.argsort(-(vectors @ vectors[17]), kind="stable")[:5]
-        expected = {str(599 - place) if base else str(place) for place in ranked}
-        assert set(found["id"].to_pylist()) == expected and str(row) in expected
-    gallery.delete([str(n) for n in range(10)])
-    build_index(gallery, config)
-    assert indexed() == [590, 590]
-    with pytest.raises(ValueError, match=r"gallery.sub_vectors: expected a divisor of the dimension 32, got 5"):
-        build_index(gallery, load_config(None, ["gallery.sub_vectors=5"]))
+@pytest.mark.slow
+def test_a_gallery_is_described_checked_copied_and_erased_by_commands(
+    untrained_run: UntrainedRun,
+    ray_session: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    new_database: Callable[[], str],
+) -> None:
+    first, second = new_database(), new_database()
+    run = ["--size", "tiny", f"run.dir={untrained_run.config.run.dir}"]
+
+    def command(name: str, *arguments: str, url: str = first) -> str:
+        status = run_command(monkeypatch, "gallery", name, *arguments, *run, f"gallery.url={url}")
+        printed = capsys.readouterr()
+        assert status == 0, printed.err
+        return printed.out
+
+    index(resolve(untrained_run.config.model_dump(mode="json"), [f"gallery.url={first}"]))
+    gallery = Gallery.open(first)
+    before = rows(gallery)
+    stats = command("stats")
+    assert f"images: {len(before)}," in stats and "no index" in stats and "time unknown: " in stats
+    assert "vector: 1.000 of the 10 nearest" in command("check", "--queries", "5")
+    assert f"{len(before)} images indexed" in command("optimize") and gallery.kind == "index"
+    for name in ("rows.parquet", "rows.lance"):
+        assert f"{len(before)} rows" in command("export", str(tmp_path / name))
+        assert f"{len(before)} rows written" in command("import", str(tmp_path / name), url=second)
+        assert rows(Gallery.open(second)) == before
+    pid = before[0]["pid"]
+    own = [row for row in before if row["pid"] == pid]
+    assert f"{len(own)} images deleted, {len(before) - len(own)} left" in command("delete", "--person", str(pid))
+    assert run_command(monkeypatch, "gallery", "delete", *run, f"gallery.url={first}") == 2
+    assert run_command(monkeypatch, "gallery", "export", str(tmp_path / "rows.parquet"), *run) == 2
 
 
 @pytest.mark.parametrize(
@@ -139,7 +188,8 @@ def test_a_large_gallery_gets_an_index_that_finds_what_an_exact_search_finds(ray
         (("--size", "tiny"), "run.name: expected a finished run in"),
         (("--images", "photos"), "--camid: expected the camera of --images"),
         (("--images", "photos", "--camid", "-1"), "--camid"),
-        (("--images", "broken", "--camid", "1"), "a.jpg: expected"),
+        (("--images", "broken", "--camid", "1"), "got 1 invalid files. First: a.jpg: expected"),
+        (("--manifest", "photos.csv"), "--images: expected the folder that the paths of --manifest start from"),
         (("--images", "unprintable", "--camid", "1"), "--images: expected paths of at most 512 printable"),
     ],
 )
@@ -159,7 +209,5 @@ def test_what_cannot_be_indexed_is_said_in_one_message(
     (tmp_path / "unprintable").mkdir()
     (tmp_path / "unprintable" / "12.30\u202fPM.jpg").touch()
     arguments = tuple(str(tmp_path / word) if word in ("broken", "unprintable") else word for word in arguments)
-    monkeypatch.setattr("sys.argv", ["tvilfm", "index", "--gallery", str(tmp_path / "g"), *arguments, *folder])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 2 and message in capsys.readouterr().err
+    assert run_command(monkeypatch, "index", "--gallery", str(tmp_path / "g"), *arguments, *folder) == 2
+    assert message in capsys.readouterr().err

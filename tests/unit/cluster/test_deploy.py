@@ -386,7 +386,7 @@ def test_the_dockerfile_copies_what_there_is_and_runs_as_nobody_special() -> Non
 
 def test_what_does_not_travel_names_the_descriptions_own_folders(tmp_path: Path) -> None:
     config = load_config(
-        overrides=["run.dir=out", "data.name=folder", f"data.root={tmp_path}/crops", "gallery.uri=s3://bucket/g"]
+        overrides=["run.dir=out", "data.name=folder", f"data.root={tmp_path}/crops", "gallery.url=postgresql://host/g"]
     )
     assert {"/out", "/crops", ".git", "*.safetensors"} <= set(excluded(config, tmp_path))
     assert "/crops" not in excluded(config, tmp_path / "below")

@@ -1,34 +1,54 @@
-"""The gallery's record: what is written stays, what is deleted goes, and who may write."""
+"""The gallery: what is written stays, what is deleted goes, and readers miss nothing."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import json
+import re
 import threading
+import uuid
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
-import lance
 import numpy as np
+import psycopg
 import pyarrow as pa
 import pytest
-from lance.file import LanceFileSession
+import torch
 
-from tvilfm.retrieval import gallery as gallery_module
+from tests.paths import REPOSITORY
+from tests.untrained_run import draw_statistics
+from tvilfm.config import GallerySection, load_config
+from tvilfm.models import TVILFM, ModelSpec
+from tvilfm.retrieval import database as database_module
+from tvilfm.retrieval.database import Database
 from tvilfm.retrieval.gallery import Gallery
-from tvilfm.retrieval.rows import vector_column, vectors_of
+from tvilfm.retrieval.rows import Where, vector_column, vectors_of
+from tvilfm.retrieval.spaces import Heads
+from tvilfm.retrieval.store import Snapshot, Unavailable
 
 SPACE, OTHER, DIM = "feed-96x48", "beef-96x48", 8
 
 
-def rows(ids: list[str], *, seed: int = 0, pid: int | None = None) -> pa.Table:
-    """Random rows; every thumbnail says whose it is."""
+def heads(dim: int = DIM, *, seed: int = 0) -> Heads:
+    """Heads of a model with drawn statistics."""
+    generator = torch.Generator().manual_seed(seed)
+    current, base = torch.rand(2, 4, dim, generator=generator) + 0.5
+    return Heads(current_4D=current, base_4D=base, eps=1e-5, width=dim)
+
+
+def prepare(url: str, space: str = SPACE, **section: int) -> Gallery:
+    return Gallery.prepare(url, space_id=space, heads=heads(), encoder="same", section=GallerySection(**section))
+
+
+def rows(ids: list[str], *, seed: int = 0, pid: int | None = None, dim: int = DIM) -> pa.Table:
+    """Random rows with vectors; every thumbnail says whose it is."""
     rng = np.random.default_rng(seed)
     vectors = {}
     for name in ("vector", "vector_base"):
-        values = rng.standard_normal((len(ids), DIM)).astype(np.float32)
+        values = rng.standard_normal((len(ids), dim)).astype(np.float32)
         values /= np.linalg.norm(values, axis=1, keepdims=True)
         vectors[name] = vector_column(values)
     return pa.table(
@@ -37,14 +57,14 @@ def rows(ids: list[str], *, seed: int = 0, pid: int | None = None) -> pa.Table:
             **vectors,
             "pid": pa.array([pid] * len(ids), pa.int64()),
             "camid": np.arange(len(ids)) % 6 + 1,
-            "thumbnail": [f"the face of {id} ".encode() * 5 for id in ids],
+            "thumbnail": [f"the face of {id}".encode() for id in ids],
         }
     )
 
 
 def content(gallery: Gallery) -> dict[str, list[float]]:
-    """id -> vector."""
-    table = gallery.load(None, ["id", "vector"])
+    """Return id -> vector."""
+    table = gallery.changes(None).rows
     ids = table["id"].to_pylist()
     assert len(set(ids)) == len(ids)
     return dict(zip(ids, vectors_of(table["vector"]).tolist(), strict=True))
@@ -55,35 +75,58 @@ def expected(table: pa.Table) -> dict[str, list[float]]:
 
 
 @pytest.fixture
-def uri(tmp_path: Path) -> str:
-    return str(tmp_path / "gallery")
-
-
-@pytest.fixture
-def gallery(uri: str) -> Gallery:
-    gallery = Gallery.prepare(uri, space_id=SPACE, dim=DIM)
+def gallery(database: str) -> Gallery:
+    gallery = prepare(database)
     gallery.publish()
     return gallery
 
 
-def test_an_upsert_inserts_and_replaces_and_the_last_one_counts(gallery: Gallery, uri: str) -> None:
+def audit(gallery: Gallery) -> list[tuple[Any, ...]]:
+    with psycopg.connect(gallery.url) as connection:
+        return connection.execute("SELECT key, action, version, ids, facts FROM audit ORDER BY number").fetchall()
+
+
+def test_an_upsert_inserts_and_replaces_and_the_last_one_counts(gallery: Gallery, database: str) -> None:
     first, second = rows(["b", "a", "c"], seed=1), rows(["a", "d"], seed=2)
-    assert gallery.upsert(first, space_id=SPACE) < gallery.upsert(second, space_id=SPACE)
-    reader = Gallery.open(uri)
-    assert (len(reader), reader.dim, reader.space_id) == (4, DIM, SPACE)
+    assert gallery.upsert(first, space_id=SPACE).version < gallery.upsert(second, space_id=SPACE).version
+    reader = Gallery.open(database)
+    assert (len(reader), reader.dim, reader.space_id, reader.in_use) == (4, DIM, SPACE, True)
     assert content(reader) == expected(first) | expected(second)
-    order = reader.load(None, ["id", "position"]).sort_by("position")
+    order = reader.changes(None).rows.sort_by("position")
     assert order["id"].to_pylist() == ["b", "c", "a", "d"]
-    assert reader.picture("d") == (None, b"the face of d " * 5) and reader.picture("nobody") is None
+    assert reader.picture("d") == (None, b"the face of d") and reader.picture("nobody") is None
+    assert reader.contains(["a", "x", "d"]).tolist() == [True, False, True]
 
 
-def test_what_is_left_out_is_null_and_times_and_references_come_back(gallery: Gallery) -> None:
-    seen = datetime(2024, 5, 1, 12, tzinfo=UTC)
+def test_raw_features_become_the_vectors_of_the_models_heads(database: str) -> None:
+    for trained_pool in (False, True):
+        spec = ModelSpec(backbone="resnet18_half", num_classes=4, text_width=8, text_layers=1, text_heads=2)
+        model = TVILFM(replace(spec, trained_pool=trained_pool))
+        torch.manual_seed(0)
+        draw_statistics(model)
+        model.eval()
+        assert model.base_head is not None
+        model.base_head.bn.weight.data.uniform_(0.5, 2.0)
+        own = Heads.of(model)
+        gallery = Gallery.prepare(database, space_id=f"raw-{trained_pool}", heads=own, encoder="e")
+        raw = np.random.default_rng(0).standard_normal((5, spec.dim * (1 + trained_pool))).astype(np.float32)
+        table = pa.table({"id": list("abcde"), "camid": [1] * 5, "raw": vector_column(raw)})
+        gallery.upsert(table, space_id=gallery.space_id)
+        stored = Gallery.open(database, space_id=gallery.space_id).changes(None).rows.sort_by("position")
+        with torch.inference_mode():
+            current, base = model.embed(torch.from_numpy(raw)), model.embed_base(torch.from_numpy(raw))
+        np.testing.assert_array_equal(vectors_of(stored["vector"]), current.numpy())
+        np.testing.assert_array_equal(vectors_of(stored["vector_base"]), base.numpy())
+        assert not np.allclose(current, base)
+
+
+def test_missing_columns_are_null_and_times_and_references_come_back(gallery: Gallery) -> None:
+    taken = datetime(2024, 5, 1, 12, tzinfo=UTC)
     table = rows(["a", "b"]).drop_columns(["thumbnail", "pid"])
-    table = table.append_column("time", [[seen, None]]).append_column("image", [["s3://photos/a.jpg", None]])
+    table = table.append_column("time", [[taken, None]]).append_column("image", [["s3://photos/a.jpg", None]])
     gallery.upsert(table, space_id=SPACE)
-    found = gallery.load(None, ["id", "time", "image", "thumbnail", "pid"]).to_pylist()
-    assert found[0] == {"id": "a", "time": seen, "image": "s3://photos/a.jpg", "thumbnail": None, "pid": None}
+    row = gallery.changes(None).rows.select(["id", "time", "image", "pid"]).to_pylist()[0]
+    assert row == {"id": "a", "time": taken, "image": "s3://photos/a.jpg", "pid": None}
     assert gallery.picture("b") == (None, None)
 
 
@@ -96,23 +139,26 @@ def test_what_is_left_out_is_null_and_times_and_references_come_back(gallery: Ga
         (lambda table: table.set_column(0, "id", [["a", "x" * 513]]), "rows.id: expected 1 to 512 printable"),
         (lambda table: table.set_column(0, "id", [["a", None]]), "rows: expected the columns of row_schema"),
         (lambda table: table.drop_columns(["camid"]), "rows: expected a column camid"),
+        (lambda table: table.drop_columns(["vector"]), "rows: expected either raw or vector and vector_base"),
+        (lambda table: table.append_column("raw", vector_column(np.ones((2, DIM), np.float32))), "neither or both for"),
         (lambda table: table.set_column(1, "vector", [[[1.0] * 4] * 2]), "rows: expected the columns of row_schema"),
-        (
-            lambda table: table.set_column(1, "vector", vector_column(np.ones((2, 1), np.float32))),
-            "rows: expected the columns of row",
-        ),
         (lambda table: table.set_column(1, "vector", [[[1.0] * DIM] * 2]), "rows.vector: expected unit vectors, got"),
         (
             lambda table: table.set_column(2, "vector_base", [[[float("nan")] * DIM] * 2]),
-            "rows.vector_base: expected unit vectors, got one of length nan",
+            "rows.vector_base: expected unit vectors, got a vector of length nan",
+        ),
+        (
+            lambda table: table.drop_columns(["vector", "vector_base"]).append_column(
+                "raw", vector_column(np.full((2, DIM), np.inf, np.float32))
+            ),
+            "rows.raw: expected finite numbers",
         ),
     ],
 )
-def test_rows_that_cannot_be_are_refused_and_leave_nothing(gallery: Gallery, change: object, message: str) -> None:
-    version = gallery.version
+def test_invalid_rows_are_refused_and_nothing_is_written(gallery: Gallery, change: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        gallery.upsert(change(rows(["a", "b"])), space_id=SPACE)  # type: ignore[operator]
-    assert (len(gallery), gallery.version) == (0, version)
+        gallery.upsert(change(rows(["a", "b"])), space_id=SPACE)
+    assert len(gallery) == 0 and audit(gallery) == []
 
 
 def test_vectors_of_another_space_are_refused_by_name(gallery: Gallery) -> None:
@@ -121,251 +167,334 @@ def test_vectors_of_another_space_are_refused_by_name(gallery: Gallery) -> None:
     assert len(gallery) == 0
 
 
-def test_deletes_count_what_was_there(gallery: Gallery, uri: str) -> None:
+def test_deletes_count_the_rows_that_existed(gallery: Gallery, database: str) -> None:
     gallery.upsert(rows(["a", "b"], pid=1), space_id=SPACE)
     gallery.upsert(rows(["c", "it's; DROP"], pid=2, seed=1), space_id=SPACE)
-    version = gallery.version
-    assert gallery.delete(["nobody"]) == 0 and gallery.version == version
-    assert gallery.delete(["c", "a", "c", "nobody"]) == 2
-    assert set(content(Gallery.open(uri))) == {"b", "it's; DROP"}
-    assert (gallery.delete_person(2), gallery.delete_person(2), gallery.delete_person(1)) == (1, 0, 1)
-    assert len(Gallery.open(uri)) == 0
+    assert gallery.delete(["nobody"]).count == 0
+    assert gallery.delete(["c", "a", "c", "nobody"]).count == 2
+    assert set(content(Gallery.open(database))) == {"b", "it's; DROP"}
+    counts = [gallery.delete_person(pid).count for pid in (2, 2, 1)]
+    assert counts == [1, 0, 1] and len(Gallery.open(database)) == 0
+    gallery.upsert(rows(["a", "b", "c"]), space_id=SPACE)
+    assert gallery.delete_camera(2).count == 1 and set(content(gallery)) == {"a", "c"}
 
 
-def test_one_can_look_at_an_old_version_and_go_back_to_it(gallery: Gallery, uri: str) -> None:
-    old = gallery.upsert(rows(["a", "b"]), space_id=SPACE)
-    gallery.upsert(rows(["a"], seed=1), space_id=SPACE)
-    gallery.delete(["b"])
-    assert content(gallery.at(old)) == expected(rows(["a", "b"]))
-    numbers = [version.number for version in gallery.versions()]
-    assert numbers == sorted(numbers) and old in numbers and numbers[-1] == gallery.version
-    assert gallery.restore(old) > numbers[-1]
-    assert content(Gallery.open(uri)) == expected(rows(["a", "b"]))
-    gallery.upsert(rows(["z"], seed=2), space_id=SPACE)
-    positions = gallery.load(None, ["position"])["position"].to_pylist()
-    assert len(set(positions)) == 3
-    with pytest.raises(ValueError, match=r"version: expected one of .* got 99"):
-        gallery.at(99)
-
-
-def test_a_table_has_one_writer_and_readers_do_not_write(gallery: Gallery, uri: str) -> None:
-    with pytest.raises(ValueError, match=r"expected one writer of .*, got a second one"):
-        Gallery.open(uri, write=True)
-    with pytest.raises(ValueError, match="gallery: expected one opened for writing"):
-        Gallery.open(uri).delete(["a"])
-    gallery.close()
-    with pytest.raises(ValueError, match="gallery: expected one opened for writing"):
-        gallery.upsert(rows(["a"]), space_id=SPACE)
-    Gallery.open(uri, write=True).upsert(rows(["a"]), space_id=SPACE)
-
-
-def test_the_table_of_a_new_model_is_filled_aside_and_taken_up_at_once(gallery: Gallery, uri: str) -> None:
-    gallery.upsert(rows(["a", "b"]), space_id=SPACE)
-    reader = Gallery.open(uri)
-    assert not reader.refresh()
-    new = Gallery.prepare(uri, space_id=OTHER, dim=DIM)
-    new.upsert(rows(["a"], seed=3), space_id=OTHER)
-    assert not reader.refresh() and reader.space_id == SPACE
-    new.publish()
-    assert reader.refresh() and reader.space_id == OTHER
-    assert content(reader) == expected(rows(["a"], seed=3))
-    gallery.publish()
-    assert reader.refresh() and len(reader) == 2
-    with pytest.raises(ValueError, match=r"gallery.uri: expected vectors of dimension 9 in .*, got 8"):
-        new.close()
-        Gallery.prepare(uri, space_id=OTHER, dim=9)
-
-
-def test_no_gallery_is_said_in_words(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"gallery.uri: expected a gallery, got .*nowhere, which has none"):
-        Gallery.open(str(tmp_path / "nowhere"))
-
-
-def test_after_compact_the_deleted_are_on_no_disk(gallery: Gallery, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def holders(needle: bytes) -> list[str]:
-        return [str(path) for path in Path(uri).rglob("*") if path.is_file() and needle in path.read_bytes()]
-
-    def codes() -> int:
-        statistics = gallery.dataset.stats.index_stats("vector_idx")
-        return sum(part["size"] for index in statistics["indices"] for part in index["partitions"])
-
-    other = Gallery.prepare(uri, space_id=OTHER, dim=DIM)
-    other.upsert(rows(["erased-1"], pid=7), space_id=OTHER)
-    gallery.upsert(rows([f"kept-{n}" for n in range(300)], pid=1), space_id=SPACE)
-    gallery.upsert(rows(["erased-1", "erased-2"], pid=7, seed=1), space_id=SPACE)
-    gallery.dataset.create_index("vector", "IVF_PQ", metric="cosine", num_partitions=2, num_sub_vectors=4)
-    gallery.reload()
-    gallery.upsert(rows(["erased-1"], pid=7, seed=2), space_id=SPACE)
-    gallery.upsert(rows(["late"], pid=1, seed=3), space_id=SPACE)
-    gallery.delete_person(7)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-
-        def killed(*_: object) -> None:
-            raise KeyboardInterrupt
-
-        patch.setattr(lance.LanceDataset, "commit", killed)
-        gallery.upsert(rows(["erased-3"]), space_id=SPACE)
-    assert (
-        len(holders(b"the face of erased-3")) == 1
-        and len(holders(b"erased-1")) > 2
-        and len(holders(b"the face of erased-2")) == 1
-        and codes() == 302
-    )
-
-    with pytest.raises(ValueError, match="got a second one"):  # somebody writes to the other table
-        gallery.compact()
-    other.close()
-    before = content(gallery)
-    gallery.compact()
-    assert holders(b"erased") == []
-    assert codes() == 301 and len(gallery.versions()) == 1
-    assert len(holders(b"the face of kept-7")) == 1
-    assert content(gallery) == content(Gallery.open(uri)) == before and len(before) == 301
-    for left, row in ((300, "kept-299"), (299, "kept-298")):  # one row of a large piece
-        gallery.delete([row])
-        gallery.compact()
-        assert holders(row.encode()) == [] and codes() == left
-    gallery.compact()  # nothing to do
-    gallery.upsert(rows(["new"], seed=4), space_id=SPACE)
-    assert len(Gallery.open(uri)) == 300
-
-
-def test_an_old_models_writer_leaves_the_gallery_in_use_alone(
-    gallery: Gallery, uri: str, monkeypatch: pytest.MonkeyPatch
+def test_a_write_and_its_audit_entry_are_one_transaction(
+    gallery: Gallery, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gallery.upsert(rows(["old"]), space_id=SPACE)
-    new = Gallery.prepare(uri, space_id=OTHER, dim=DIM)
-    new.upsert(rows(["new"]), space_id=OTHER)
-    lock = gallery_module._lock
-
-    def locked_late(uri: str, space_id: str) -> object:
-        new.publish()  # between the first look and the lock
-        new.close()
-        return lock(uri, space_id)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(gallery_module, "_lock", locked_late)
-        with pytest.raises(ValueError, match=f"got that of {SPACE} while {OTHER} is in use. Serve the run"):
-            gallery.compact()
-    with pytest.raises(ValueError, match="expected the table in use to compact"):
-        gallery.compact()
-    gallery.clean()  # its own files are its own
-    assert set(content(gallery)) == {"old"} and set(content(Gallery.open(uri))) == {"new"}
-    gallery.close()
-    Gallery.open(uri, write=True).compact()
-    assert Gallery.open(uri)._spaces() == {OTHER}
+    version = gallery.upsert(rows(["a", "b"], pid=3), space_id=SPACE, by="ingest").version
+    erased = gallery.delete_person(3, by="officer").version
+    assert audit(gallery) == [
+        ("ingest", "upsert", version, ["a", "b"], {"count": 2}),
+        ("officer", "delete person", erased, [], {"pid": 3, "count": 2}),
+    ]
+    gallery.upsert(rows(["c"], pid=4), space_id=SPACE)
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute("ALTER TABLE audit ADD CONSTRAINT none CHECK (action <> 'delete person') NOT VALID")
+    with pytest.raises(psycopg.errors.CheckViolation):
+        gallery.delete_person(4)
+    assert set(content(gallery)) == {"c"}
 
 
-def test_rows_without_a_time_are_given_one_once_and_keep_all_else(
-    gallery: Gallery, uri: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gallery_module, "DATED_ROWS", 2)
-    seen, now = datetime(2024, 5, 1, 12, tzinfo=UTC), datetime(2026, 1, 1, tzinfo=UTC)
-    table = rows([f"r{n}" for n in range(5)]).append_column("time", [[None, seen, None, None, None]])
-    gallery.upsert(table, space_id=SPACE)
-    reader, columns = Gallery.open(uri), [field.name for field in gallery.dataset.schema if field.name != "time"]
-    before, stamps = reader.load(None, columns).sort_by("position"), reader.stamps()
-    assert (gallery.date_undated(now), gallery.date_undated(seen)) == (4, 0)
-    assert reader.refresh() and reader.load(None, columns).sort_by("position") == before
-    times = reader.load(None, ["time", "position"]).sort_by("position")["time"].to_pylist()
-    assert times == [now, seen, now, now, now]
-    assert len(set(reader.stamps().tolist()) - set(stamps.tolist())) == 4  # a searcher loads them again
-    assert gallery.delete_before(now) == 1 and len(gallery) == 4
+def test_nothing_of_an_erased_person_is_left_in_any_table(gallery: Gallery, database: str) -> None:
+    gallery.upsert(rows(["secret-1", "secret-2"], pid=777), space_id=SPACE)
+    gallery.upsert(rows(["secret-1"], pid=777, seed=1), space_id=SPACE)
+    gallery.delete_person(777)
+    with psycopg.connect(database) as connection:
+        for table in ("image", "removed", "gallery"):
+            records = connection.execute(f"SELECT t::text FROM {table} AS t").fetchall()
+            assert not [record for (record,) in records if "secret" in record or "777" in record], table
 
 
-def test_small_writes_are_merged_now_and_then(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gallery_module, "SMALL_FRAGMENTS", 4)
-    written = {}
-    for n in range(11):
-        one = rows([f"r{n % 9}"], seed=n)
-        gallery.upsert(one, space_id=SPACE)
-        written |= expected(one)
-    assert content(gallery) == written
-    assert len(gallery.dataset.get_fragments()) < 4
+# Following the database
 
 
-def test_data_is_on_disk_before_the_commit_that_names_it(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[str] = []
-    flush, commit = gallery_module._fsync, lance.LanceDataset.commit
+def followed(gallery: Gallery, seen: Snapshot, rows_by_stamp: dict[int, str]) -> Snapshot:
+    """Apply the changes since a snapshot to a copy (stamp -> id), as `ExactIndex.load` does."""
+    changes = gallery.changes(seen)
+    if changes.complete:
+        rows_by_stamp.clear()
+    for stamp in changes.removed.tolist():
+        rows_by_stamp.pop(stamp, None)
+    rows_by_stamp |= dict(zip(changes.rows["stamp"].to_pylist(), changes.rows["id"].to_pylist(), strict=True))
+    return changes.snapshot
 
-    def flushed(path: str | Path) -> None:
-        flush(path)
-        events.append(str(path))
 
-    def committed(*arguments: object) -> object:
-        events.append("commit")
-        return commit(*arguments)  # type: ignore[arg-type]
+def test_a_reader_follows_writes_replacements_and_deletes(gallery: Gallery) -> None:
+    copy: dict[int, str] = {}
+    seen = gallery.snapshot()
+    for step, change in enumerate(
+        (
+            lambda: gallery.upsert(rows(["a", "b", "c"]), space_id=SPACE),
+            lambda: gallery.upsert(rows(["b", "d"], seed=1), space_id=SPACE),
+            lambda: gallery.delete(["a", "d"]),
+            lambda: [gallery.upsert(rows(["e"]), space_id=SPACE), gallery.delete(["e"])],
+        )
+    ):
+        change()
+        seen = followed(gallery, seen, copy)
+        assert sorted(copy.values()) == sorted(content(gallery)), step
+        assert gallery.changes(seen).rows.num_rows == 0
+    assert sorted(copy.values()) == ["b", "c"]
 
-    monkeypatch.setattr(gallery_module, "_fsync", flushed)
-    monkeypatch.setattr(gallery_module.lance.LanceDataset, "commit", committed)
+
+def test_a_transaction_that_commits_late_is_not_missed(gallery: Gallery, database: str) -> None:
     gallery.upsert(rows(["a", "b"]), space_id=SPACE)
-    gallery.upsert(rows(["b"], seed=1), space_id=SPACE)
-    first, second = [number for number, event in enumerate(events) if event == "commit"]
-    assert [event.endswith(".lance") for event in events[:first]].count(True) == 1
-    assert any("_deletions/" in event for event in events[first:second])  # of the row that was replaced
-    assert any(event.endswith(".manifest") for event in events[first:second])
-    assert any(event.endswith(".manifest") for event in events[second:])
-    assert not any(event.endswith((".lance", ".arrow")) for event in events[second:])
+    copy: dict[int, str] = {}
+    with psycopg.connect(database) as early:
+        early.execute("UPDATE image SET camid = 9 WHERE id = 'a'")
+        (late,) = early.execute("SELECT pg_current_xact_id()::text::bigint").fetchone() or (0,)
+        later = gallery.upsert(rows(["c"]), space_id=SPACE).version
+        seen = followed(gallery, Snapshot("1:1:"), copy)
+        assert later > late and seen.version >= later > late
+        assert seen.includes(later) and not seen.includes(late)
+        assert sorted(copy.values()) == ["a", "b", "c"]
+        early.commit()
+    changes = gallery.changes(seen)
+    assert changes.rows["id"].to_pylist() == ["a"] and changes.rows["camid"].to_pylist() == [9]
+    assert changes.snapshot.includes(late) and len(changes.removed) == 1
+    assert followed(gallery, seen, copy).includes(late) and sorted(copy.values()) == ["a", "b", "c"]
 
 
-@pytest.fixture
-def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A bucket of an S3 server of this machine."""
-    boto3 = pytest.importorskip("boto3")
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT": f"http://{s3_endpoint}",
-        "AWS_ALLOW_HTTP": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
-    boto3.client("s3", endpoint_url=f"http://{s3_endpoint}", region_name="us-east-1").create_bucket(Bucket="people")
-    return "s3://people/gallery"
+def test_many_writers_at_once_leave_a_followers_copy_equal_to_the_database(gallery: Gallery, database: str) -> None:
+    copy: dict[int, str] = {}
+    seen, ended = gallery.changes(None).snapshot, threading.Event()
 
+    def write(seed: int) -> None:
+        own, rng = Gallery.open(database), np.random.default_rng(seed)
+        for _ in range(15):
+            ids = [f"r{n}" for n in rng.choice(30, size=5, replace=False)]
+            own.upsert(rows(ids, seed=seed), space_id=SPACE) if rng.random() < 0.7 else own.delete(ids)
+        own.close()
 
-def test_an_object_store_holds_a_gallery_and_two_writers_do_not_double_a_row(bucket: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected a gallery, got s3://people/gallery"):
-        Gallery.open(bucket)
-    gallery = Gallery.prepare(bucket, space_id=SPACE, dim=DIM)
-    gallery.publish()
-    old = gallery.upsert(rows(["a", "b"], pid=3), space_id=SPACE)
-    reader = Gallery.open(bucket)
-    second = Gallery.open(bucket, write=True)
+    def follow() -> None:
+        nonlocal seen
+        while not ended.is_set():
+            seen = followed(gallery, seen, copy)
 
-    def write(writer: Gallery, seed: int) -> int:
-        start.wait(10)
+    with ThreadPoolExecutor(5) as pool:
+        following = pool.submit(follow)
         try:
-            return writer.upsert(rows(["c", f"d{seed}"], seed=seed), space_id=SPACE)
-        except OSError:  # the other one was first
-            return 0
-
-    start = threading.Barrier(2)
-    with ThreadPoolExecutor(2) as pool:
-        assert any(pool.map(write, (gallery, second), (1, 2)))
-    assert reader.refresh() and {"a", "b", "c"} < set(content(reader))  # and none twice
-    second.upsert(rows(["c"], seed=1), space_id=SPACE)
-    gallery.delete(["d1", "d2"])
-    assert gallery.delete_person(3) == 2
-    assert reader.refresh() and content(reader) == expected(rows(["c"], seed=1))
-    assert reader.picture("c") == (None, b"the face of c " * 5)
-    gallery.restore(old)
-    other = Gallery.prepare(bucket, space_id=OTHER, dim=DIM)
-    other.upsert(rows(["x"]), space_id=OTHER)
-    other.publish()
-    assert reader.refresh() and set(content(reader)) == {"x"}
-    with pytest.raises(ValueError, match=rf"got s3://people/gallery/{SPACE}.lance. Remove it"):
-        other.compact()  # no lock says whether somebody fills it
-    assert other._spaces() == {SPACE, OTHER}
-    lance.LanceDataset.drop(gallery.table_uri)
-    store, written = LanceFileSession(other.table_uri), tmp_path / "part"
-    written.write_bytes(b"what another process is about to commit")
-    store.upload_file(str(written), "data/part.lance")
-    other.compact()
-    assert store.contains("data/part.lance")
-    assert content(reader) == expected(rows(["x"])) and len(other.versions()) == 1
+            list(pool.map(write, range(4)))
+        finally:
+            ended.set()
+        following.result()
+    followed(gallery, seen, copy)
+    assert sorted(copy.values()) == sorted(content(gallery))
+    assert len(audit(gallery)) == 4 * 15
 
 
-def test_the_record_needs_neither_torch_nor_ray() -> None:
-    code = "import sys\nsys.modules['torch'] = sys.modules['ray'] = None\nimport tvilfm.retrieval.gallery"
-    assert subprocess.run([sys.executable, "-c", code], env=os.environ, check=False).returncode == 0
+def test_a_database_that_was_restored_is_read_from_the_start(gallery: Gallery) -> None:
+    gallery.upsert(rows(["a"]), space_id=SPACE)
+    changes = gallery.changes(Snapshot("900000:900000:"))
+    assert changes.complete and changes.rows["id"].to_pylist() == ["a"]
+
+
+def test_a_waiting_reader_wakes_at_once(gallery: Gallery, database: str) -> None:
+    waiting = Gallery.open(database).wait(60.0)
+    next(waiting)
+    writer = threading.Timer(0.2, lambda: gallery.upsert(rows(["a"]), space_id=SPACE))
+    writer.start()
+    next(waiting)  # would take a minute
+    assert set(content(gallery)) == {"a"}
+
+
+# Galleries of several models
+
+
+def test_the_gallery_of_a_new_model_is_filled_aside_and_published_at_once(gallery: Gallery, database: str) -> None:
+    gallery.upsert(rows(["a", "b"]), space_id=SPACE)
+    new = prepare(database, OTHER)
+    new.upsert(rows(["a"], seed=3), space_id=OTHER)
+    assert Gallery.open(database).space_id == SPACE
+    with pytest.raises(ValueError, match="expected one that is not in use"):
+        gallery.drop()
+    new.publish()
+    assert content(Gallery.open(database)) == expected(rows(["a"], seed=3))
+    assert len(Gallery.open(database, space_id=SPACE)) == 2
+    gallery.drop()
+    with pytest.raises(ValueError, match=rf"gallery.url: expected vectors of {SPACE} in .*, got those of {OTHER}"):
+        Gallery.open(database, space_id=SPACE)
+    assert len(new) == 1
+
+
+def test_retention_deletes_by_time_or_else_by_the_time_of_the_write(gallery: Gallery, database: str) -> None:
+    now = datetime.now(UTC)
+    table = rows(["old", "new", "unknown"]).append_column("time", [[now - timedelta(days=40), now, None]])
+    gallery.upsert(table, space_id=SPACE)
+    gallery.expire(rows_days=30, audit_days=None)
+    assert set(content(gallery)) == {"new", "unknown"}
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute("UPDATE image SET added = added - interval '31 days' WHERE time IS NULL")
+        connection.execute("UPDATE audit SET time = time - interval '3 days'")
+        connection.execute("UPDATE removed SET time = time - interval '2 days'")
+    gallery.expire(rows_days=30, audit_days=2)
+    assert set(content(gallery)) == {"new"} and [entry[1] for entry in audit(gallery)] == ["retention"]
+    with psycopg.connect(database) as connection:
+        assert connection.execute("SELECT count(*) FROM removed WHERE time < now() - interval '1 day'").fetchone() == (
+            0,
+        )
+
+
+# The index
+
+
+@pytest.fixture(scope="module")
+def indexed(new_database: Any) -> tuple[Gallery, np.ndarray, np.ndarray]:
+    """A gallery of 4,000 rows with an index, their vectors, and their cameras: 1 has one row, 2 has 40, 3 the rest."""
+    rng = np.random.default_rng(0)
+    gallery = prepare(new_database(), refine=4, ef_search=40)
+    vectors = rng.standard_normal((4000, DIM)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    camids = np.full(4000, 3)
+    camids[:1], camids[1:41] = 1, 2
+    for start in range(0, 4000, 1000):
+        part = slice(start, start + 1000)
+        table = pa.table(
+            {
+                "id": [f"r{n}" for n in range(start, start + 1000)],
+                "camid": camids[part],
+                "vector": vector_column(vectors[part]),
+                "vector_base": vector_column(-vectors[part]),
+            }
+        )
+        gallery.upsert(table, space_id=SPACE)
+    progress: list[float] = []
+    assert gallery.kind == "scan"
+    gallery.build_index(workers=0, on_progress=progress.append)
+    assert gallery.kind == "index" and all(0 <= share <= 1 for share in progress)
+    return gallery, vectors, camids
+
+
+@pytest.mark.parametrize("base", [False, True])
+@pytest.mark.parametrize("few_rows", [10_000, 0])
+@pytest.mark.parametrize("cameras", [None, {1}, {2}, {1, 2}, {3}, set()])
+def test_a_filter_never_loses_hits(
+    indexed: tuple[Gallery, np.ndarray, np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
+    cameras: set[int] | None,
+    few_rows: int,
+    base: bool,
+) -> None:
+    gallery, vectors, camids = indexed
+    monkeypatch.setattr("tvilfm.retrieval.gallery.FEW_ROWS", few_rows)  # 0: the index is asked first
+    query = np.random.default_rng(1).standard_normal(DIM).astype(np.float32)
+    matching = np.flatnonzero(np.ones(4000, bool) if cameras is None else np.isin(camids, sorted(cameras)))
+    where = Where(cameras=None if cameras is None else frozenset(cameras))
+    for count in (10, 300):
+        table = gallery.nearest(query, base=base, count=count, where=where)
+        scores = vectors[matching] @ (-query if base else query)
+        best = {f"r{n}" for n in matching[np.argsort(-scores)[:count]]}
+        assert table.num_rows >= min(count, len(matching))
+        assert len(best & set(table["id"].to_pylist())) >= 0.98 * len(best)
+
+
+def test_the_index_is_used_and_new_rows_are_in_it_at_once(indexed: tuple[Gallery, np.ndarray, np.ndarray]) -> None:
+    gallery, vectors, _ = indexed
+    with gallery.database.session() as connection:
+        (node,) = connection.execute(
+            "EXPLAIN (FORMAT JSON) SELECT id FROM image WHERE gallery = 1 "
+            f"ORDER BY current::halfvec({DIM}) <#> '{vectors[0].tolist()}'::halfvec({DIM}) LIMIT 5"
+        ).fetchone() or ({},)
+    assert "image_1_current" in json.dumps(node)
+    query = np.eye(DIM, dtype=np.float32)[0]
+    table = pa.table(
+        {
+            "id": ["exactly"],
+            "camid": [3],
+            "vector": vector_column(query[None]),
+            "vector_base": vector_column(query[None]),
+        }
+    )
+    gallery.upsert(table, space_id=SPACE)
+    assert "exactly" in gallery.nearest(query, base=False, count=1, where=Where())["id"].to_pylist()
+    gallery.delete(["exactly"])
+    assert "exactly" not in gallery.nearest(query, base=False, count=1, where=Where())["id"].to_pylist()
+
+
+def test_the_description_counts_cameras_and_months(gallery: Gallery) -> None:
+    may, june = datetime(2024, 5, 31, 23, tzinfo=UTC), datetime(2024, 6, 1, tzinfo=UTC)
+    table = rows(["a", "b", "c"]).append_column("time", [[may, june, None]])
+    gallery.upsert(table, space_id=SPACE)
+    facts = gallery.describe()
+    assert (facts.rows, facts.cameras, facts.oldest) == (3, {1: 1, 2: 1, 3: 1}, may)
+    assert facts.months == {"2024-05": 1, "2024-06": 1, None: 1} and facts.bytes > 0
+    assert facts.in_use and not facts.indexed and gallery.cameras() == [1, 2, 3]
+
+
+# Databases that cannot be used
+
+
+def test_a_missing_or_unsuitable_database_is_described(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"gallery.url: expected a gallery, got .*, which has none. Create one with"):
+        Gallery.open(database)
+    with pytest.raises(ValueError, match=r"gallery.url: expected a PostgreSQL database at localhost/none, got: .*"):
+        Gallery.open("postgresql://user@localhost:1/none")
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ValueError, match=r"expected PostgreSQL 99 or later at .*, got 18"),
+    ):
+        patch.setattr(database_module, "MIN_SERVER", 99)
+        Database.open(database)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"expected pgvector 99.0 or later at"):
+        patch.setattr(database_module, "MIN_PGVECTOR", (99, 0))
+        Database.open(database)
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute("CREATE ROLE visitor LOGIN")
+        connection.execute("INSERT INTO schema_version VALUES (99)")
+    with pytest.raises(ValueError, match=r"expected tables of version \d+ or earlier at .*, got version 99. Update"):
+        Database.open(database)
+
+
+def test_a_role_without_permissions_is_told_so(new_database: Any) -> None:
+    url = new_database()
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("CREATE ROLE stranger LOGIN")
+        connection.execute("CREATE EXTENSION vector")
+        connection.execute("REVOKE CREATE ON SCHEMA public FROM public")
+    with pytest.raises(
+        ValueError, match=r"gallery.url: expected permission to create tables in .*, got: permission denied"
+    ):
+        Database.open(url.replace("postgres:@", "stranger@"))
+
+
+def test_the_documented_role_of_a_service_can_serve_but_neither_drop_nor_rewrite_the_audit_trail(
+    gallery: Gallery, database: str
+) -> None:
+    gallery.upsert(rows(["a"]), space_id=SPACE)
+    (grants,) = re.findall(r"```sql\n(.*?)```", (REPOSITORY / "docs" / "service.md").read_text(), re.DOTALL)
+    role = f"service_{uuid.uuid4().hex}"
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute("REVOKE CREATE ON SCHEMA public FROM public")
+        connection.execute(grants.replace("tvilfm_service", role).encode())
+    serving = Gallery.open(database.replace("postgres:@", f"{role}@"))
+    version = serving.upsert(rows(["a", "b"], pid=1), space_id=SPACE, by="ingest").version
+    serving.note("search", [(version, ["a"])], by="desk")
+    assert serving.delete_person(1).count == 2 and serving.changes(None).rows.num_rows == 0
+    serving.expire(rows_days=1, audit_days=None)
+    for command in ("DROP TABLE image", "UPDATE audit SET key = 'me'", "DELETE FROM audit", "DELETE FROM gallery"):
+        with serving.database.session() as connection, pytest.raises(psycopg.errors.InsufficientPrivilege):
+            connection.execute(command.encode())
+
+
+def test_a_database_that_is_gone_is_tried_twice(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts = 0
+
+    def lose(connection: object) -> None:
+        nonlocal attempts
+        attempts += 1
+        raise psycopg.OperationalError("the connection was lost\nDETAIL: more")
+
+    with pytest.raises(Unavailable, match="expected an answer from the database, got: the connection was lost"):
+        gallery.database.run(lose)
+    assert attempts == 2
+
+
+@pytest.mark.parametrize("url", ["postgresql://me:secret@host/db", "postgresql://host/db?password=secret"])
+def test_a_password_in_the_description_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match=r"gallery.url: expected no password"):
+        load_config(None, [f"gallery.url={json.dumps(url)}"])
+    with pytest.raises(ValueError, match=r"gallery.url: expected postgresql://... or a folder, got s3://..."):
+        load_config(None, ["gallery.url=s3://bucket/gallery"])

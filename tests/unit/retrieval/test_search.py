@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import psycopg
 import pyarrow as pa
 import pytest
 import torch
@@ -25,13 +25,14 @@ from tvilfm.evaluation.query_texts import draw_query_texts, sentences_of
 from tvilfm.models import TVILFM, ModelSpec
 from tvilfm.models.encode import encode_pixels, encode_texts
 from tvilfm.models.similarity import similarity
-from tvilfm.retrieval import exact
+from tvilfm.retrieval import exact, search
 from tvilfm.retrieval.exact import ExactIndex
 from tvilfm.retrieval.gallery import Gallery
 from tvilfm.retrieval.query import Query, QueryEncoder, Question
 from tvilfm.retrieval.rows import Where, vector_column
 from tvilfm.retrieval.search import Answer, Request, Searcher
-from tvilfm.retrieval.spaces import gallery_vectors, space_id
+from tvilfm.retrieval.spaces import Heads, space_id
+from tvilfm.retrieval.store import Changes, Snapshot
 
 SPACE, DIM, NUM_ROWS = "feed-32x16", 24, 400
 NOON = datetime(2024, 5, 1, 12, tzinfo=UTC)
@@ -58,16 +59,24 @@ def gallery_rows(numbers: Sequence[int], *, seed: int = 0) -> pa.Table:
     return pa.table(columns)
 
 
-@pytest.fixture
-def gallery(tmp_path: Path) -> Gallery:
-    gallery = Gallery.prepare(str(tmp_path / "gallery"), space_id=SPACE, dim=DIM)
-    gallery.upsert(gallery_rows(range(NUM_ROWS)), space_id=SPACE)
+def empty(url: str) -> Gallery:
+    head_4D = torch.ones(4, DIM)
+    heads = Heads(current_4D=head_4D, base_4D=head_4D, eps=1e-5, width=DIM)
+    gallery = Gallery.prepare(url, space_id=SPACE, heads=heads, encoder="none")
     gallery.publish()
     return gallery
 
 
-def searcher(gallery: Gallery, **section: int) -> Searcher:
-    return Searcher(Gallery.open(gallery.uri), GallerySection(**section))
+@pytest.fixture
+def gallery(database: str) -> Gallery:
+    gallery = empty(database)
+    gallery.upsert(gallery_rows(range(NUM_ROWS)), space_id=SPACE)
+    return gallery
+
+
+def searcher(gallery: Gallery, **settings: int) -> Searcher:
+    section = GallerySection(**settings)
+    return Searcher(Gallery.open(gallery.url, section=section), section)
 
 
 def query(vector: npt.NDArray[np.float32], *, base: bool = False) -> Query:
@@ -159,7 +168,7 @@ def test_the_first_pass_loses_no_row_that_ranks(gallery: Gallery, half: bool) ->
     column = vector_column(near)
     table = gallery_rows(range(NUM_ROWS))
     gallery.upsert(table.set_column(table.schema.get_field_index("vector"), "vector", column), space_id=SPACE)
-    index = ExactIndex.load(gallery.snapshot(), device=CPU, half=half)
+    index = ExactIndex.load(gallery.changes(None), device=CPU, half=half)
     vectors_QD = torch.from_numpy(np.concatenate([3 * unit(rng, 20), near[:1]]))
     order_QG = similarity(vectors_QD, torch.from_numpy(near)).sort(dim=1, descending=True, stable=True).indices
     for count in (1, 10, 399):
@@ -168,7 +177,7 @@ def test_the_first_pass_loses_no_row_that_ranks(gallery: Gallery, half: bool) ->
 
 
 def test_queries_that_rank_the_whole_gallery_share_its_vectors(gallery: Gallery) -> None:
-    index = ExactIndex.load(gallery.snapshot(), device=CPU, half=False)
+    index = ExactIndex.load(gallery.changes(None), device=CPU, half=False)
     vectors_QD = torch.from_numpy(unit(np.random.default_rng(3), 9))
     found = index.rank(vectors_QD, [Where()] * 9, NUM_ROWS, base=False)
     assert len({best.vectors_RD.data_ptr() for best in found}) == 1
@@ -194,72 +203,88 @@ def test_a_reader_loads_what_is_new_and_sees_what_a_new_one_sees(
     gallery: Gallery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[int] = []
-    load = Gallery.load
+    changes = Gallery.changes
 
-    def counted(self: Gallery, offsets: npt.NDArray[np.int64] | None, columns: Sequence[str]) -> pa.Table:
-        loaded.append(len(self) if offsets is None else len(offsets))
-        return load(self, offsets, columns)
+    def counted(self: Gallery, since: Snapshot | None) -> Changes:
+        new = changes(self, since)
+        loaded.append(new.rows.num_rows)
+        return new
 
-    monkeypatch.setattr(Gallery, "load", counted)
+    monkeypatch.setattr(Gallery, "changes", counted)
     searching, rng = searcher(gallery), np.random.default_rng(4)
     asked = [query(vector, base=base) for vector in unit(rng, 2) for base in (False, True)]
     requests = [Request(weights={}, k=2 * NUM_ROWS)] * 4
     assert loaded == [NUM_ROWS] and not searching.refresh()
 
-    kept = gallery.version
     steps = [
         (lambda: gallery.upsert(gallery_rows([3, 900, 901], seed=1), space_id=SPACE), 3),
         (lambda: gallery.delete(["r5", "r6", "r900"]), 0),
-        (gallery.compact, 0),
         (lambda: gallery.delete([f"r{n}" for n in range(50, 350)]), 0),
-        (lambda: [gallery.upsert(gallery_rows([n], seed=n), space_id=SPACE) for n in (60, 61, 950)], 3),
-        (lambda: gallery.restore(gallery.version - 3), 0),
+        (lambda: [gallery.upsert(gallery_rows([n], seed=n), space_id=SPACE) for n in (60, 61, 950)][-1], 3),
         (lambda: gallery.upsert(gallery_rows([60], seed=2), space_id=SPACE), 1),
         (lambda: gallery.delete([f"r{n}" for n in range(1000)]), 0),
         (lambda: gallery.upsert(gallery_rows([2, 1], seed=3), space_id=SPACE), 2),
     ]
     for step, new in steps:
-        step()
+        change = step()
+        assert not searching.snapshot.includes(change.version)
         loaded.clear()
         assert searching.refresh() and loaded == [new]
-        loaded.clear()
         answers, fresh = searching.search(asked, requests), searcher(gallery).search(asked, requests)
         assert [answer.hits for answer in answers] == [answer.hits for answer in fresh]
-        assert all(answer.version == gallery.version for answer in answers)
+        assert searching.snapshot.includes(change.version) and all(one.version >= change.version for one in answers)
         assert len(answers[0].hits) == len(gallery)
-    assert kept < gallery.version and ids(answers[0]) in (["r1", "r2"], ["r2", "r1"])
+    assert ids(answers[0]) in (["r1", "r2"], ["r2", "r1"])
 
 
-def test_a_searcher_follows_to_another_models_table_and_refuses_the_old_ones_queries(gallery: Gallery) -> None:
-    searching, asked = searcher(gallery), query(unit(np.random.default_rng(0), 1)[0])
-    new = Gallery.prepare(gallery.uri, space_id="beef-32x16", dim=DIM)
-    new.upsert(gallery_rows([1, 2]), space_id="beef-32x16")
-    new.publish()
-    assert len(searching.search([asked], [Request(weights={})])[0].hits) == 20
-    assert searching.refresh()
-    with pytest.raises(ValueError, match=rf"space_id: expected vectors of beef-32x16, got {SPACE}"):
-        searching.search([asked], [Request(weights={})])
-    (answer,) = searching.search([replace(asked, space_id="beef-32x16")], [Request(weights={})])
-    assert sorted(ids(answer)) == ["r1", "r2"]
+def test_a_copy_that_was_not_updated_for_long_is_loaded_again(
+    gallery: Gallery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searching = searcher(gallery)
+    gallery.delete([f"r{n}" for n in range(1, NUM_ROWS)])
+    with psycopg.connect(gallery.url, autocommit=True) as connection:
+        connection.execute("DELETE FROM removed")  # as after a day
+    monkeypatch.setattr(search, "OLD_S", -1.0)
+    searching.refresh()
+    (answer,) = searching.search([query(unit(np.random.default_rng(0), 1)[0])], [Request(weights={})])
+    assert ids(answer) == ["r0"]
 
 
-def test_an_empty_gallery_has_no_hits(tmp_path: Path) -> None:
-    gallery = Gallery.prepare(str(tmp_path / "empty"), space_id=SPACE, dim=DIM)
-    gallery.publish()
+def test_queries_of_another_model_are_refused(gallery: Gallery) -> None:
+    asked = replace(query(unit(np.random.default_rng(0), 1)[0]), space_id="beef-32x16")
+    with pytest.raises(ValueError, match=rf"space_id: expected vectors of {SPACE}, got beef-32x16"):
+        searcher(gallery).search([asked], [Request(weights={})])
+
+
+def test_an_empty_gallery_has_no_hits(database: str) -> None:
+    gallery = empty(database)
     searching, asked = searcher(gallery), query(unit(np.random.default_rng(0), 1)[0])
     assert searching.search([asked], [Request(weights={}, by_identity=True)])[0].hits == []
     gallery.upsert(gallery_rows([4]), space_id=SPACE)
     assert searching.refresh() and ids(searching.search([asked], [Request(weights={})])[0]) == ["r4"]
 
 
-@pytest.mark.parametrize("indexed", [False, True])
-def test_a_large_gallery_is_searched_by_the_index_with_the_same_answer(gallery: Gallery, indexed: bool) -> None:
-    if indexed:
-        for column in ("vector", "vector_base"):
-            gallery.dataset.create_index(column, "IVF_PQ", metric="cosine", num_partitions=2, num_sub_vectors=8)
-        gallery.reload()
-        gallery.upsert(gallery_rows([3, 777], seed=9), space_id=SPACE)  # rows that the index has not seen
-    precise, approximate = searcher(gallery), searcher(gallery, exact_limit=10, probes=2, refine=50)
+def test_a_gallery_that_outgrows_the_memory_is_searched_in_the_database(gallery: Gallery) -> None:
+    searching = searcher(gallery, exact_limit=NUM_ROWS)
+    assert searching.kind == "exact"
+    gallery.upsert(gallery_rows([NUM_ROWS]), space_id=SPACE)
+    searching.refresh()
+    searching.refresh()
+    assert searching.kind == "scan"
+    gallery.delete([f"r{n}" for n in range(10)])
+    searching.refresh()
+    assert searching.kind == "exact"
+
+
+@pytest.mark.parametrize("few_rows", [10_000, 50, 0])
+def test_a_large_gallery_is_searched_by_the_index_with_the_same_answer(
+    gallery: Gallery, monkeypatch: pytest.MonkeyPatch, few_rows: int
+) -> None:
+    gallery.build_index(workers=0)
+    gallery.upsert(gallery_rows([3, 777], seed=9), space_id=SPACE)
+    monkeypatch.setattr("tvilfm.retrieval.gallery.FEW_ROWS", few_rows)  # below it, filters are answered without it
+    precise, approximate = searcher(gallery), searcher(gallery, exact_limit=10, ef_search=400, refine=20)
+    assert approximate.kind == "index"
     rng = np.random.default_rng(5)
     for where, _ in WHERES.values():
         for by_identity in (False, True):
@@ -269,19 +294,6 @@ def test_a_large_gallery_is_searched_by_the_index_with_the_same_answer(gallery: 
                 precise.search(queries, requests), approximate.search(queries, requests), strict=True
             ):
                 assert [(hit.id, hit.score) for hit in theirs.hits] == [(hit.id, hit.score) for hit in mine.hits]
-
-
-def test_a_filter_that_few_rows_pass_finds_them_all_by_the_index(gallery: Gallery) -> None:
-    how = {"num_partitions": 16, "num_sub_vectors": 8, "sample_rate": 16}
-    gallery.dataset.create_index("vector", "IVF_PQ", metric="cosine", **how)
-    asked = [query(vector) for vector in unit(np.random.default_rng(7), 3)]
-    where = Where(cameras=frozenset((1,)), since=NOON + timedelta(minutes=300))
-    for by_identity in (False, True):
-        requests = [Request(weights={}, k=20, where=where, by_identity=by_identity)] * len(asked)
-        precise = searcher(gallery).search(asked, requests)
-        by_index = searcher(gallery, exact_limit=10, probes=1, refine=50).search(asked, requests)
-        assert all(10 < len(answer.hits) < 20 for answer in precise)
-        assert [set(ids(answer)) for answer in by_index] == [set(ids(answer)) for answer in precise]
 
 
 def test_shares_say_what_each_modality_adds_and_sum_to_the_score(gallery: Gallery) -> None:
@@ -374,14 +386,13 @@ def lab() -> Lab:
 
 
 @pytest.fixture(scope="module")
-def lab_gallery(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Gallery:
+def lab_gallery(lab: Lab, new_database: Callable[[], str]) -> Gallery:
     space = space_id(lab.model, height=HEIGHT, width=WIDTH)
-    gallery = Gallery.prepare(str(tmp_path_factory.mktemp("lab")), space_id=space, dim=lab.model.spec.dim)
+    gallery = Gallery.prepare(new_database(), space_id=space, heads=Heads.of(lab.model), encoder="lab")
     visible = select(lab.manifest, modality="visible")
-    found = gallery_vectors(lab.model, lab.images.select(visible["image"].to_pylist()))
-    vectors = {name: vector_column(part) for name, part in found.items()}
+    raw = vector_column(lab.images.select(visible["image"].to_pylist()))
     facts = {"id": visible["image"], "pid": visible["pid"], "camid": visible["camid"]}
-    gallery.upsert(pa.table({**facts, **vectors}), space_id=space)
+    gallery.upsert(pa.table({**facts, "raw": raw}), space_id=space)
     gallery.publish()
     return gallery
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
-import httpx
 import pytest
 
 from tvilfm.service.client import Client, ServiceError
@@ -24,7 +22,6 @@ class Scripted(ThreadingHTTPServer):
 
     script: list[tuple[int, bytes] | None]
     retry_after = "0"
-    wait_s = 0.0
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client may be gone before its answer."""
@@ -35,7 +32,6 @@ class _Answer(BaseHTTPRequestHandler):
         assert isinstance(self.server, Scripted)
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         answer = self.server.script.pop(0)
-        time.sleep(self.server.wait_s)
         if answer is None:
             self.connection.close()
             return
@@ -82,27 +78,12 @@ def test_what_got_no_answer_of_the_service_is_tried_again(server: Scripted, fail
     assert (failure is None) != isinstance(caught.value, ServiceError)
 
 
-def test_a_compaction_that_takes_longer_than_somebody_waits_goes_on_and_is_not_asked_for_twice(
-    server: Scripted,
-) -> None:
-    server.script = [(408, b"Request timed out"), (503, b""), (200, STATUS)]
-    with Client("http://{}:{}".format(*server.server_address)) as client:
-        with pytest.raises(ServiceError, match="408"):
-            client.compact()
-        assert client.compact().version == 3  # after the 503
-        server.script = [(200, STATUS)]
-        server.wait_s = 0.5
-        with pytest.raises(httpx.ReadTimeout):
-            client.compact(timeout_s=0.1)
-    assert server.script == []
-
-
 @pytest.mark.parametrize("status", [401, 404, 409, 422, 500])
 def test_what_the_service_refuses_is_not_tried_again(server: Scripted, status: int) -> None:
     server.script = [(status, b'{"error": "no"}'), (200, STATUS)]
     with Client("http://{}:{}".format(*server.server_address), retries=2) as client:
         with pytest.raises(ServiceError, match="no") as caught:
-            client.compact()
+            client.put_bulk([])
         assert caught.value.status == status
     assert server.script == [(200, STATUS)]
 
@@ -115,11 +96,11 @@ def test_a_time_to_wait_that_is_no_number_of_seconds_is_the_usual_one(
     monkeypatch.setattr("tvilfm.service.client.time", SimpleNamespace(sleep=waited.append))
     server.script, server.retry_after = [(503, b""), (200, STATUS)], told
     with Client("http://{}:{}".format(*server.server_address)) as client:
-        assert client.compact().version == 3
+        assert client.put_bulk([]).version == 3
     assert waited == [wait_s]
 
 
 def test_the_client_loads_neither_the_model_nor_the_service() -> None:
-    code = "import sys, tvilfm.service.client; print(*{'torch', 'lance', 'numpy', 'fastapi'} & set(sys.modules))"
+    code = "import sys, tvilfm.service.client; print(*{'torch', 'psycopg', 'numpy', 'fastapi'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
