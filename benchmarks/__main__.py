@@ -34,8 +34,8 @@ def record(claim: Claim) -> None:
     RESULTS.mkdir(exist_ok=True)
     entry = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": {"cpu": _cpu_model(), "cores": os.cpu_count()},
-        "versions": _versions(),
+        "machine": machine(),
+        "versions": versions(),
         "name": claim.name,
         "ratio": round(claim.ratio, 3),
         "goal": claim.goal,
@@ -65,6 +65,11 @@ def main(arguments: list[str]) -> int:
     return int(missed)
 
 
+def machine() -> dict[str, Any]:
+    """Return the processor and the number of cores."""
+    return {"cpu": _cpu_model(), "cores": os.cpu_count()}
+
+
 def _cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -73,7 +78,8 @@ def _cpu_model() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-def _versions() -> dict[str, Any]:
+def versions() -> dict[str, Any]:
+    """Return the versions that figures depend on."""
     return {"python": platform.python_version()} | {name: version_of(name) for name in ("torch", "numpy", "ray")}
 
 

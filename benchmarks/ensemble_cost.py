@@ -7,15 +7,13 @@ The three meet the gallery as one sum, so the search is the same; what is left i
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 
 import torch
 
 from benchmarks.claim import Claim
-from benchmarks.exact_search import MODALITIES, ROWS, WEIGHTS, K, gallery_of, query_of, unit
-from tvilfm.config import GallerySection
-from tvilfm.retrieval.search import Request, Searcher
+from benchmarks.exact_search import MODALITIES, ROWS, WEIGHTS, K, query_of, searcher_of, unit
+from tvilfm.retrieval.search import Request
 
 REPEATS = 25
 GOAL = 1.1
@@ -25,16 +23,15 @@ def ensemble_cost() -> Claim:
     """Milliseconds a search, both ways in turn."""
     generator = torch.Generator().manual_seed(0)
     request = Request(weights=WEIGHTS, k=K)
-    with tempfile.TemporaryDirectory() as folder:
-        searcher = Searcher(gallery_of(folder, unit(generator, ROWS).numpy()), GallerySection(exact_limit=ROWS))
-        parts = dict(zip(MODALITIES, unit(generator, 3), strict=True))
-        queries = {"three": query_of(parts), "one": query_of({"text": parts["text"]})}
-        seconds: dict[str, list[float]] = {name: [] for name in queries}
-        for _ in range(REPEATS + 1):
-            for name, query in queries.items():
-                started = time.perf_counter()
-                searcher.search([query], [request])
-                seconds[name].append(time.perf_counter() - started)
+    searcher = searcher_of(unit(generator, ROWS).numpy())
+    parts = dict(zip(MODALITIES, unit(generator, 3), strict=True))
+    queries = {"three": query_of(parts), "one": query_of({"text": parts["text"]})}
+    seconds: dict[str, list[float]] = {name: [] for name in queries}
+    for _ in range(REPEATS + 1):
+        for name, query in queries.items():
+            started = time.perf_counter()
+            searcher.search([query], [request])
+            seconds[name].append(time.perf_counter() - started)
     three_s, one_s = (statistics.median(seconds[name][1:]) for name in ("three", "one"))
     return Claim(
         name="ensemble_cost",
