@@ -93,6 +93,15 @@ def test_byte_counts_do_not_overflow_in_a_long_gallery(rule: MetricRule) -> None
 
 
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("num_gallery", [8 * 255, 8 * 255 + 1, 8 * 256, 8 * 510, 8 * 512])
+def test_a_match_behind_a_whole_gallery_has_its_length_as_rank(rule: MetricRule, num_gallery: int) -> None:
+    similarity, pids = np.zeros((1, num_gallery)), np.arange(num_gallery)
+    similarity[0, -1] = -1.0  # one in every byte but its own: the sum of 256 words would be 0
+    found = ranking_metrics(similarity, pids[-1:], pids, [6], np.ones_like(pids), protocol=rule)
+    assert found.mAP == found.mINP == 1 / num_gallery
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("chunk_elements", [1, 97, 98, 1000, 10**6])
 @pytest.mark.parametrize("cache_bytes", [1, 1000])
 def test_chunks_never_change_a_number(
