@@ -92,24 +92,9 @@ def train_stage(
         FloatingPointError: when a loss is not finite; the message names the term, epoch and batch.
     """
     schedule = settings.schedule
-    progress = Progress(epochs_done=0, best_score=-1.0, best_epoch=-1)
-    states = None
     best_folder = tempfile.TemporaryDirectory(prefix="tvilfm-best-")
     best = Path(best_folder.name)
-    if resume is not None:
-        progress, optimizer_state, scaler_state = load_trainer(resume)
-        states = optimizer_state, scaler_state
-        model.load_state_dict(TVILFM.from_pretrained(resume / "model").state_dict())
-        TVILFM.from_pretrained(resume / "best").save_pretrained(best)
-    model.to(device).to(memory_format=image_format(device))
-    if settings.freeze_visual:
-        model.freeze_visual()
-    synchronise_batch_norm(model.backbone, device)
-    optimizer = StageOptimizer(model, settings.optim)
-    scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and settings.train.autocast == "float16")
-    if states is not None:
-        optimizer.load_state_dict(states[0])
-        scaler.load_state_dict(states[1])
+    progress, optimizer, scaler = _start(model, settings, device, best, resume)
     step = _distributed(StageStep(model, JointObjective(settings.loss), pad=settings.pad), settings.loss, device)
 
     for epoch in range(progress.epochs_done, schedule.epochs):
@@ -135,6 +120,37 @@ def train_stage(
             listener.on_epoch(record, Path(folder))
     best_folder.cleanup()
     return model
+
+
+def _start(
+    model: TVILFM, settings: StageSettings, device: torch.device, best: Path, resume: Path | None
+) -> tuple[Progress, StageOptimizer, torch.amp.GradScaler]:
+    """Prepare the network and return progress, optimizer and scaler, all as a checkpoint left them if there is one.
+
+    Args:
+        model: network, moved to the device; its weights are overwritten when resuming.
+        settings: the stage's config sections.
+        device: device of this worker.
+        best: folder that receives the checkpoint's best model.
+        resume: the checkpoint.
+    """
+    progress = Progress(epochs_done=0, best_score=-1.0, best_epoch=-1)
+    states = None
+    if resume is not None:
+        progress, optimizer_state, scaler_state = load_trainer(resume)
+        states = optimizer_state, scaler_state
+        model.load_state_dict(TVILFM.from_pretrained(resume / "model").state_dict())
+        TVILFM.from_pretrained(resume / "best").save_pretrained(best)
+    model.to(device).to(memory_format=image_format(device))
+    if settings.freeze_visual:
+        model.freeze_visual()
+    synchronise_batch_norm(model.backbone, device)
+    optimizer = StageOptimizer(model, settings.optim)
+    scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and settings.train.autocast == "float16")
+    if states is not None:
+        optimizer.load_state_dict(states[0])
+        scaler.load_state_dict(states[1])
+    return progress, optimizer, scaler
 
 
 def _distributed(step: StageStep, loss: LossSection, device: torch.device) -> nn.Module:
