@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.oracles import ranking_metrics_loop
+from tvilfm.evaluation import counting
 from tvilfm.evaluation import metrics as metrics_module
 from tvilfm.evaluation.metrics import MetricRule, RankingMetrics, ranking_metrics
 
@@ -109,7 +110,7 @@ def test_chunks_never_change_a_number(
 ) -> None:
     case = make_case(5, 33, 97, 4, levels=8, by_pid=True)
     whole = ranking_metrics(*case, protocol=rule)
-    monkeypatch.setattr(metrics_module, "_CACHE_BYTES", cache_bytes)
+    monkeypatch.setattr(counting, "_CACHE_BYTES", cache_bytes)
     monkeypatch.setattr(metrics_module, "_WORTH_THREADS", 1)
     parts = ranking_metrics(*case, protocol=rule, chunk_elements=chunk_elements)
     np.testing.assert_array_equal(parts.cmc, whole.cmc)
@@ -214,8 +215,8 @@ def test_device_counts_equal_processor_counts(
         calls.append(rows)
         return matrix[torch.from_numpy(rows)]
 
-    monkeypatch.setattr(metrics_module, "_block", block_stays_torch)
-    monkeypatch.setattr(metrics_module, "_DEVICE_BYTES", 2000)
+    monkeypatch.setattr(metrics_module, "take_rows", block_stays_torch)
+    monkeypatch.setattr(counting, "_DEVICE_BYTES", 2000)
     found = ranking_metrics(torch.from_numpy(case[0]), *case[1:], protocol=rule, chunk_elements=700)
     assert calls
     np.testing.assert_array_equal(found.cmc, expected.cmc)
