@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tvilfm.config import load_config
-from tvilfm.datasets.published import published_rows
+from tvilfm.datasets.readers import published_rows
 from tvilfm.sweeps.check import check_space
 from tvilfm.sweeps.space import Space, load_space, words, written
 
