@@ -52,61 +52,69 @@ def watch(path: Path, label: str, unit: str) -> Iterator[None]:
     """
     path.unlink(missing_ok=True)
     console = Console(stderr=True)
+    display = _Display(path, label, unit, console)
     stop = threading.Event()
     started = time.monotonic()
-    bar = Progress(
-        TextColumn("{task.description:<10}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    task = bar.add_task(label, total=None, rate="", note="")
-    first: list[tuple[float, int]] = []
-
-    def show() -> dict[str, object] | None:
-        try:
-            state = json.loads(path.read_text())
-        except (OSError, ValueError):
-            return None
-        now = time.monotonic()
-        if not first or state["done"] < first[0][1]:  # it counts something else now
-            first[:] = [(now, state["done"])]
-        seconds, done = now - first[0][0], state["done"] - first[0][1]
-        rate = left = ""
-        if seconds > 0 and done:
-            rate = f"{done / seconds:.1f} {state['unit'] or unit}/s"
-            left = f"{(state['total'] - state['done']) * seconds / done:.0f} s left"
-        bar.update(task, completed=state["done"], total=state["total"], rate=rate, note=state["note"])
-        return {**state, "rate": rate, "left": left}
 
     def follow() -> None:
         printed = time.monotonic()
         while not stop.wait(INTERVAL_S):
-            state = show()
-            if state and not console.is_terminal and time.monotonic() - printed > PLAIN_INTERVAL_S:
+            line = display.update()
+            if line and not console.is_terminal and time.monotonic() - printed > PLAIN_INTERVAL_S:
                 printed = time.monotonic()
-                parts = (
-                    f"{label}: {state['done']}/{state['total']} {state['unit'] or unit}",
-                    state["rate"],
-                    state["left"],
-                    state["note"],
-                )
-                console.print("  ".join(str(part) for part in parts if part), highlight=False)
+                console.print(line, highlight=False)
 
     thread = threading.Thread(target=follow, daemon=True)
-    with bar:
+    with display.bar:
         thread.start()
         try:
             yield
         finally:
             stop.set()
             thread.join()
-            show()
+            display.update()
     if not console.is_terminal:
         console.print(f"{label}: done in {time.monotonic() - started:.1f} s", highlight=False)
+
+
+class _Display:
+    """The bar of a progress file, and the same as a line of text.
+
+    Attributes:
+        bar: the bar, which shows nothing without a terminal.
+    """
+
+    def __init__(self, path: Path, label: str, unit: str, console: Console) -> None:
+        self._path, self._label, self._unit = path, label, unit
+        self._first: tuple[float, int] | None = None  # time and count from which the rate is computed
+        self.bar = Progress(
+            TextColumn("{task.description:<10}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self.bar.add_task(label, total=None, rate="", note="")
+
+    def update(self) -> str | None:
+        """Read the file and move the bar; return the state as a line, or None if nothing was written yet."""
+        try:
+            state = json.loads(self._path.read_text())
+        except (OSError, ValueError):
+            return None
+        now, count, total, unit = time.monotonic(), state["done"], state["total"], state["unit"] or self._unit
+        if self._first is None or count < self._first[1]:  # it counts something else now
+            self._first = (now, count)
+        seconds, done = now - self._first[0], count - self._first[1]
+        rate = left = ""
+        if seconds > 0 and done:
+            rate = f"{done / seconds:.1f} {unit}/s"
+            left = f"{(total - count) * seconds / done:.0f} s left"
+        self.bar.update(self._task, completed=count, total=total, rate=rate, note=state["note"])
+        parts = (f"{self._label}: {count}/{total} {unit}", rate, left, state["note"])
+        return "  ".join(str(part) for part in parts if part)

@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -30,13 +30,15 @@ from cluster.run import evaluator_of, learning_of, make_synthetic, run
 from cluster.session import address_of, session
 from cluster.stages.results import RESULTS_FILES
 from cluster.trackers import check_trackers
-from tvilfm.config import ClusterSection, Config, known_keys, load_config, to_yaml, value_at
+from tvilfm.config import ClusterSection, Config, load_config, to_yaml
 from tvilfm.evaluation.results import Results
 from tvilfm.evaluation.weight_sweep import SweptMetric, sweep_ensemble, weight_grid
 from tvilfm.place import write_whole
 from tvilfm.report.sweep import write_sweep_report
+from tvilfm.sweeps.check import check_same, check_space
+from tvilfm.sweeps.plan import Sweep
 from tvilfm.sweeps.results import SweepData, TrialRecord, read_trials
-from tvilfm.sweeps.space import Parameter, Space, Trial, check_space, written
+from tvilfm.sweeps.space import Parameter, Space, Trial, written
 from tvilfm.terms import PARTS, Record, Split
 from tvilfm.versions import version_of
 
@@ -53,34 +55,6 @@ BASE_FILE = "config.yaml"  # run description that all trials start from
 ERROR_FILE = "error.txt"
 EXPERIMENT = "tune"
 SPACES = Path(str(files("tune_spaces")))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sweep:
-    """Everything that the process of a trial needs to know about the sweep.
-
-    Attributes:
-        folder: folder of the sweep, on storage that all nodes share.
-        stages: folder of the stages that trials share.
-        space: search space.
-        overrides: overrides given by the user.
-        size: recipe of the run description.
-    """
-
-    folder: Path
-    stages: Path
-    space: Space
-    overrides: tuple[str, ...]
-    size: str | None
-
-    def config(self, trial: Trial) -> Config:
-        """Return the config of a trial: a run in the sweep's folder that shares the stages of all trials."""
-        own = {
-            "run.dir": str(self.folder / "trials"),
-            "run.name": trial.name,  # quoted by `written`: an Optuna trial's hexadecimal id may look like a number
-            "run.stages_dir": str(self.stages),
-        }
-        return load_config(self.folder / "ray_config.yaml", [*trial.overrides, *written(own)], size=self.size)
 
 
 def sweep_space(
@@ -115,8 +89,9 @@ def sweep_space(
     folder = (base.run.dir / name).absolute()
     _prepare(folder, config_path, resume=resume)
     if resume:
-        _check_same(folder, space, base)
-        space = _space(folder)  # Tune keeps the original budget
+        began = (folder / SPACE_FILE).read_text()
+        check_same(space, base, began=json.loads(began), noted=load_config(folder / BASE_FILE))
+        space = Space.model_validate_json(began)  # Tune keeps the original budget
         for path in folder.glob(f"trials/*/{ERROR_FILE}"):
             path.unlink()
     else:
@@ -137,13 +112,7 @@ def sweep_space(
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are printed by name and are in the table
     with session(base.cluster):
         _tuner(sweep, base, resume=resume).fit()
-    # A trial that ran again after --resume has two lines; the last one counts.
-    lines = (folder / ENDED_FILE).read_text().splitlines() if (folder / ENDED_FILE).exists() else []
-    ended = {end["name"]: end for end in map(json.loads, lines)}
-    records = [record for end in ended.values() for record in _records(sweep, **end)]
-    records.sort(key=lambda record: record.name)
-    write_whole(folder / TRIALS_FILE, "".join(json.dumps(asdict(record)) + "\n" for record in records))
-    _check_ended(sweep, ended)
+    _check_ended(sweep, _write_records(sweep))
     return folder
 
 
@@ -163,7 +132,7 @@ def report_sweep(folder: Path) -> SweepData:
         )
     base = load_config(folder / BASE_FILE)
     data = SweepData(
-        space=_space(folder),
+        space=Space.model_validate_json((folder / SPACE_FILE).read_text()),
         records=read_trials(folder / TRIALS_FILE),
         dataset=base.data.name,
         facts={
@@ -188,34 +157,23 @@ def _prepare(folder: Path, config_path: Path, *, resume: bool) -> None:
         shutil.copy(config_path, folder / "ray_config.yaml")
 
 
-def _check_same(folder: Path, space: Space, base: Config) -> None:
-    """Check that a sweep is resumed with its original settings. Keys of `run` and `cluster` may change."""
-    began = json.loads((folder / SPACE_FILE).read_text())
-    for name, value in space.model_dump(mode="json").items():
-        if name != "budget" and began[name] != value:
-            raise ValueError(
-                f"--resume: expected the space that the sweep was started with, got another {name}: {value}, not "
-                f"{began[name]}. Give the same space and --seeds, or start a new sweep with --name."
-            )
-    noted = load_config(folder / BASE_FILE).model_dump(mode="json")
-    values = base.model_dump(mode="json")
-    for key in known_keys():
-        old, new = value_at(noted, key), value_at(values, key)
-        if old != new and not key.startswith(("run.", "cluster.")):
-            raise ValueError(
-                f"--resume: expected the settings that the sweep was started with, got {key}={new}, not {old}. "
-                "Give the same --size and overrides, or start a new sweep with --name."
-            )
-
-
-def _space(folder: Path) -> Space:
-    return Space.model_validate_json((folder / SPACE_FILE).read_text())
+def _write_records(sweep: Sweep) -> list[str]:
+    """Write `trials.jsonl` and return the names of the runs that ended."""
+    path = sweep.folder / ENDED_FILE
+    # A trial that ran again after --resume has two lines; the last one counts.
+    ended = {end["name"]: end for end in map(json.loads, path.read_text().splitlines() if path.exists() else [])}
+    records = [record for end in ended.values() for record in _records(sweep, **end)]
+    records.sort(key=lambda record: record.name)
+    lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
+    write_whole(sweep.folder / TRIALS_FILE, lines)
+    return list(ended)
 
 
 def _check_ended(sweep: Sweep, ended: Collection[str]) -> None:
     """Report runs that did not end because they were interrupted or lost: Tune reports neither."""
-    missing = [name for name in _runs(sweep) if name not in ended]  # empty for Optuna, whose names are not known before
-    total = _total(sweep)
+    # Empty for Optuna, whose names are not known before.
+    missing = [name for name in sweep.runs() if name not in ended]
+    total = sweep.num_runs()
     if len(ended) >= total:
         return
     without = f", without {', '.join(missing[:3])}{', ...' if missing[3:] else ''}" if missing else ""
@@ -224,11 +182,6 @@ def _check_ended(sweep: Sweep, ended: Collection[str]) -> None:
     if limit_s is None:
         raise ValueError(f"{summary} Continue with --resume; `tvilfm report {sweep.folder}` shows the ended ones.")
     Console(stderr=True).print(f"{summary} budget.time_limit_s was {limit_s:g}.", highlight=False, soft_wrap=True)
-
-
-def _total(sweep: Sweep) -> int:
-    """Return the number of planned runs."""
-    return (sweep.space.budget.num_samples or 0) if sweep.space.searcher == "optuna" else len(_runs(sweep))
 
 
 def _tuner(sweep: Sweep, base: Config, *, resume: bool) -> Tuner:
@@ -242,7 +195,7 @@ def _tuner(sweep: Sweep, base: Config, *, resume: bool) -> Tuner:
         param_space = {key: _domain(parameter) for key, parameter in space.parameters.items()}
     else:
         # Seeds of one setting come first: parallel trials then train different base models and need not wait.
-        param_space = {"trial": tune.grid_search(sorted(_runs(sweep)))}
+        param_space = {"trial": tune.grid_search(sorted(sweep.runs()))}
     if resume:
         # A failed trial keeps its id, by which Optuna knows it, and continues from its finished stages.
         return Tuner.restore(path, trainable, param_space=param_space, resume_errored=True)
@@ -278,18 +231,9 @@ def _tuner(sweep: Sweep, base: Config, *, resume: bool) -> Tuner:
             storage_path=str(sweep.folder),
             verbose=0,
             failure_config=FailureConfig(max_failures=base.cluster.max_failures),
-            callbacks=[_Ends(sweep.folder, _total(sweep))],
+            callbacks=[_Ends(sweep.folder, sweep.num_runs())],
         ),
     )
-
-
-def _runs(sweep: Sweep) -> dict[str, list[Trial]]:
-    """Return the trials that share one run (they differ only in which query they read), keyed by the first's name."""
-    runs: dict[str, list[Trial]] = {}
-    for trial in sweep.space.trials(sweep.overrides):
-        config = sweep.config(replace(trial, name="same"))
-        runs.setdefault(config.model_dump_json(), []).append(trial)
-    return {trials[0].name: trials for trials in runs.values()}
 
 
 def _domain(parameter: Parameter) -> Any:
@@ -315,13 +259,6 @@ def _room(section: ClusterSection) -> int:
     return max(1, min(int(room[name] // amount) for name, amount in needed.items() if amount))
 
 
-def _trials_of(sweep: Sweep, params: dict[str, Any], name: str) -> list[Trial]:
-    if "trial" in params:
-        return _runs(sweep)[params["trial"]]
-    trial = sweep.space.trial(0, params, sweep.space.seeds[0], sweep.overrides)
-    return [replace(trial, name=name)]
-
-
 def _trial(params: dict[str, Any], *, sweep: Sweep) -> None:
     """Run one trial, in its own process."""
     name = params["trial"] if "trial" in params else tune.get_context().get_trial_id()
@@ -329,7 +266,7 @@ def _trial(params: dict[str, Any], *, sweep: Sweep) -> None:
     if path.exists():  # Tune restarts failed trials; do not repeat one that raised an error
         raise RuntimeError(path.read_text())
     try:
-        metrics = _run(sweep, _trials_of(sweep, params, name)[0])
+        metrics = _run(sweep, sweep.trials_of(params, name)[0])
     except Exception as error:
         # Tune reports the error only after the trial has ended.
         write_whole(path, str(error))
@@ -383,7 +320,7 @@ def _metrics(folder: Path, query: str) -> dict[str, float]:
 
 def _records(sweep: Sweep, *, name: str, params: dict[str, Any], status: Status, reason: str) -> list[TrialRecord]:
     """Return one record for each trial that shares an ended run."""
-    trials = _trials_of(sweep, params, name)
+    trials = sweep.trials_of(params, name)
     folder = sweep.folder / "trials" / name
     chosen: dict[str, float] = {}
     learning: list[Record] = []

@@ -28,14 +28,14 @@ def submit_command(
 ) -> None:
     """Run a command as a job on a Ray cluster (cluster.job_address). The current folder is sent with the job."""
     from cluster.cli.app import app as commands
-    from cluster.machines import submit
+    from cluster.machines import jobs, submit
 
     parsed = submit.parse(commands, command, default_description())
     folder = Path.cwd()
     package = submit.package_of(folder, parsed.config)
     package.check(parsed)
-    client = submit.connect(parsed.config.cluster)
-    same_machine = submit.on_this_machine(client.get_address())
+    client = jobs.connect(parsed.config.cluster)
+    same_machine = jobs.on_this_machine(client.get_address())
     overrides = submit.job_paths(parsed, folder, same_machine=same_machine)
     typer.echo(f"sending {folder}: {package}", err=True)
     for name in parsed.config.cluster.env:
@@ -46,14 +46,14 @@ def submit_command(
     job = submit.submit(client, parsed, package, overrides)
     typer.echo(job)
     if follow:
-        raise typer.Exit(submit.follow(client, job))
-    typer.echo(submit.how_to(job), err=True)
+        raise typer.Exit(jobs.follow(client, job))
+    typer.echo(jobs.how_to(job), err=True)
 
 
 @jobs_app.command("list")
 def jobs_list(config: ConfigOption = None, overrides: Overrides = None) -> None:
     """List the jobs of the cluster, the newest first."""
-    from cluster.machines.submit import connect, jobs_table
+    from cluster.machines.jobs import connect, jobs_table
 
     Console().print(jobs_table(connect(described(config, None, overrides).cluster)))
 
@@ -71,36 +71,36 @@ def jobs_logs(
     overrides: Overrides = None,
 ) -> None:
     """Print a job's log."""
-    from cluster.machines import submit
+    from cluster.machines import jobs
 
-    client = submit.connect(described(config, None, overrides).cluster)
+    client = jobs.connect(described(config, None, overrides).cluster)
     if follow:
-        raise typer.Exit(submit.follow(client, job))
-    submit.job(client, job)
-    with submit.answered(job):
+        raise typer.Exit(jobs.follow(client, job))
+    jobs.job(client, job)
+    with jobs.answered(job):
         typer.echo(client.get_job_logs(job), nl=False)
 
 
 @jobs_app.command("status")
 def jobs_status(job: JobArgument, config: ConfigOption = None, overrides: Overrides = None) -> None:
     """Print the status of a job. Return the exit status of an ended job; print the end of a failed job's log."""
-    from cluster.machines import submit
+    from cluster.machines import jobs
 
-    client = submit.connect(described(config, None, overrides).cluster)
-    details = submit.job(client, job)
+    client = jobs.connect(described(config, None, overrides).cluster)
+    details = jobs.job(client, job)
     if details.status.is_terminal():
-        raise typer.Exit(submit.report_end(client, job, shown=False))
+        raise typer.Exit(jobs.report_end(client, job, shown=False))
     typer.echo(f"{job}: {details.status.value.lower()}")
 
 
 @jobs_app.command("stop")
 def jobs_stop(job: JobArgument, config: ConfigOption = None, overrides: Overrides = None) -> None:
     """Stop a job. Finished stages are kept."""
-    from cluster.machines import submit
+    from cluster.machines import jobs
 
-    client = submit.connect(described(config, None, overrides).cluster)
-    submit.job(client, job)
-    with submit.answered(job):
+    client = jobs.connect(described(config, None, overrides).cluster)
+    jobs.job(client, job)
+    with jobs.answered(job):
         typer.echo(f"{job}: {'stopping' if client.stop_job(job) else 'has already ended'}")
 
 

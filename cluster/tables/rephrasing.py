@@ -103,6 +103,17 @@ class _Job:
     dtype: str
     key: SecretStr | None
 
+    @classmethod
+    def of(cls, section: RephraseSection, cluster: ClusterSection, *, out: str, seed: int, dtype: str) -> _Job:
+        return cls(
+            section=with_absolute_model(section) if section.engine in WITH_MODEL else section,
+            out=out,
+            seed=seed,
+            device="cuda" if cluster.gpus_per_worker else "cpu",
+            dtype=dtype,
+            key=_key(section),
+        )
+
     def load(self) -> Rephraser:
         # Imported here: the driver does not need torch and transformers.
         from tvilfm.captioning.engines import EndpointRephraser, RuleParaphraser, TransformersRephraser
@@ -222,14 +233,7 @@ def rephrase_table(
     _check(section)
     check_rows(captions["image"], modalities)
     rows = pa.table({"image": captions["image"], "caption": captions["caption"], "modality": pa.array(modalities)})
-    job = _Job(
-        section=with_absolute_model(section) if section.engine in WITH_MODEL else section,
-        out=out,
-        seed=seed,
-        device="cuda" if cluster.gpus_per_worker else "cpu",
-        dtype=dtype,
-        key=_key(section),
-    )
+    job = _Job.of(section, cluster, out=out, seed=seed, dtype=dtype)
     with alone(out):
         _introduce(job)
         job.parts.compact()

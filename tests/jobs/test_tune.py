@@ -20,9 +20,10 @@ import ray
 import yaml
 
 from cluster import sweep as tune
-from cluster.sweep import SPACES, Sweep, report_sweep, sweep_space
+from cluster.sweep import SPACES, report_sweep, sweep_space
 from tvilfm.config import ClusterSection
 from tvilfm.evaluation.results import Results
+from tvilfm.sweeps.plan import Sweep
 from tvilfm.sweeps.results import TrialRecord, read_trials
 from tvilfm.sweeps.space import Space, Trial, load_space
 

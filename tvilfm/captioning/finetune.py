@@ -10,6 +10,7 @@ Shapes: B images, P tokens of the prompt, A tokens of the answer.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -226,60 +227,98 @@ def finetune(
     device = captioner.model.device
     optimizer = torch.optim.AdamW(model.parameters(), lr=section.lr, weight_decay=section.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)
-    epochs_done = 0
-    if resume is not None:
-        epochs_done = json.loads((resume / "progress.json").read_text())["epochs_done"]
-        model.load_state_dict(type(captioner.model).from_pretrained(resume / "model").state_dict())
-        state = torch.load(resume / "trainer.pt", map_location=device, weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-    wrapped = model
-    if workers > 1:
-        wrapped = DistributedDataParallel(
-            model, device_ids=[device] if device.type == "cuda" else None, find_unused_parameters=True
-        )
-    # Skip the last, incomplete batch of an epoch, so that every step has the same weight.
-    batch = min(section.batch, len(pairs))
-    num_steps = len(pairs) // batch
+    epochs_done = 0 if resume is None else _restore(resume, captioner, optimizer, scaler)
+    wrapped = _averaging(model, device) if workers > 1 else model
     for epoch in range(epochs_done, section.epochs):
         wrapped.train()
         started, losses = time.monotonic(), []
-        rng = np.random.default_rng([seed, 31, epoch])
-        order, flipped = rng.permutation(len(pairs)), rng.random(len(pairs)) < 0.5
+        batches = _batches(pairs, section.batch, np.random.default_rng([seed, 31, epoch]))
         torch.manual_seed(int(np.random.default_rng([seed, 32, epoch, rank]).integers(2**31)))
-        for step in range(num_steps):
-            chosen = order[step * batch : (step + 1) * batch][rank::workers]
-            images = [
-                image[:, ::-1] if flipped[i] else image for i, image in zip(chosen, pairs.images(chosen), strict=True)
-            ]
-            inputs = training_inputs(captioner, images, [pairs.texts[i] for i in chosen])
+        for step, batch in enumerate(batches):
             factor = learning_rate_factor(
-                epoch * num_steps + step, warmup_steps=section.warmup_steps, num_steps=section.epochs * num_steps
+                epoch * len(batches) + step, warmup_steps=section.warmup_steps, num_steps=section.epochs * len(batches)
             )
             for group in optimizer.param_groups:
                 group["lr"] = section.lr * factor
-            optimizer.zero_grad()
-            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                loss = wrapped(**inputs).loss
-            value = float(loss.detach())
-            if value != value or abs(value) == float("inf"):
-                raise FloatingPointError(
-                    f"caption.train loss: expected a finite number, got {value} in epoch {epoch}, batch {step}. "
-                    "Lower caption.train.lr or check this batch's images."
-                )
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            losses.append(value)
-            listener.on_step({"epoch": epoch, "step": step + 1, "num_steps": num_steps, "loss": value})
+            inputs = training_inputs(captioner, *_shown(pairs, batch[rank::workers]))
+            losses.append(_step(wrapped, inputs, optimizer, scaler, autocast, f"epoch {epoch}, batch {step}"))
+            listener.on_step({"epoch": epoch, "step": step + 1, "num_steps": len(batches), "loss": losses[-1]})
         record = {"epoch": epoch, "loss": float(np.mean(losses)), "seconds": time.monotonic() - started}
         if rank:
             listener.on_epoch(record, None)
             continue
-        with tempfile.TemporaryDirectory(prefix="tvilfm-checkpoint-") as name:
-            folder = Path(name)
-            captioner.save(folder / "model")
-            torch.save({"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, folder / "trainer.pt")
-            (folder / "progress.json").write_text(json.dumps({"epochs_done": epoch + 1}))
-            listener.on_epoch(record, folder)
+        with tempfile.TemporaryDirectory(prefix="tvilfm-checkpoint-") as folder:
+            _save(Path(folder), captioner, optimizer, scaler, epochs_done=epoch + 1)
+            listener.on_epoch(record, Path(folder))
     model.eval()
+
+
+def _averaging(model: nn.Module, device: torch.device) -> nn.Module:
+    """Return the model with gradients averaged over all workers."""
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=True)
+
+
+def _save(
+    folder: Path,
+    captioner: Captioner,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    *,
+    epochs_done: int,
+) -> None:
+    """Write a checkpoint: `model/`, `trainer.pt` and `progress.json`."""
+    captioner.save(folder / "model")
+    torch.save({"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, folder / "trainer.pt")
+    (folder / "progress.json").write_text(json.dumps({"epochs_done": epochs_done}))
+
+
+def _restore(folder: Path, captioner: Captioner, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
+    """Load a checkpoint and return how many epochs it has done."""
+    state = torch.load(folder / "trainer.pt", map_location=captioner.model.device, weights_only=True)
+    captioner.model.load_state_dict(type(captioner.model).from_pretrained(folder / "model").state_dict())
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    return int(json.loads((folder / "progress.json").read_text())["epochs_done"])
+
+
+def _batches(pairs: Pairs, size: int, rng: np.random.Generator) -> list[list[tuple[int, bool]]]:
+    """Return an epoch's batches: each pair's index, and whether its image is flipped.
+
+    The last, incomplete batch is skipped, so that every step has the same weight.
+    """
+    order, flipped = rng.permutation(len(pairs)), rng.random(len(pairs)) < 0.5
+    size = min(size, len(pairs))
+    drawn = [(int(i), bool(flipped[i])) for i in order]
+    return [drawn[start : start + size] for start in range(0, len(pairs) - size + 1, size)]
+
+
+def _shown(pairs: Pairs, batch: list[tuple[int, bool]]) -> tuple[list[npt.NDArray[np.uint8]], list[str]]:
+    """Return the images of a batch, flipped where drawn, and their sentences."""
+    images = pairs.images([index for index, _ in batch])
+    turned = [image[:, ::-1] if flip else image for image, (_, flip) in zip(images, batch, strict=True)]
+    return turned, [pairs.texts[index] for index, _ in batch]
+
+
+def _step(
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    autocast: torch.dtype | None,
+    where: str,
+) -> float:
+    """Update the model and return the loss of the batch; `where` names it in an error."""
+    optimizer.zero_grad()
+    with torch.autocast(inputs["labels"].device.type, dtype=autocast, enabled=autocast is not None):
+        loss = model(**inputs).loss
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"caption.train loss: expected a finite number, got {value} in {where}. "
+            "Lower caption.train.lr or check this batch's images."
+        )
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    return value

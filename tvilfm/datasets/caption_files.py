@@ -23,24 +23,13 @@ import pyarrow.parquet as pq
 from tvilfm.data.captions import BY_IDENTITY, IDENTITY_MAP, texts_of
 from tvilfm.data.manifest import CAPTION_SCHEMA, select
 from tvilfm.data.splits import TEST_SPLITS
+from tvilfm.datasets.readers import DATASETS
 
 SENSORS = {"visible": "RGB", "infrared": "IR"}
 PUBLISHED = "published"
 _FIELDS = ("description", "aug_description")
-# Top folders of SYSU-MM01, RegDB, LLCM and your own images; in a key, they follow the authors' dataset root.
-_TOPS = frozenset(
-    [
-        "Visible",
-        "Thermal",
-        "vis",
-        "nir",
-        "test_vis",
-        "test_nir",
-        "visible",
-        "infrared",
-        *(f"cam{i}" for i in range(1, 7)),
-    ]
-)
+# In a key, they follow the authors' dataset root.
+_TOPS = frozenset().union(*(dataset.caption_folders for dataset in DATASETS.values()))
 
 
 @dataclass(frozen=True)

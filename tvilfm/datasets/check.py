@@ -17,47 +17,12 @@ from tvilfm.data.pixels import decode
 from tvilfm.data.splits import TEST_SPLITS, in_two_splits, missing_images
 from tvilfm.datasets.caption_files import PUBLISHED, SENSORS, Collected, collect, identity_captions, read_captions
 from tvilfm.datasets.folder import SPLIT_FILE, TABLES
-from tvilfm.datasets.readers import read_dataset
+from tvilfm.datasets.readers import DATASETS, read_dataset
 from tvilfm.terms import MODALITIES
 
 PARTS = {"train": ("train", "val"), "test": TEST_SPLITS}
 # Only synthetic benchmarks contain this file; their counts are not the counts of the real dataset.
 SYNTHETIC_MARK = "attributes.json"
-
-# METHOD 8 for SYSU-MM01 and RegDB. LLCM: Zhang and Wang, CVPR 2023, section 4.2. Its text says 13,909 test images, but
-# its 8,680 + 7,166 test images and 30,921 training images add up to the 46,767 images of the abstract, so these numbers
-# are used. The protocol excludes infrared camera 3, so a different number of test images is a note and not a fault.
-PUBLISHED_COUNTS: dict[str, dict[str, int]] = {
-    "sysu_mm01": {
-        "train identities": 395,
-        "test identities": 96,
-        "visible train images": 22258,
-        "infrared train images": 11909,
-        "infrared test images": 3803,
-        "visible cameras": 4,
-        "infrared cameras": 2,
-    },
-    "regdb": {
-        "train identities": 206,
-        "test identities": 206,
-        "visible train images": 2060,
-        "infrared train images": 2060,
-        "visible test images": 2060,
-        "infrared test images": 2060,
-        "visible cameras": 1,
-        "infrared cameras": 1,
-    },
-    "llcm": {
-        "train identities": 713,
-        "test identities": 351,
-        "visible train images": 16946,
-        "infrared train images": 13975,
-        "visible test images": 8680,
-        "infrared test images": 7166,
-        "visible cameras": 9,
-    },
-}
-_UNSURE = {("llcm", "visible test images"), ("llcm", "infrared test images")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +99,7 @@ def check_dataset(
 
 
 def _counts(name: str, root: Path, manifest: pa.Table) -> Iterator[Count]:
-    published = {} if (root / SYNTHETIC_MARK).is_file() else PUBLISHED_COUNTS.get(name, {})
+    published = {} if (root / SYNTHETIC_MARK).is_file() else DATASETS[name].counts
     numbers: dict[str, int] = {}
     for part, splits in PARTS.items():
         numbers[f"{part} identities"] = len(set(select(manifest, split=splits)["pid"].to_pylist()))
@@ -154,7 +119,7 @@ def _count_faults(name: str, counts: Sequence[Count]) -> Iterator[Fault]:
         where = tuple(
             f"{count.found} {count.what}, published {count.expected}"
             for count in other
-            if ((name, count.what) not in _UNSURE) == serious
+            if (count.what not in DATASETS[name].unsure) == serious
         )
         if where:
             yield Fault(

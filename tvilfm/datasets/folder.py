@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from tvilfm.data.manifest import MANIFEST_SCHEMA, build_manifest
 from tvilfm.data.splits import TEST_SPLITS, require_sound
+from tvilfm.datasets.record import Dataset
 from tvilfm.datasets.sysu_mm01 import SUFFIXES
 from tvilfm.terms import MODALITIES
 
@@ -166,3 +167,10 @@ def _known(path: Path, column: str, values: set[str], known: tuple[str, ...]) ->
     unknown = sorted(values - set(known))
     if unknown:
         raise ValueError(f"{path}: expected {column} among {', '.join(known)}, got {unknown[0]!r}. Fix it.")
+
+
+DATASET = Dataset(
+    label="folder",
+    read=read,
+    caption_folders=frozenset(("visible", "infrared")),
+)

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from tvilfm.data.manifest import build_manifest
 from tvilfm.data.splits import held_out, read_ids, read_image_list, require_sound
+from tvilfm.datasets.record import AS_REPORTED, Dataset, published
 from tvilfm.datasets.sysu_mm01 import SUFFIXES
 
 FOLDERS = {"visible": "vis", "infrared": "nir"}
@@ -94,3 +95,36 @@ def _test_folder(root: Path, modality: str, pids: list[int]) -> Iterator[dict[st
 
 def _row(image: str, pid: int, camid: int, modality: str, split: str) -> dict[str, object]:
     return {"image": image, "pid": pid, "camid": camid, "modality": modality, "split": split}
+
+
+_SINGLE = "one gallery image per camera"
+DATASET = Dataset(
+    label="LLCM",
+    read=read,
+    caption_folders=frozenset(("vis", "nir", "test_vis", "test_nir")),
+    # Zhang and Wang, CVPR 2023, section 4.2. Its text says 13,909 test images, but its 8,680 + 7,166 test images and
+    # 30,921 training images add up to the 46,767 images of the abstract, so these numbers are used. The protocol
+    # excludes infrared camera 3, so a different number of test images is a note and not a fault.
+    counts={
+        "train identities": 713,
+        "test identities": 351,
+        "visible train images": 16946,
+        "infrared train images": 13975,
+        "visible test images": 8680,
+        "infrared test images": 7166,
+        "visible cameras": 9,
+    },
+    unsure=frozenset(("visible test images", "infrared test images")),
+    # METHOD 9 (Hu, Yang, Ye, NeurIPS 2024; an independent re-run of the released code; others).
+    published=(
+        published(_SINGLE, "TVI-LFM, infrared only", "infrared", 53.53, 59.77, 56.40),
+        published(_SINGLE, "baseline, infrared + text", "fusion", 52.63, 58.82, 55.43),
+        published(_SINGLE, "baseline + SFF", "fusion", 54.73, 60.95, 57.64),
+        published(_SINGLE, "baseline + SFF + MJL", "fusion", 56.76, 63.58, 60.35),
+        published(_SINGLE, "baseline + SFF + MJL + LLM", "fusion", 57.13, 64.06, 60.72),
+        published(_SINGLE, "baseline + SFF + MJL + MER", "ensemble", 57.09, 63.87, 60.62),
+        published(_SINGLE, "TVI-LFM, all parts", "ensemble", 58.19, 65.08, 61.83),
+        published(_SINGLE, "YYDS, human text", "fusion", 58.22, 65.09, None, AS_REPORTED),
+        published("NIR to VIS", "BIT (CVPR 2026), image only", "infrared", 66.7, None, None, AS_REPORTED),
+    ),
+)

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from tvilfm.data.manifest import build_manifest
 from tvilfm.data.splits import held_out, read_image_list, require_sound
+from tvilfm.datasets.record import Dataset, published
 
 NUM_SPLITS = 10
 FOLDERS = {"visible": "Visible", "infrared": "Thermal"}
@@ -79,3 +80,27 @@ def _pid(image: str, modality: str, path: Path) -> int:
     if folder != FOLDERS[modality] or not pid.isdigit() or not file[0]:
         raise ValueError(f"{path}: expected {FOLDERS[modality]}/<identity>/<file>, got {image!r}. Restore the file.")
     return int(pid)
+
+
+_SPLITS = "10 splits"
+DATASET = Dataset(
+    label="RegDB",
+    read=read,
+    caption_folders=frozenset(("Visible", "Thermal")),
+    # METHOD 8.
+    counts={
+        "train identities": 206,
+        "test identities": 206,
+        "visible train images": 2060,
+        "infrared train images": 2060,
+        "visible test images": 2060,
+        "infrared test images": 2060,
+        "visible cameras": 1,
+        "infrared cameras": 1,
+    },
+    # METHOD 9 (Hu, Yang, Ye, NeurIPS 2024; an independent re-run of the released code; others).
+    published=(
+        published(_SPLITS, "TVI-LFM, infrared only", "infrared", 89.51, 83.51, 69.65),
+        published(_SPLITS, "TVI-LFM, all parts", "ensemble", 91.38, 85.92, 72.73),
+    ),
+)

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from tvilfm.data.manifest import build_manifest
 from tvilfm.data.splits import read_ids
+from tvilfm.datasets.record import AS_REPORTED, Dataset, published
 
 INFRARED_CAMERAS = (3, 6)
 CAMERAS = (1, 2, 3, 4, 5, 6)
@@ -114,3 +115,38 @@ def permutations(manifest: pa.Table) -> dict[str, list[list[int]]]:
     """Return the result of `read_permutations` from the manifest's metadata; empty if the dataset has no such file."""
     drawn: dict[str, list[list[int]]] = json.loads((manifest.schema.metadata or {}).get(PERMUTATIONS, b"{}"))
     return drawn
+
+
+_ALL, _INDOOR = "all search, single-shot", "indoor search, single-shot"
+_RERUN = "independent re-run of the released code, mean ± standard deviation of 4 seeds"
+DATASET = Dataset(
+    label="SYSU-MM01",
+    read=read,
+    caption_folders=frozenset(f"cam{i}" for i in range(1, 7)),
+    # METHOD 8.
+    counts={
+        "train identities": 395,
+        "test identities": 96,
+        "visible train images": 22258,
+        "infrared train images": 11909,
+        "infrared test images": 3803,
+        "visible cameras": 4,
+        "infrared cameras": 2,
+    },
+    # METHOD 9 (Hu, Yang, Ye, NeurIPS 2024; an independent re-run of the released code; others).
+    published=(
+        published(_ALL, "TVI-LFM, infrared only", "infrared", 69.89, 66.74, 53.34),
+        published(_ALL, "baseline, infrared + text", "fusion", 72.52, 69.15, 55.93),
+        published(_ALL, "baseline + SFF", "fusion", 77.00, 73.73, 61.50),
+        published(_ALL, "baseline + SFF + MJL", "fusion", 83.97, 80.40, 69.46),
+        published(_ALL, "baseline + SFF + MJL + LLM", "fusion", 84.17, 80.72, 70.02),
+        published(_ALL, "baseline + SFF + MJL + MER", "ensemble", 84.88, 81.32, 70.57),
+        published(_ALL, "TVI-LFM, all parts", "ensemble", 84.90, 81.47, 70.85),
+        published(_INDOOR, "TVI-LFM, all parts", "ensemble", 89.06, 90.78, 88.39),
+        published(_ALL, "TVI-LFM re-run, without MER", "fusion", 81.42, 77.29, 64.86, _RERUN, 0.40),
+        published(_ALL, "TVI-LFM re-run, with MER", "ensemble", 81.16, 77.23, 64.86, _RERUN, 0.69),
+        published(_ALL, "YYDS, human text", "fusion", 85.54, 81.64, 70.51, AS_REPORTED),
+        published(_ALL, "BIT (CVPR 2026), image only", "infrared", 80.53, 79.76, None, AS_REPORTED),
+        published(_ALL, "IDKL, image only", "infrared", 81.42, 79.85, None, AS_REPORTED),
+    ),
+)

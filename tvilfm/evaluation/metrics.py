@@ -1,13 +1,8 @@
 """Compute CMC, mAP and mINP from a similarity matrix, without sorting it.
 
-All three need only the rank of each true match: one plus the number of kept gallery images ahead of it. Counting
-compares a row with each of its few true matches, which processors do on many numbers at once. Sorting the whole row for
-a few positions would be slower. Eight comparison results, one byte each, are summed in one 64-bit addition.
-
-Ties rank by the order of the gallery: an equal similarity is ahead of a true match if it is left of it (>=), but not if
-it is right of it (>). Queries are processed in order of identity. In a gallery sorted by identity, as every protocol
-here draws it, the matches of a chunk are then close together, and only the columns between the first and the last match
-need both comparisons.
+All three need only the rank of each true match: one plus the number of kept gallery images ahead of it, which
+`counting` counts. Queries are processed in order of identity: in a gallery sorted by identity, as every protocol here
+draws it, the matches of a chunk are then close together, which makes counting faster.
 
 Queries are independent of each other: chunks limit the memory and never change a result.
 
@@ -20,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -28,21 +22,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tvilfm.evaluation.counting import Ignored, Ints, Matrix, count_ahead, take_rows
+
 MetricRule = Literal["sysu_mm01", "regdb", "llcm", "market1501"]
-Matrix = npt.NDArray[Any] | Tensor
 Labels = npt.NDArray[Any] | Tensor | Sequence[int]
-_Ints = npt.NDArray[np.int64]
 _Floats = npt.NDArray[np.float64]
-_Bools = npt.NDArray[np.bool_]
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 # Similarities that one thread processes at a time, at most 16 MB when copied.
 CHUNK_ELEMENTS = 2**21
-# Comparison results, one byte each, that are processed at a time. On a CPU, about the size of a level-2 cache (measured
-# with 1 MiB: an eighth is up to 1.3 times slower, twice the size is no faster). On other devices, enough to fill the
-# device.
-_CACHE_BYTES = 2**20
-_DEVICE_BYTES = 2**28
 # Below this number of similarities (about 0.3 ms of work), starting threads costs more than it saves.
 _WORTH_THREADS = 2**17
 
@@ -114,12 +102,7 @@ def ranking_metrics(
     Differs: ties, which the released evaluators leave to an unstable sort. Released TVI-LFM scores its
         infrared-only LLCM row by the SYSU-MM01 rule; pass `sysu_mm01` to repeat that.
     """
-    if protocol not in get_args(MetricRule):
-        known = ", ".join(get_args(MetricRule))
-        raise ValueError(f"protocol: expected one of {known}, got {protocol!r}. Choose the benchmark's rule.")
-    for name, count in (("max_rank", max_rank), ("chunk_elements", chunk_elements)):
-        if count < 1:
-            raise ValueError(f"{name}: expected >= 1, got {count}. Raise it.")
+    _check_options(protocol, max_rank=max_rank, chunk_elements=chunk_elements)
     matrix = _checked_similarity(similarity_QG)
     num_queries, num_gallery = int(matrix.shape[0]), int(matrix.shape[1])
     labels = _Labels(
@@ -128,28 +111,24 @@ def ranking_metrics(
         query_camids=_checked_labels("query_camids", query_camids, num_queries),
         gallery_camids=_checked_labels("gallery_camids", gallery_camids, num_gallery),
     )
-    rows_at_a_time = max(1, chunk_elements // num_gallery)
-    threads = torch.get_num_threads() if isinstance(matrix, np.ndarray) or matrix.device.type == "cpu" else 1
-    if num_queries * num_gallery < _WORTH_THREADS:
-        threads = 1
-    rows_at_a_time = min(rows_at_a_time, -(-num_queries // threads))
-    ranker = _Ranker(matrix, labels, protocol)
-    by_pid = np.argsort(labels.query_pids, kind="stable")
-    work = [by_pid[low : low + rows_at_a_time] for low in range(0, num_queries, rows_at_a_time)]
-    if threads > 1:
-        with ThreadPoolExecutor(threads) as pool:
-            parts = list(pool.map(ranker.score, work))
-    else:
-        parts = [ranker.score(chunk) for chunk in work]
-    return _mean(parts, max_rank)
+    return _mean(_scores(matrix, labels, protocol, chunk_elements), max_rank)
+
+
+def _check_options(protocol: str, **counts: int) -> None:
+    if protocol not in get_args(MetricRule):
+        known = ", ".join(get_args(MetricRule))
+        raise ValueError(f"protocol: expected one of {known}, got {protocol!r}. Choose the benchmark's rule.")
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name}: expected >= 1, got {count}. Raise it.")
 
 
 @dataclass(frozen=True)
 class _Labels:
-    query_pids: _Ints
-    gallery_pids: _Ints
-    query_camids: _Ints
-    gallery_camids: _Ints
+    query_pids: Ints
+    gallery_pids: Ints
+    query_camids: Ints
+    gallery_camids: Ints
 
 
 @dataclass(frozen=True)
@@ -158,7 +137,23 @@ class _Scores:
 
     precision: _Floats
     inp: _Floats
-    hit_rank: _Ints
+    hit_rank: Ints
+
+
+def _scores(matrix: Matrix, labels: _Labels, rule: MetricRule, chunk_elements: int) -> list[_Scores]:
+    """Score all queries, in chunks by identity, on several threads if that is worth it."""
+    num_queries, num_gallery = int(matrix.shape[0]), int(matrix.shape[1])
+    threads = torch.get_num_threads() if isinstance(matrix, np.ndarray) or matrix.device.type == "cpu" else 1
+    if num_queries * num_gallery < _WORTH_THREADS:
+        threads = 1
+    rows_at_a_time = min(max(1, chunk_elements // num_gallery), -(-num_queries // threads))
+    ranker = _Ranker(matrix, labels, rule)
+    by_pid = np.argsort(labels.query_pids, kind="stable")
+    work = [by_pid[low : low + rows_at_a_time] for low in range(0, num_queries, rows_at_a_time)]
+    if threads == 1:
+        return [ranker.score(chunk) for chunk in work]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(ranker.score, work))
 
 
 class _Ranker:
@@ -174,7 +169,7 @@ class _Ranker:
         self.hidden_G = labels.gallery_camids == 2 if rule == "sysu_mm01" else np.zeros(len(slot_G), dtype=bool)
         self.turns = self._turns() if rule in ("sysu_mm01", "llcm") else None
 
-    def _turns(self) -> list[_Ints]:
+    def _turns(self) -> list[Ints]:
         """Return columns in turns, with one image per identity in each; identities with the most images come first."""
         by_count = np.argsort(-self.count, kind="stable")
         turns = []
@@ -183,9 +178,9 @@ class _Ranker:
             turns.append(self.columns[self.start[slots] + turn])
         return turns
 
-    def score(self, rows: _Ints) -> _Scores:
+    def score(self, rows: Ints) -> _Scores:
         """Score the queries in the given rows."""
-        block_RG = _block(self.matrix, rows)
+        block_RG = take_rows(self.matrix, rows)
         if np.isnan(float(block_RG.max())):  # a maximum propagates NaN
             raise ValueError(
                 f"similarity_QG: expected no NaN, got some in query rows {rows.min()} to {rows.max()}. "
@@ -198,7 +193,7 @@ class _Ranker:
             ignored_M = query_camids[row_M] == self.labels.gallery_camids[column_M]
         else:
             ignored_M = blind_R[row_M] & self.hidden_G[column_M]
-        ignored = _Ignored(blind_R, self.hidden_G, row_M[ignored_M], column_M[ignored_M])
+        ignored = Ignored(blind_R, self.hidden_G, row_M[ignored_M], column_M[ignored_M])
         row_M, column_M = row_M[~ignored_M], column_M[~ignored_M]
         num_matches_R = np.bincount(row_M, minlength=len(rows))
         if not len(row_M):
@@ -210,18 +205,7 @@ class _Ranker:
         valid_R = num_matches_R > 0
         column_RP[valid_R] = column_M[nth_M == 0][:, None]
         column_RP[row_M, nth_M] = column_M
-        if isinstance(block_RG, np.ndarray):
-            # When numpy compares rows shorter than a quarter of its 8,192-element buffer with a column, it first
-            # copies them into the buffer, which takes three times as long as comparing them in place.
-            numpy_buffer = np.setbufsize(1024)
-            try:
-                ahead_RP, best_RG = _ahead_on_cpu(
-                    block_RG, column_RP, num_matches_R, ignored, want_best=self.turns is not None
-                )
-            finally:
-                np.setbufsize(numpy_buffer)
-        else:
-            ahead_RP, best_RG = _ahead_on_device(block_RG, column_RP, ignored, want_best=self.turns is not None)
+        ahead_RP, best_RG = count_ahead(block_RG, column_RP, num_matches_R, ignored, want_best=self.turns is not None)
 
         num_matches_R, rank_RP = num_matches_R[valid_R], ahead_RP[valid_R] + 1
         nth_RP = np.arange(1, rank_RP.shape[1] + 1)
@@ -240,140 +224,13 @@ class _Ranker:
         precision = precision_RP.cumsum(axis=1)[:, -1] / num_matches_R
         return _Scores(precision, num_matches_R / last_R, hit_rank)
 
-    def _matches(self, query_pids: _Ints) -> tuple[_Ints, _Ints]:
+    def _matches(self, query_pids: Ints) -> tuple[Ints, Ints]:
         """Return row and column of every gallery image of each query's identity, by ascending row, then column."""
         slot_R = np.minimum(np.searchsorted(self.pids, query_pids), len(self.pids) - 1)
         count_R = np.where(self.pids[slot_R] == query_pids, self.count[slot_R], 0)
         row_M = np.repeat(np.arange(len(query_pids)), count_R)
         nth_M = np.arange(len(row_M)) - np.repeat(np.cumsum(count_R) - count_R, count_R)
         return row_M, self.columns[self.start[slot_R][row_M] + nth_M]
-
-
-@dataclass(frozen=True)
-class _Ignored:
-    """Ignored entries: all hidden columns in the blind rows, and single entries in order of their rows.
-
-    By the SYSU-MM01 rule, blind rows are queries of camera 3, and hidden columns are gallery images of camera 2.
-    """
-
-    blind_R: _Bools
-    hidden_G: _Bools
-    rows: _Ints
-    columns: _Ints
-
-
-def _block(matrix: Matrix, rows: _Ints) -> Matrix:
-    """Return rows of the matrix, without a copy if they are consecutive; as numpy if they are in main memory."""
-    index: Any = slice(int(rows[0]), int(rows[-1]) + 1) if bool((np.diff(rows) == 1).all()) else rows
-    if isinstance(matrix, np.ndarray):
-        block_RG: npt.NDArray[Any] = matrix[index]
-        return block_RG.astype(np.float32) if block_RG.dtype == np.float16 else block_RG
-    part = matrix[index if isinstance(index, slice) else torch.from_numpy(index).to(matrix.device)]
-    if part.device.type != "cpu":
-        return part
-    return (part.float() if part.dtype in (torch.float16, torch.bfloat16) else part).numpy()
-
-
-def _ahead_on_cpu(
-    block_RG: npt.NDArray[Any], column_RP: _Ints, num_matches_R: _Ints, ignored: _Ignored, *, want_best: bool
-) -> tuple[_Ints, _Bools | None]:
-    """Count the images ahead of each true match, and mark the images ahead of the best match.
-
-    Args:
-        block_RG: [R, G] similarity.
-        column_RP: [R, P] columns of the true matches.
-        num_matches_R: [R] number of columns that are not padding.
-        ignored: ignored entries.
-        want_best: whether to return the marks.
-
-    Returns:
-        Number of images ahead [R, P], undefined for padding; and the marks [R, G], all false without a match, or None.
-    """
-    num_rows, num_gallery = block_RG.shape
-    # A byte of a 64-bit sum overflows after 255 words, so rows are split into runs of at most that length.
-    words = -(-num_gallery // 8)
-    runs = -(-words // 255)
-    width = -(-words // runs) * runs * 8
-    seen = np.ones((2, width), dtype=bool)
-    seen[1, :num_gallery] = ~ignored.hidden_G
-    seen_words = seen.view(np.uint64)
-    blind_R = ignored.blind_R.astype(np.int64) if ignored.hidden_G.any() else None
-
-    value_RP = block_RG[np.arange(num_rows)[:, None], column_RP]
-    best_R = value_RP.argmax(axis=1)
-    best_RG = np.zeros((num_rows, width), dtype=bool) if want_best else None
-    total_RPW = np.zeros((*column_RP.shape, runs), dtype=np.uint64)
-    cuts = _cuts(num_matches_R * width, _CACHE_BYTES)
-    places_of = np.maximum.reduceat(num_matches_R, cuts[:-1]).tolist()
-    first_of = np.minimum.reduceat(column_RP.min(axis=1), cuts[:-1]).tolist()
-    last_of = (np.maximum.reduceat(column_RP.max(axis=1), cuts[:-1]) + 1).tolist()
-    ignored_of = np.searchsorted(ignored.rows, cuts).tolist()
-    most = max((high - low) * places for (low, high), places in zip(pairwise(cuts), places_of, strict=True))
-    buffer = np.empty(most * width, dtype=bool)
-    for n, (low, high) in enumerate(pairwise(cuts)):
-        rows, places, first, last = high - low, places_of[n], first_of[n], last_of[n]
-        mask_RPG = buffer[: rows * places * width].reshape(rows, places, width)
-        block, value = block_RG[low:high, None], value_RP[low:high, :places, None]
-        np.greater_equal(block[:, :, :first], value, out=mask_RPG[:, :, :first])
-        np.greater(block[:, :, last:], value, out=mask_RPG[:, :, last:num_gallery])
-        between = mask_RPG[:, :, first:last]
-        np.greater(block[:, :, first:last], value, out=between)
-        equal = block[:, :, first:last] == value
-        if np.count_nonzero(equal) > rows * places:  # more equal pairs than each match with itself
-            between |= equal & (np.arange(first, last) < column_RP[low:high, :places, None])
-        if ignored_of[n] < ignored_of[n + 1]:
-            here = slice(ignored_of[n], ignored_of[n + 1])
-            mask_RPG[ignored.rows[here] - low, :, ignored.columns[here]] = False
-        mask_RPG[:, :, num_gallery:] = False
-        word_RPW = mask_RPG.view(np.uint64)
-        if blind_R is not None:
-            word_RPW &= seen_words[blind_R[low:high], None]
-        np.add.reduce(word_RPW.reshape(rows, places, runs, -1), axis=-1, out=total_RPW[low:high, :places])
-        if best_RG is not None and places:
-            best_RG[low:high] = mask_RPG[np.arange(rows), best_R[low:high]]
-    return _byte_sums(total_RPW).sum(axis=-1), None if best_RG is None else best_RG[:, :num_gallery]
-
-
-def _byte_sums(words: npt.NDArray[np.uint64]) -> _Ints:
-    """Return the sum of the eight bytes of each word: add neighbours, then add the four pairs by a multiplication."""
-    even = np.uint64(0x00FF00FF00FF00FF)
-    pairs = (words & even) + ((words >> np.uint64(8)) & even)
-    return ((pairs * np.uint64(0x0001000100010001)) >> np.uint64(48)).astype(np.int64)
-
-
-def _ahead_on_device(
-    block_RG: Tensor, column_RP: _Ints, ignored: _Ignored, *, want_best: bool
-) -> tuple[_Ints, _Bools | None]:
-    """Do the same as `_ahead_on_cpu` on a torch device, in a simpler way that needs more memory bandwidth."""
-
-    def send(array: npt.NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array).to(block_RG.device)
-
-    num_rows, num_gallery = block_RG.shape
-    position_G = torch.arange(num_gallery, device=block_RG.device)
-    column, hidden_G = send(column_RP), send(ignored.hidden_G)
-    ahead, best = [], []
-    cuts = _cuts(np.full(num_rows, column_RP.shape[1] * num_gallery), _DEVICE_BYTES)
-    for low, high in pairwise(cuts):
-        block, columns = block_RG[low:high, None], column[low:high, :, None]
-        value = block_RG[low:high].gather(1, column[low:high])[:, :, None]
-        mask_RPG = (block > value) | ((block == value) & (position_G < columns))
-        mask_RPG &= ~(send(ignored.blind_R[low:high])[:, None, None] & hidden_G)
-        here = slice(*np.searchsorted(ignored.rows, (low, high)))
-        mask_RPG[send(ignored.rows[here] - low), :, send(ignored.columns[here])] = False
-        count_RP = mask_RPG.sum(dim=2)
-        ahead.append(count_RP.cpu().numpy())
-        if want_best:
-            # The best match has the fewest images ahead of it; padding repeats a match.
-            nth_R = torch.arange(high - low, device=block_RG.device)
-            best.append(mask_RPG[nth_R, count_RP.argmin(dim=1)].cpu().numpy())
-    return np.concatenate(ahead), np.concatenate(best) if want_best else None
-
-
-def _cuts(cost_R: _Ints, budget: int) -> list[int]:
-    """Return the bounds, including both ends, of runs of rows with a cost of about `budget` and at least one row."""
-    run_R = (np.cumsum(cost_R) - cost_R) // budget
-    return [0, *(np.flatnonzero(np.diff(run_R)) + 1).tolist(), len(cost_R)]
 
 
 def _mean(parts: list[_Scores], max_rank: int) -> RankingMetrics:
@@ -405,7 +262,7 @@ def _checked_similarity(matrix: Matrix) -> Matrix:
     return matrix
 
 
-def _checked_labels(name: str, labels: Labels, length: int) -> _Ints:
+def _checked_labels(name: str, labels: Labels, length: int) -> Ints:
     array = np.asarray(labels.cpu().numpy() if isinstance(labels, Tensor) else labels)
     if array.shape != (length,) or array.dtype.kind not in "iu":
         raise ValueError(

@@ -189,20 +189,7 @@ def witness_captions(
     Source: METHOD 6.
     Differs: `seeded` follows the run's seed and draws from sorted captions.
     """
-    caption_of = {
-        image: text
-        for image, text, captioner in zip(
-            *(captions[name].to_pylist() for name in ("image", "caption", "captioner")), strict=True
-        )
-        if not (held_out and captioner == BY_IDENTITY)  # the camera of such a caption is unknown
-    }
-    texts: dict[int, set[str]] = defaultdict(set)
-    gallery_cameras = protocol.gallery_cameras
-    for row in _rows(manifest, protocol, "visible", None, split):
-        shown = gallery_cameras is None or row.camid in gallery_cameras
-        if row.image in caption_of and not (held_out and shown):
-            texts[row.pid].add(caption_of[row.image])
-    pool = {pid: sorted(unique) for pid, unique in texts.items()}
+    pool = _witness_pool(manifest, captions, protocol, held_out=held_out, split=split)
     choose: Callable[[list[str]], str] = random.Random(seed).choice
     if draw == "released" and not held_out:
         pool |= identity_map(captions)
@@ -223,6 +210,26 @@ def witness_captions(
                 f"{pid}. Caption its visible images."
             )
     return drawn
+
+
+def _witness_pool(
+    manifest: pa.Table, captions: pa.Table, protocol: Protocol, *, held_out: bool, split: Split
+) -> dict[int, list[str]]:
+    """Return the sorted visible captions of each identity; with `held_out`, those of cameras outside the gallery."""
+    caption_of = {
+        image: text
+        for image, text, captioner in zip(
+            *(captions[name].to_pylist() for name in ("image", "caption", "captioner")), strict=True
+        )
+        if not (held_out and captioner == BY_IDENTITY)  # the camera of such a caption is unknown
+    }
+    texts: dict[int, set[str]] = defaultdict(set)
+    gallery_cameras = protocol.gallery_cameras
+    for row in _rows(manifest, protocol, "visible", None, split):
+        shown = gallery_cameras is None or row.camid in gallery_cameras
+        if row.image in caption_of and not (held_out and shown):
+            texts[row.pid].add(caption_of[row.image])
+    return {pid: sorted(unique) for pid, unique in texts.items()}
 
 
 def ignored_gallery(protocol: Protocol, query_pid: int, query_camid: int, gallery: pa.Table) -> npt.NDArray[np.bool_]:

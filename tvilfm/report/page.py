@@ -22,7 +22,8 @@ from markupsafe import Markup
 from PIL import Image
 
 from tvilfm.captioning.scores import Marks
-from tvilfm.datasets.published import PUBLISHED_LABEL, published_rows
+from tvilfm.datasets.readers import label_of, published_rows
+from tvilfm.datasets.record import PUBLISHED_LABEL
 from tvilfm.evaluation.results import Results
 from tvilfm.place import write_whole
 from tvilfm.report import tables
@@ -38,7 +39,6 @@ ImageArray: TypeAlias = npt.NDArray[np.uint8]
 
 # Thumbnails are shown 96 pixels high; twice this height keeps them sharp on high-density screens.
 THUMBNAIL_HEIGHT = 192
-DATASET_LABELS: Mapping[str, str] = {"sysu_mm01": "SYSU-MM01", "regdb": "RegDB", "llcm": "LLCM"}
 
 
 class CaptionSample(NamedTuple):
@@ -162,7 +162,7 @@ def render_report(data: ReportData) -> str:
     chance = results.chance.get(results.default_protocol)
     return page_template("template.html.j2").render(
         name=data.name,
-        dataset=DATASET_LABELS.get(results.dataset, results.dataset),
+        dataset=label_of(results.dataset),
         results=results,
         verdict=tables.verdict(results),
         notes=data.notes,

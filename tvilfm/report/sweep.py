@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from tvilfm.datasets.published import PublishedRow
+from tvilfm.datasets.readers import label_of
+from tvilfm.datasets.record import PublishedRow
 from tvilfm.place import write_whole
 from tvilfm.report.charts.style import QUERY_COLORS
 from tvilfm.report.charts.sweeps import ParallelAxis, TrialCurve, importance_chart, parallel_chart, trial_chart
-from tvilfm.report.page import DATASET_LABELS, markup, page_template
+from tvilfm.report.page import markup, page_template
 from tvilfm.report.tables import METRIC_LABELS, QUERY_LABELS, percent
 from tvilfm.sweeps.results import (
     COMPARED,
@@ -166,7 +167,7 @@ def table_sentence(data: SweepData) -> str:
         )
     published = next((one.published for one in summarise(data) if one.published), None)
     if published is not None:
-        dataset = DATASET_LABELS[published_dataset(data.dataset)]
+        dataset = label_of(published_dataset(data.dataset))
         sentence += f" Paper: {dataset}, {published.setting}, {published.note}."
     return sentence
 
@@ -185,7 +186,7 @@ def render_sweep(data: SweepData) -> str:
     importance = parameter_importance(space, data.records)
     return page_template("sweep.html.j2").render(
         space=space,
-        dataset=DATASET_LABELS.get(data.dataset, data.dataset),
+        dataset=label_of(data.dataset),
         metric=_metric_label(space.metric),
         query=QUERY_LABELS[space.query],
         verdict=verdict_sentence(data),

@@ -114,14 +114,7 @@ def verdict(results: Results) -> Verdict:
     chance_words = "" if chance is None else f" Chance is {percent(chance)}%."
 
     if infrared is None or fusion is None:
-        if set(rows) == {"infrared"}:
-            what = "Only infrared queries were evaluated, so this run says nothing about text"
-        else:
-            missing = [QUERY_LABELS[query] for query in ("infrared", "fusion", "ensemble") if query not in rows]
-            what = f"The comparison is incomplete, without numbers for {_join(missing)}"
-        values = _join([f"{percent(row.rank1)}% with {QUERY_LABELS[row.query]}" for row in rows.values()])
-        value_words = f": rank-1 is {values}." if values else " under the default protocol and text source."
-        return Verdict(outcome="incomplete", sentence=what + value_words + chance_words)
+        return _incomplete(rows, chance_words)
 
     steps = [(infrared, fusion)] + ([(fusion, ensemble)] if ensemble is not None else [])
     rank1_moves = [_direction(low, high, "rank1") for low, high in steps]
@@ -147,25 +140,48 @@ def verdict(results: Results) -> Verdict:
         outcome, opening = "incomplete", "Text helps, but the ensemble was not evaluated: "
     else:
         outcome, opening = "holds", "The paper's claim holds in this run: "
-    sentence = f"{opening}{sentence}.{chance_words}"
+    caveats = _other_moves(steps, rank1_moves, mAP_moves) + _small_steps(steps)
+    text = rows.get("text")
+    if text is not None and text.rank1 >= fusion.rank1:
+        caveats += f" The text alone already reaches {percent(text.rank1)}%, so it may carry the result by itself."
+    return Verdict(outcome=outcome, sentence=f"{opening}{sentence}.{chance_words}{caveats}")
 
-    for (low, high), rank1_move, mAP_move in zip(steps, rank1_moves, mAP_moves, strict=True):
-        if mAP_move != rank1_move:
-            sentence += (
-                f" mAP changes differently: {percent(low.mAP)}% with {QUERY_LABELS[low.query]}, "
-                f"{percent(high.mAP)}% with {QUERY_LABELS[high.query]} ({_MOVES[mAP_move]})."
-            )
+
+def _incomplete(rows: Mapping[str, ResultRow], chance_words: str) -> Verdict:
+    """Return the verdict of a run without infrared or fusion queries."""
+    if set(rows) == {"infrared"}:
+        what = "Only infrared queries were evaluated, so this run says nothing about text"
+    else:
+        missing = [QUERY_LABELS[query] for query in ("infrared", "fusion", "ensemble") if query not in rows]
+        what = f"The comparison is incomplete, without numbers for {_join(missing)}"
+    values = _join([f"{percent(row.rank1)}% with {QUERY_LABELS[row.query]}" for row in rows.values()])
+    value_words = f": rank-1 is {values}." if values else " under the default protocol and text source."
+    return Verdict(outcome="incomplete", sentence=what + value_words + chance_words)
+
+
+def _other_moves(
+    steps: Sequence[tuple[ResultRow, ResultRow]], rank1_moves: Sequence[int], mAP_moves: Sequence[int]
+) -> str:
+    """Return a sentence for each step whose mAP moves in another direction than rank-1."""
+    return "".join(
+        f" mAP changes differently: {percent(low.mAP)}% with {QUERY_LABELS[low.query]}, "
+        f"{percent(high.mAP)}% with {QUERY_LABELS[high.query]} ({_MOVES[mAP_move]})."
+        for (low, high), rank1_move, mAP_move in zip(steps, rank1_moves, mAP_moves, strict=True)
+        if mAP_move != rank1_move
+    )
+
+
+def _small_steps(steps: Sequence[tuple[ResultRow, ResultRow]]) -> str:
+    """Return a sentence for each rise of rank-1 that is smaller than the standard deviation over trials."""
+    sentences = ""
     for low, high in steps:
         gain, spread = high.rank1 - low.rank1, max(low.std["rank1"], high.std["rank1"])
         if _SAME <= gain < spread and min(low.num_trials, high.num_trials) > 1:
-            sentence += (
+            sentences += (
                 f" The step to {QUERY_LABELS[high.query]} ({percent(gain)} points) is smaller than the "
                 f"standard deviation over trials ({percent(spread)})."
             )
-    text = rows.get("text")
-    if text is not None and text.rank1 >= fusion.rank1:
-        sentence += f" The text alone already reaches {percent(text.rank1)}%, so it may carry the result by itself."
-    return Verdict(outcome=outcome, sentence=sentence)
+    return sentences
 
 
 def terminal_table(results: Results) -> RenderableType:

@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tvilfm.datasets.published import PublishedRow, published_rows
+from tvilfm.datasets.readers import published_rows
+from tvilfm.datasets.record import PublishedRow
 from tvilfm.sweeps.space import Parameter, Space
 
 SHOWN = ("rank1", "mAP", "mINP")

@@ -92,10 +92,50 @@ def train_stage(
         FloatingPointError: when a loss is not finite; the message names the term, epoch and batch.
     """
     schedule = settings.schedule
-    progress = Progress(epochs_done=0, best_score=-1.0, best_epoch=-1)
-    states = None
     best_folder = tempfile.TemporaryDirectory(prefix="tvilfm-best-")
     best = Path(best_folder.name)
+    progress, optimizer, scaler = _start(model, settings, device, best, resume)
+    step = _distributed(StageStep(model, JointObjective(settings.loss), pad=settings.pad), settings.loss, device)
+
+    for epoch in range(progress.epochs_done, schedule.epochs):
+        sampler.set_epoch(epoch)
+        optimizer.set_lr_factor(lr_factor(epoch, warmup_epochs=schedule.warmup_epochs, milestones=schedule.milestones))
+        if settings.freeze_visual:
+            model.train_text_stage(freeze_batch_norm=settings.freeze_batch_norm)
+        else:
+            model.train()
+        record = _run_epoch(step, sampler, dataset, optimizer, scaler, settings, device, epoch, listener)
+        model.eval()
+        last = epoch + 1 == schedule.epochs
+        if validate is not None and rank() == 0 and (last or _evaluates(schedule, epoch)):
+            record |= validate(model)
+        progress = _progress_after(epoch, record, progress, schedule, selects=validate is not None)
+        if rank() != 0:
+            listener.on_epoch(record, None)
+            continue
+        if progress.best_epoch in (epoch, -1):
+            model.save_pretrained(best)
+        with tempfile.TemporaryDirectory(prefix="tvilfm-checkpoint-") as folder:
+            save_checkpoint(Path(folder), model, best, progress, optimizer.state_dict(), dict(scaler.state_dict()))
+            listener.on_epoch(record, Path(folder))
+    best_folder.cleanup()
+    return model
+
+
+def _start(
+    model: TVILFM, settings: StageSettings, device: torch.device, best: Path, resume: Path | None
+) -> tuple[Progress, StageOptimizer, torch.amp.GradScaler]:
+    """Prepare the network and return progress, optimizer and scaler, all as a checkpoint left them if there is one.
+
+    Args:
+        model: network, moved to the device; its weights are overwritten when resuming.
+        settings: the stage's config sections.
+        device: device of this worker.
+        best: folder that receives the checkpoint's best model.
+        resume: the checkpoint.
+    """
+    progress = Progress(epochs_done=0, best_score=-1.0, best_epoch=-1)
+    states = None
     if resume is not None:
         progress, optimizer_state, scaler_state = load_trainer(resume)
         states = optimizer_state, scaler_state
@@ -105,55 +145,45 @@ def train_stage(
     if settings.freeze_visual:
         model.freeze_visual()
     synchronise_batch_norm(model.backbone, device)
-    step = StageStep(model, JointObjective(settings.loss), pad=settings.pad)
     optimizer = StageOptimizer(model, settings.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and settings.train.autocast == "float16")
     if states is not None:
         optimizer.load_state_dict(states[0])
         scaler.load_state_dict(states[1])
-    wrapped: nn.Module = step
-    if world_size() > 1:
-        wrapped = DistributedDataParallel(
-            step,
-            device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,
-            find_unused_parameters=not settings.loss.id_weight,
-        )
+    return progress, optimizer, scaler
 
-    for epoch in range(progress.epochs_done, schedule.epochs):
-        sampler.set_epoch(epoch)
-        optimizer.set_lr_factor(lr_factor(epoch, warmup_epochs=schedule.warmup_epochs, milestones=schedule.milestones))
-        if settings.freeze_visual:
-            model.train_text_stage(freeze_batch_norm=settings.freeze_batch_norm)
-        else:
-            model.train()
-        record = _run_epoch(wrapped, sampler, dataset, optimizer, scaler, settings, device, epoch, listener)
-        model.eval()
-        last = epoch + 1 == schedule.epochs
-        keep_this = validate is None
-        if validate is not None and rank() == 0 and (last or _evaluates(schedule, epoch)):
-            scores = validate(model)
-            record |= scores
-            # Published: a tie goes to the later epoch.
-            tie = schedule.select_by == "rank1" and scores["score"] == progress.best_score
-            keep_this = tie or scores["score"] > progress.best_score
-            if keep_this:
-                progress = Progress(epochs_done=epoch, best_score=scores["score"], best_epoch=epoch)
-        progress = Progress(
-            epochs_done=epoch + 1,
-            best_score=progress.best_score,
-            best_epoch=epoch if validate is None else progress.best_epoch,
-        )
-        if rank() == 0:
-            if keep_this or progress.best_epoch < 0:
-                model.save_pretrained(best)
-            with tempfile.TemporaryDirectory(prefix="tvilfm-checkpoint-") as folder:
-                save_checkpoint(Path(folder), model, best, progress, optimizer.state_dict(), dict(scaler.state_dict()))
-                listener.on_epoch(record, Path(folder))
-        else:
-            listener.on_epoch(record, None)
-    best_folder.cleanup()
-    return model
+
+def _distributed(step: StageStep, loss: LossSection, device: torch.device) -> nn.Module:
+    """Return the step, with gradients averaged over all workers if there are several."""
+    if world_size() == 1:
+        return step
+    return DistributedDataParallel(
+        step,
+        device_ids=[device] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        find_unused_parameters=not loss.id_weight,
+    )
+
+
+def _progress_after(
+    epoch: int, record: Mapping[str, float | int], before: Progress, schedule: ScheduleSection, *, selects: bool
+) -> Progress:
+    """Return the progress after an epoch, whose model is the best so far if its score says so.
+
+    Args:
+        epoch: counted from 0.
+        record: the epoch's record, with `score` if it was validated.
+        before: progress before the epoch.
+        schedule: how the best model is chosen.
+        selects: whether models are chosen by a score; otherwise the last one is kept.
+    """
+    if not selects:
+        return Progress(epochs_done=epoch + 1, best_score=before.best_score, best_epoch=epoch)
+    score = record.get("score", -math.inf)
+    tie = schedule.select_by == "rank1" and score == before.best_score  # published: a tie goes to the later epoch
+    if score > before.best_score or tie:
+        return Progress(epochs_done=epoch + 1, best_score=score, best_epoch=epoch)
+    return Progress(epochs_done=epoch + 1, best_score=before.best_score, best_epoch=before.best_epoch)
 
 
 def _evaluates(schedule: ScheduleSection, epoch: int) -> bool:

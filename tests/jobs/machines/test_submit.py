@@ -22,17 +22,9 @@ import typer
 from ray.job_submission import JobStatus
 
 from cluster.cli.app import app, main
-from cluster.machines import submit
-from cluster.machines.submit import (
-    DATA_PARAMETERS,
-    Package,
-    connect,
-    exit_status,
-    job_paths,
-    on_this_machine,
-    package_of,
-    parse,
-)
+from cluster.machines import jobs, submit
+from cluster.machines.jobs import connect, exit_status, on_this_machine
+from cluster.machines.submit import DATA_PARAMETERS, Package, job_paths, package_of, parse
 from tests.paths import REPOSITORY
 from tests.processes import descendants, kill_all
 from tvilfm.config import load_config
@@ -229,9 +221,9 @@ def test_what_ray_refuses_of_a_job_is_one_message(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(submit, "connect", lambda _: Refusing())
+    monkeypatch.setattr(jobs, "connect", lambda _: Refusing())
     monkeypatch.setattr(submit, "package_of", lambda *_: Package(folder=Path(), excludes=[], sizes={}))
-    monkeypatch.setattr(submit, "on_this_machine", lambda _: True)
+    monkeypatch.setattr(jobs, "on_this_machine", lambda _: True)
     monkeypatch.setattr(sys, "argv", ["tvilfm", *arguments])
     with pytest.raises(SystemExit) as end:
         main()

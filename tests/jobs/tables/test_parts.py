@@ -78,6 +78,31 @@ def test_merging_keeps_every_row_once_and_leaves_few_files(
     assert pq.read_table(tmp_path / "all" / "table.parquet").sort_by("image").equals(rows(0, 31))
 
 
+def test_of_two_rows_of_an_image_reading_and_publishing_keep_the_same(tmp_path: Path) -> None:
+    parts = Parts(str(tmp_path))
+    for name in ("b", "a", "c"):
+        parts.write(name, rows(0, 2).set_column(1, "caption", [[f"{name} 0", f"{name} 1"]]))
+    first = ["a 0", "a 1"]  # of the first part by name
+    assert parts.read()["caption"].to_pylist() == first
+    parts.publish(Place(str(tmp_path / "all" / "table.parquet")), rows(0, 0).schema)
+    assert pq.read_table(tmp_path / "all" / "table.parquet")["caption"].to_pylist() == first
+    parts.compact()
+    assert parts.read()["caption"].to_pylist() == first
+
+
+def test_merging_leaves_alone_what_was_merged_and_a_part_without_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts_module, "PARTS_A_MERGE", 3)
+    parts = Parts(str(tmp_path))
+    names = sorted(write(parts, first, 4) for first in range(0, 16, 4))
+    parts.compact()
+    files = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert len(files) == 2 and f"{names[-1]}.parquet" in files
+    parts.compact()
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files
+
+
 @pytest.mark.parametrize("deletions", [0, 1, 3])
 def test_a_merge_that_dies_at_any_moment_loses_and_doubles_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deletions: int
@@ -103,9 +128,9 @@ def test_a_merge_that_dies_at_any_moment_loses_and_doubles_nothing(
     assert parts.read().equals(rows(0, 16))
 
 
-@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("job", ["read", "publish", "compact"])
 def test_a_reader_survives_a_merge_between_its_listing_and_its_reading(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, published: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str
 ) -> None:
     parts, other = Parts(str(tmp_path)), Parts(str(tmp_path))
     for first in range(0, 16, 4):
@@ -121,7 +146,10 @@ def test_a_reader_survives_a_merge_between_its_listing_and_its_reading(
         return paths
 
     monkeypatch.setattr(Parts, "_paths", then_merge)
-    if published:
+    if job == "compact":
+        parts.compact()
+        assert len(list(tmp_path.iterdir())) == 1
+    elif job == "publish":
         parts.publish(Place(str(tmp_path / "out" / "table.parquet")), rows(0, 1).schema)
         assert pq.read_table(tmp_path / "out" / "table.parquet").sort_by("image").equals(rows(0, 16))
     else:
@@ -155,8 +183,9 @@ def test_a_folder_that_a_job_fills_is_refused_to_another_and_free_again_after_it
     refused = pytest.raises(ValueError, match="expected a folder that no other job fills")
     with alone(str(tmp_path)), refused, alone(str(tmp_path)):
         pass
-    with alone(str(tmp_path)):
+    with alone(str(tmp_path)), alone(str(tmp_path / "another")):
         pass
+    assert Parts(str(tmp_path)).done() == set()  # the lock is no part
 
 
 def test_a_uri_of_no_known_store_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gzip
 import json
 import os
 import re
@@ -43,58 +44,7 @@ KUBERNETES = (IMAGE, "cluster.storage=/mnt/shared")
 SERVED = ("serve.host=0.0.0.0", "serve.keys=keys.json")
 LAUNCHERS = {"ray-up-aws": AWS, "ray-up-gcp": GCP, "ray-up-onprem": ONPREM}
 
-# Fields of KubeRay's API that the documents may use, from ray-project/kuberay, ray-operator/apis/ray/v1:
-# raycluster_types.go, rayjob_types.go, rayservice_types.go; `authOptions` since KubeRay 1.5.1 (its API reference).
-# A leaf is a type, a list holds the schema of its items, {"*": ...} is a map; pods are core/v1 PodTemplateSpec, below.
-POD: dict[str, Any] = {
-    "spec": {
-        "securityContext": {"runAsNonRoot": bool, "runAsUser": int, "fsGroup": int},
-        "nodeSelector": {"*": str},
-        "tolerations": [{"key": str, "operator": str, "effect": str}],
-        "volumes": [{"name": str, "persistentVolumeClaim": {"claimName": str}, "configMap": {"name": str}}],
-        "containers": [
-            {
-                "name": str,
-                "image": str,
-                "ports": [{"name": str, "containerPort": int}],
-                "resources": {"requests": {"*": str}, "limits": {"*": str}},
-                "securityContext": {"allowPrivilegeEscalation": bool, "capabilities": {"drop": [str]}},
-                "volumeMounts": [{"name": str, "mountPath": str, "readOnly": bool}],
-                "env": [{"name": str, "valueFrom": {"secretKeyRef": {"name": str, "key": str}}}],
-            }
-        ],
-    }
-}
-RAY_CLUSTER: dict[str, Any] = {
-    "rayVersion": str,
-    "enableInTreeAutoscaling": bool,
-    "autoscalerOptions": {"idleTimeoutSeconds": int, "upscalingMode": str},
-    "authOptions": {"mode": str},
-    "gcsFaultToleranceOptions": {"redisAddress": str},
-    "headGroupSpec": {"rayStartParams": {"*": str}, "template": POD},
-    "workerGroupSpecs": [
-        {
-            "groupName": str,
-            "replicas": int,
-            "minReplicas": int,
-            "maxReplicas": int,
-            "rayStartParams": {"*": str},
-            "template": POD,
-        }
-    ],
-}
-SPECS: dict[str, dict[str, Any]] = {
-    "RayCluster": RAY_CLUSTER,
-    "RayJob": {
-        "entrypoint": str,
-        "entrypointNumCpus": float,
-        "entrypointNumGpus": float,
-        "shutdownAfterJobFinishes": bool,
-        "ttlSecondsAfterFinished": int,
-        "rayClusterSpec": RAY_CLUSTER,
-    },
-    "RayService": {"serveConfigV2": str, "rayClusterConfig": RAY_CLUSTER},
-}
+SCHEMAS = Path(__file__).parent / "kuberay"  # as the operator publishes them
 
 
 def rendered(target: str, *overrides: str, command: str = "run") -> list[dict[str, Any]]:
@@ -102,17 +52,29 @@ def rendered(target: str, *overrides: str, command: str = "run") -> list[dict[st
     return list(yaml.safe_load_all(render(target, config, command=command)))
 
 
-def misfits(value: Any, schema: Any, path: str = "") -> list[str]:
-    """Where a document has fields or types that a schema does not know."""
-    if isinstance(schema, type):
-        return [] if type(value) is schema else [f"{path}: {type(value).__name__}"]
-    if isinstance(schema, list):
-        return [fault for index, item in enumerate(value) for fault in misfits(item, schema[0], f"{path}[{index}]")]
-    known = dict.fromkeys(value, schema["*"]) if "*" in schema else schema
-    faults = [f"{path}.{key}" for key in value if key not in known]
-    return faults + [
-        fault for key, item in value.items() if key in known for fault in misfits(item, known[key], f"{path}.{key}")
-    ]
+def closed(schema: Any) -> Any:
+    """Return a copy of a schema that refuses unknown fields, as `kubectl apply` does."""
+    if not isinstance(schema, dict):
+        return schema
+    copy = dict(schema)
+    if "properties" in schema:
+        copy["properties"] = {name: closed(field) for name, field in schema["properties"].items()}
+        copy.setdefault("additionalProperties", False)
+    for keyword in ("items", "additionalProperties"):
+        if keyword in copy:
+            copy[keyword] = closed(copy[keyword])
+    return copy
+
+
+@pytest.fixture(scope="module")
+def validators() -> dict[str, jsonschema.Draft7Validator]:
+    """By kind, a validator of KubeRay's documents. Rules in Kubernetes' expression language are not evaluated."""
+    found = {}
+    for path in SCHEMAS.glob("*.yaml.gz"):
+        definition = yaml.load(gzip.decompress(path.read_bytes()), yaml.CSafeLoader)["spec"]
+        (version,) = (version for version in definition["versions"] if version["name"] == "v1")
+        found[definition["names"]["kind"]] = jsonschema.Draft7Validator(closed(version["schema"]["openAPIV3Schema"]))
+    return found
 
 
 @pytest.mark.parametrize("target", LAUNCHERS)
@@ -173,7 +135,9 @@ def test_own_machines_are_all_used_and_install_the_program() -> None:
         ("kuberay-service", "RayService", SERVED),
     ],
 )
-def test_kubernetes_files_use_kuberays_fields_only(target: str, kind: str, more: tuple[str, ...]) -> None:
+def test_kubernetes_files_use_kuberays_fields_only(
+    validators: dict[str, jsonschema.Draft7Validator], target: str, kind: str, more: tuple[str, ...]
+) -> None:
     every = (
         "cluster.token_path=/t",
         "cluster.redis=redis:6379",
@@ -183,20 +147,29 @@ def test_kubernetes_files_use_kuberays_fields_only(target: str, kind: str, more:
     for options in ((), every):
         document = rendered(target, *KUBERNETES, *more, *options)[-1]
         assert (document["apiVersion"], document["kind"]) == ("ray.io/v1", kind)
-        assert misfits(document["spec"], SPECS[kind]) == []
+        validators[kind].validate(document)
     pod = json.dumps(document)
     assert '"nvidia.com/gpu": "1"' in pod and '"cloud.google.com/gke-spot": "true"' in pod
     assert '"secretKeyRef": {"name": "tvilfm-env", "key": "HF_TOKEN"}' in pod
 
 
-def test_the_check_of_fields_finds_one_that_is_not_kuberays() -> None:
+def test_the_check_of_fields_finds_one_that_is_not_kuberays(validators: dict[str, jsonschema.Draft7Validator]) -> None:
     document = rendered("kuberay-cluster", *KUBERNETES)[0]
-    document["spec"]["workerGroupSpecs"][0]["maxReplica"] = 3
-    document["spec"]["headGroupSpec"]["rayStartParams"]["port"] = 6379
-    assert misfits(document["spec"], RAY_CLUSTER) == [
-        ".headGroupSpec.rayStartParams.port: int",
-        ".workerGroupSpecs[0].maxReplica",
-    ]
+    head, (worker,) = document["spec"]["headGroupSpec"], document["spec"]["workerGroupSpecs"]
+    worker["maxReplica"] = 3
+    worker["template"]["spec"]["containers"][0]["volumeMount"] = []
+    head["rayStartParams"]["port"] = 6379
+    del head["template"]["spec"]["containers"][0]["name"]
+    faults = {
+        error.json_path.removeprefix("$.spec."): error.validator
+        for error in validators["RayCluster"].iter_errors(document)
+    }
+    assert faults == {
+        "workerGroupSpecs[0]": "additionalProperties",
+        "workerGroupSpecs[0].template.spec.containers[0]": "additionalProperties",
+        "headGroupSpec.rayStartParams.port": "type",
+        "headGroupSpec.template.spec.containers[0]": "required",
+    }
 
 
 def test_a_rendered_service_listens_as_tvilfm_serve_does() -> None:

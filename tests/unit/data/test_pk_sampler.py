@@ -109,6 +109,21 @@ def test_batches_follow_from_seed_epoch_and_index_alone() -> None:
     assert len(larger) > len(sampler)
 
 
+def test_the_draw_is_a_stream_of_its_own_over_rows_in_order() -> None:
+    """Repeat the draw with plain lists: the same seed has to give the same batches with every release."""
+    sampler, visible_labels, infrared_labels = make_sampler(3, 2, visible=200, infrared=150, seed=4)
+    sampler.set_epoch(5)
+    for index, batch in enumerate(sampler):
+        rng = np.random.default_rng([4, 11, 5, index])
+        labels = rng.choice(list(range(7)), 3, replace=False)
+        drawn = []
+        for of_rows in (visible_labels.tolist(), infrared_labels.tolist()):
+            rows = {label: [row for row, of in enumerate(of_rows) if of == label] for label in range(7)}
+            drawn.append([int(row) for label in labels for row in rng.choice(rows[label], 2)])
+        assert [batch.visible.tolist(), batch.infrared.tolist()] == drawn
+        assert batch.labels.tolist() == [label for label in labels for _ in range(2)]
+
+
 def test_epoch_index_and_seed_each_change_the_batch() -> None:
     sampler, *_ = make_sampler()
     first = as_lists(sampler)

@@ -15,7 +15,8 @@ from tvilfm.config import DataSection, load_config, to_yaml
 from tvilfm.data.manifest import select
 from tvilfm.data.pixels import decode
 from tvilfm.datasets import read_dataset
-from tvilfm.datasets.check import PUBLISHED_COUNTS, SYNTHETIC_MARK, Fault, Findings, check_dataset
+from tvilfm.datasets.check import SYNTHETIC_MARK, Fault, Findings, check_dataset
+from tvilfm.datasets.readers import DATASETS
 from tvilfm.datasets.synthetic.layouts import Layout, Size, write_layout
 from tvilfm.evaluation.features import FeatureTable
 
@@ -68,8 +69,8 @@ def test_counts_are_held_against_the_published_ones(
     (root / SYNTHETIC_MARK).unlink()
     findings = check_dataset(section(layout), root, images=False)
     expected = {count.what: count.expected for count in findings.counts if "captions" not in count.what}
-    assert {what: number for what, number in expected.items() if number is not None} == PUBLISHED_COUNTS[layout]
-    number = PUBLISHED_COUNTS[layout]["train identities"]
+    assert {what: number for what, number in expected.items() if number is not None} == DATASETS[layout].counts
+    number = DATASETS[layout].counts["train identities"]
     serious, *unsure = [each for each in findings.faults if "counts that differ" in each.what]
     assert f"11 train identities, published {number}" in serious.where
     assert serious.serious and not findings.sound
@@ -78,12 +79,12 @@ def test_counts_are_held_against_the_published_ones(
 
 
 def test_the_published_counts_add_up() -> None:
-    llcm = PUBLISHED_COUNTS["llcm"]
+    llcm = DATASETS["llcm"].counts
     assert sum(number for what, number in llcm.items() if what.endswith("images")) == 46767
-    regdb = PUBLISHED_COUNTS["regdb"]
+    regdb = DATASETS["regdb"].counts
     assert sum(number for what, number in regdb.items() if what.endswith("images")) == 2 * 4120
     assert regdb["train identities"] + regdb["test identities"] == 412
-    assert PUBLISHED_COUNTS["sysu_mm01"]["train identities"] + PUBLISHED_COUNTS["sysu_mm01"]["test identities"] == 491
+    assert DATASETS["sysu_mm01"].counts["train identities"] + DATASETS["sysu_mm01"].counts["test identities"] == 491
 
 
 def test_images_that_cannot_be_read_are_listed(regdb: Path) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.oracles import ranking_metrics_loop
+from tvilfm.evaluation import counting
 from tvilfm.evaluation import metrics as metrics_module
 from tvilfm.evaluation.metrics import MetricRule, RankingMetrics, ranking_metrics
 
@@ -93,6 +94,15 @@ def test_byte_counts_do_not_overflow_in_a_long_gallery(rule: MetricRule) -> None
 
 
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("num_gallery", [8 * 255, 8 * 255 + 1, 8 * 256, 8 * 510, 8 * 512])
+def test_a_match_behind_a_whole_gallery_has_its_length_as_rank(rule: MetricRule, num_gallery: int) -> None:
+    similarity, pids = np.zeros((1, num_gallery)), np.arange(num_gallery)
+    similarity[0, -1] = -1.0  # one in every byte but its own: the sum of 256 words would be 0
+    found = ranking_metrics(similarity, pids[-1:], pids, [6], np.ones_like(pids), protocol=rule)
+    assert found.mAP == found.mINP == 1 / num_gallery
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("chunk_elements", [1, 97, 98, 1000, 10**6])
 @pytest.mark.parametrize("cache_bytes", [1, 1000])
 def test_chunks_never_change_a_number(
@@ -100,7 +110,7 @@ def test_chunks_never_change_a_number(
 ) -> None:
     case = make_case(5, 33, 97, 4, levels=8, by_pid=True)
     whole = ranking_metrics(*case, protocol=rule)
-    monkeypatch.setattr(metrics_module, "_CACHE_BYTES", cache_bytes)
+    monkeypatch.setattr(counting, "_CACHE_BYTES", cache_bytes)
     monkeypatch.setattr(metrics_module, "_WORTH_THREADS", 1)
     parts = ranking_metrics(*case, protocol=rule, chunk_elements=chunk_elements)
     np.testing.assert_array_equal(parts.cmc, whole.cmc)
@@ -205,8 +215,8 @@ def test_device_counts_equal_processor_counts(
         calls.append(rows)
         return matrix[torch.from_numpy(rows)]
 
-    monkeypatch.setattr(metrics_module, "_block", block_stays_torch)
-    monkeypatch.setattr(metrics_module, "_DEVICE_BYTES", 2000)
+    monkeypatch.setattr(metrics_module, "take_rows", block_stays_torch)
+    monkeypatch.setattr(counting, "_DEVICE_BYTES", 2000)
     found = ranking_metrics(torch.from_numpy(case[0]), *case[1:], protocol=rule, chunk_elements=700)
     assert calls
     np.testing.assert_array_equal(found.cmc, expected.cmc)

@@ -105,5 +105,14 @@ def test_hetero_centre_pulls_a_modality_to_visible_and_leaves_its_spread(case: t
     assert torch.equal(gradient[0::2], gradient[1::2]) and gradient.abs().min() > 0
 
 
+def test_hetero_centre_of_half_precision_features_is_in_single_precision(case: tuple[Tensor, Tensor, Tensor]) -> None:
+    features, labels = 4 * case[0].bfloat16(), case[2]
+    groups = torch.arange(3).repeat_interleave(6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = hetero_center_loss(features, labels, groups)
+    expected = hetero_center_loop(features.double().numpy(), labels.tolist(), groups.tolist())
+    assert found.dtype == torch.float32 and found.item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_without_a_weight_the_hetero_centre_asks_for_no_groups(case: tuple[Tensor, Tensor, Tensor]) -> None:
     assert list(JointObjective(LossSection())(*case)) == ["id", "wrt"]

@@ -117,6 +117,16 @@ def test_the_loss_does_not_depend_on_row_order_or_label_names() -> None:
     assert wrt_triplet_loss(features, renamed).item() == pytest.approx(loss.item())
 
 
+def test_equal_features_of_a_large_batch_have_no_distance() -> None:
+    # Above 25 rows, torch.cdist would use a matrix product, which leaves noise of this size where rows are equal.
+    labels = torch.arange(32).repeat_interleave(2)
+    features = (100 + torch.from_numpy(np.random.default_rng(0).standard_normal((32, 5))).float()).repeat_interleave(
+        2, 0
+    )
+    found = wrt_triplet_loss(features, labels)
+    assert found.item() == pytest.approx(wrt_triplet_loop(features.tolist(), labels.tolist(), "corrected"), rel=1e-5)
+
+
 def test_half_precision_features_are_compared_in_single_precision() -> None:
     features = make_features([0] * 6, 4.0).float()
     labels = torch.tensor([0, 0, 1, 1, 2, 2])

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from tvilfm.datasets.published import published_rows
+from tvilfm.datasets.readers import published_rows
 from tvilfm.evaluation.results import ResultRow, Results
 from tvilfm.place import write_whole
 from tvilfm.report import page, tables

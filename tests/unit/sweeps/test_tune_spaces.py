@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from tvilfm.config import load_config
-from tvilfm.datasets.published import published_rows
-from tvilfm.sweeps.space import Space, check_space, load_space, words, written
+from tvilfm.datasets.readers import published_rows
+from tvilfm.sweeps.check import check_space
+from tvilfm.sweeps.space import Space, load_space, words, written
 
 CONFIG = Path("ray_config.yaml")
 SPACES = sorted(Path("tune_spaces").glob("*.yaml"))

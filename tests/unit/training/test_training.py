@@ -241,6 +241,30 @@ def test_published_skips_the_step_of_a_loss_that_is_not_finite_where_a_scaler_is
     assert all(value.isfinite().all() for value in trained.state_dict().values())
 
 
+@pytest.mark.parametrize("text", [False, True])
+def test_a_scaled_loss_trains_the_weights_of_an_unscaled_one(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: bool
+) -> None:
+    plain, _ = toy.run(tmp_path / "plain", text=text, epochs=2)
+    scaler = torch.amp.GradScaler
+    scales: list[float] = []
+
+    class Watched(scaler):  # type: ignore[misc, valid-type]
+        def update(self, new_scale: float | None = None) -> None:
+            scales.append(self.get_scale())
+            super().update(new_scale)
+
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: Watched(device, init_scale=2.0**16))
+    scaled, recorder = toy.run(tmp_path / "scaled", text=text, epochs=2)
+    # A power of two scales without rounding. Adam alone would hide a forgotten factor, its weight decay does not.
+    assert parameter_digest(scaled) == parameter_digest(plain)
+    assert scales == [2.0**16] * len(recorder.steps)  # updated once a step
+    _, rest = toy.run(tmp_path / "rest", text=text, epochs=2, resume=recorder.checkpoint(0))
+    for each in (recorder, rest):  # a resumed stage counts the steps since the scale last changed from where it was
+        _, _, state = load_trainer(each.checkpoint(1))
+        assert state["scale"] == 2.0**16 and state["_growth_tracker"] == len(recorder.steps)
+
+
 @pytest.mark.parametrize(("dropped", "term"), [("wrt_weight", "id"), ("id_weight", "wrt")])
 def test_a_loss_that_is_not_finite_names_term_epoch_and_batch(
     toy: Toy, tmp_path: Path, dropped: str, term: str

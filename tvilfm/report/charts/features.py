@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -65,19 +67,12 @@ def tsne_chart(features: Mapping[str, RetrievalFeatures], *, seed: int = 0, pane
 
     Source: the paper, figure 4.
     """
-    queries = ordered(features)
-    shared: set[int] | None = None
-    for query in queries:
-        _, query_pids, _, gallery_pids = features[query]
-        both = set(query_pids.tolist()) & set(gallery_pids.tolist())
-        shared = both if shared is None else shared & both
-    if not shared:
-        return None
     generator = np.random.default_rng(seed)
-    pids = np.sort(generator.permutation(np.array(sorted(shared)))[:TSNE_IDENTITIES])
-
+    pids = _shared_identities(features, generator)
+    if pids is None:
+        return None
     panels = []
-    for query in queries:
+    for query in ordered(features):
         query_QD, query_pids, gallery_GD, gallery_pids = features[query]
         query_index = _pick(query_pids, pids, generator)
         gallery_index = _pick(gallery_pids, pids, generator)
@@ -88,62 +83,61 @@ def tsne_chart(features: Mapping[str, RetrievalFeatures], *, seed: int = 0, pane
         labels = np.concatenate([query_pids[query_index], gallery_pids[gallery_index]])
         panels.append((query, embedded, labels, len(query_index)))
 
-    colors = _identity_colors(len(pids))
     raster = sum(len(labels) for _, _, labels, _ in panels) > VECTOR_POINTS
-    with new_figure(panel * len(queries), panel + 30) as figure:
-        axes = np.atleast_1d(figure.subplots(1, len(queries)))
+    with new_figure(panel * len(panels), panel + 30) as figure:
+        axes = np.atleast_1d(figure.subplots(1, len(panels)))
         for axis, (query, embedded, labels, num_queries) in zip(axes, panels, strict=True):
-            for color, pid in zip(colors, pids, strict=True):
+            for color, pid in zip(_identity_colors(len(pids)), pids, strict=True):
                 mine = labels == pid
                 query_points = embedded[:num_queries][mine[:num_queries]]
                 gallery_points = embedded[num_queries:][mine[num_queries:]]
-                middle = np.median(gallery_points, axis=0)
-                axis.add_collection(
-                    LineCollection(
-                        [[point, middle] for point in query_points],
-                        colors=[color],
-                        linewidths=0.6,
-                        alpha=0.35,
-                        rasterized=raster,
-                    )
-                )
-                axis.scatter(
-                    *gallery_points.T,
-                    s=26,
-                    marker="o",
-                    facecolor="white",
-                    edgecolor=color,
-                    linewidth=1.3,
-                    zorder=2,
-                    rasterized=raster,
-                )
-                axis.scatter(
-                    *query_points.T,
-                    s=26,
-                    marker=QUERY_MARKERS[query],
-                    color=color,
-                    linewidth=0,
-                    alpha=0.9,
-                    zorder=3,
-                    rasterized=raster,
-                )
-            axis.set_title(QUERY_LABELS[query], color=QUERY_COLORS[query])
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.margins(0.05)
-            for spine in axis.spines.values():
-                spine.set_visible(True)
-            shape: dict[str, Any] = {"color": MUTED, "linestyle": "none", "markersize": 6}
-            handles = [
-                Line2D([], [], marker=QUERY_MARKERS[query], label="query", **shape),
-                Line2D([], [], marker="o", markerfacecolor="white", label="visible gallery", **shape),
-            ]
-            axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, 0), ncols=2, **LEGEND)
+                _draw_identity(axis, query, query_points, gallery_points, color, raster=raster)
+            _finish_embedding(axis, query)
         return svg(
             figure,
             "tsne",
             f"t-SNE of queries and gallery of {len(pids)} identities, one panel per query modality",
         )
+
+
+def _shared_identities(
+    features: Mapping[str, RetrievalFeatures], generator: np.random.Generator
+) -> npt.NDArray[np.int64] | None:
+    """Return up to 20 identities that are in every panel on both sides, in order; None if there is none."""
+    sides = (pids for _, query_pids, _, gallery_pids in features.values() for pids in (query_pids, gallery_pids))
+    shared = set.intersection(*(set(pids.tolist()) for pids in sides)) if features else set()
+    if not shared:
+        return None
+    return np.sort(generator.permutation(np.array(sorted(shared)))[:TSNE_IDENTITIES])
+
+
+def _draw_identity(
+    axis: Axes, query: str, query_points: FloatArray, gallery_points: FloatArray, color: Any, *, raster: bool
+) -> None:
+    """Draw the points of one identity, and lines from its queries to the middle of its gallery images."""
+    middle = np.median(gallery_points, axis=0)
+    lines = [[point, middle] for point in query_points]
+    axis.add_collection(LineCollection(lines, colors=[color], linewidths=0.6, alpha=0.35, rasterized=raster))
+    ring: dict[str, Any] = {"marker": "o", "facecolor": "white", "edgecolor": color, "linewidth": 1.3, "zorder": 2}
+    axis.scatter(gallery_points[:, 0], gallery_points[:, 1], s=26, rasterized=raster, **ring)
+    disc: dict[str, Any] = {"marker": QUERY_MARKERS[query], "color": color, "linewidth": 0, "alpha": 0.9, "zorder": 3}
+    axis.scatter(query_points[:, 0], query_points[:, 1], s=26, rasterized=raster, **disc)
+
+
+def _finish_embedding(axis: Axes, query: str) -> None:
+    """Add title, frame and legend to a panel whose axes have no unit."""
+    axis.set_title(QUERY_LABELS[query], color=QUERY_COLORS[query])
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.margins(0.05)
+    for spine in axis.spines.values():
+        spine.set_visible(True)
+    shape: dict[str, Any] = {"color": MUTED, "linestyle": "none", "markersize": 6}
+    handles = [
+        Line2D([], [], marker=QUERY_MARKERS[query], label="query", **shape),
+        Line2D([], [], marker="o", markerfacecolor="white", label="visible gallery", **shape),
+    ]
+    axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, 0), ncols=2, **LEGEND)
 
 
 def distance_chart(features: Mapping[str, RetrievalFeatures], *, seed: int = 0, panel: int = 280) -> str | None:
@@ -176,47 +170,52 @@ def distance_chart(features: Mapping[str, RetrievalFeatures], *, seed: int = 0, 
     with new_figure(panel * len(panels), 270) as figure:
         axes = np.atleast_1d(figure.subplots(1, len(panels), sharex=True))
         for axis, (query, same, different) in zip(axes, panels, strict=True):
-            color = QUERY_COLORS[query]
-            top = 0.0
-            for values, shade, alpha in ((different, "#8b949e", 0.35), (same, color, 0.45)):
-                density, _ = np.histogram(values, bins=edges, density=True)
-                axis.stairs(density, edges, fill=True, color=shade, alpha=alpha, linewidth=0)
-                axis.stairs(density, edges, color=shade, linewidth=1.4)
-                top = max(top, float(density.max()))
-            near, far = float(same.mean()), float(different.mean())
-            for mean, shade in ((near, color), (far, MUTED)):
-                axis.plot([mean, mean], [0, 1.12 * top], color=shade, linestyle="--", linewidth=1.5)
-            axis.annotate(
-                "",
-                (far, 1.12 * top),
-                (near, 1.12 * top),
-                arrowprops={"arrowstyle": "<->", "color": INK, "linewidth": 1, "shrinkA": 0, "shrinkB": 0},
-            )
-            axis.text(
-                inside((near + far) / 2, edges),
-                1.17 * top,
-                f"δ = {far - near:.3f}",
-                ha="center",
-                va="bottom",
-                fontsize=12.5,
-                fontweight="bold",
-            )
-            axis.set_title(QUERY_LABELS[query], color=color)
-            axis.set_xlim(edges[0], edges[-1])
-            axis.set_ylim(0, 1.36 * top)
-            axis.set_yticks([])
-            axis.spines["left"].set_visible(False)
-            axis.set_xlabel("cosine distance")
-            handles = [
-                Patch(facecolor=color, alpha=0.6, label=f"same person, mean {near:.3f}"),
-                Patch(facecolor="#8b949e", alpha=0.5, label=f"different people, mean {far:.3f}"),
-            ]
-            axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, -0.24), ncols=1, **LEGEND)
+            _draw_distances(axis, query, same, different, edges)
         return svg(
             figure,
             "distances",
             "Distances of same-person and different-person pairs, one panel per query modality",
         )
+
+
+def _draw_distances(axis: Axes, query: str, same: FloatArray, different: FloatArray, edges: FloatArray) -> None:
+    """Draw both histograms of a panel, their means, and the gap of the means."""
+    color = QUERY_COLORS[query]
+    top = 0.0
+    for values, shade, alpha in ((different, "#8b949e", 0.35), (same, color, 0.45)):
+        density, _ = np.histogram(values, bins=edges, density=True)
+        axis.stairs(density, edges, fill=True, color=shade, alpha=alpha, linewidth=0)
+        axis.stairs(density, edges, color=shade, linewidth=1.4)
+        top = max(top, float(density.max()))
+    near, far = float(same.mean()), float(different.mean())
+    for mean, shade in ((near, color), (far, MUTED)):
+        axis.plot([mean, mean], [0, 1.12 * top], color=shade, linestyle="--", linewidth=1.5)
+    axis.annotate(
+        "",
+        (far, 1.12 * top),
+        (near, 1.12 * top),
+        arrowprops={"arrowstyle": "<->", "color": INK, "linewidth": 1, "shrinkA": 0, "shrinkB": 0},
+    )
+    axis.text(
+        inside((near + far) / 2, edges),
+        1.17 * top,
+        f"δ = {far - near:.3f}",
+        ha="center",
+        va="bottom",
+        fontsize=12.5,
+        fontweight="bold",
+    )
+    axis.set_title(QUERY_LABELS[query], color=color)
+    axis.set_xlim(edges[0], edges[-1])
+    axis.set_ylim(0, 1.36 * top)
+    axis.set_yticks([])
+    axis.spines["left"].set_visible(False)
+    axis.set_xlabel("cosine distance")
+    handles = [
+        Patch(facecolor=color, alpha=0.6, label=f"same person, mean {near:.3f}"),
+        Patch(facecolor="#8b949e", alpha=0.5, label=f"different people, mean {far:.3f}"),
+    ]
+    axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, -0.24), ncols=1, **LEGEND)
 
 
 def pair_distances(features: RetrievalFeatures, *, seed: int = 0) -> tuple[FloatArray, FloatArray]:
