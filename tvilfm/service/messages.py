@@ -5,7 +5,7 @@ Images are sent as base64 in JSON: batches need this anyway, and one format is e
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, AwareDatetime, Base64Bytes, BaseModel, ConfigDict, Field, model_validator
@@ -19,6 +19,8 @@ MAX_HITS = 1000
 MAX_TEXT = 2000  # characters; the text tower reads 77 tokens
 MAX_KEYS = 100  # of a JSON object; no message has half as many fields
 INT32, INT64 = 2**31 - 1, 2**63 - 1
+OLDEST = datetime(1900, 1, 1, tzinfo=UTC)
+CLOCK_SKEW = timedelta(days=1)  # of cameras
 
 
 def _in_utc(time: datetime) -> datetime:
@@ -34,7 +36,14 @@ def _is_id(id: str) -> str:
     return id
 
 
+def _is_plausible(time: datetime) -> datetime:
+    if not OLDEST <= time <= datetime.now(UTC) + CLOCK_SKEW:
+        raise ValueError(f"expected a time between {OLDEST:%Y-%m-%d} and now, got {time.isoformat()}")
+    return time
+
+
 Time = Annotated[AwareDatetime, AfterValidator(_in_utc)]
+TakenAt = Annotated[Time, AfterValidator(_is_plausible)]
 RowId = Annotated[str, Field(min_length=1, max_length=MAX_ID), AfterValidator(_is_id)]
 Camera = Annotated[int, Field(ge=0, le=INT32)]
 Person = Annotated[int, Field(ge=0, le=INT64)]
@@ -132,7 +141,7 @@ class Row(Message):
     space_id: str | None = Field(None, max_length=MAX_ID, description="required with vector: space of the vectors")
     camid: Camera = Field(description="camera id")
     pid: Person | None = Field(None, description="identity, if known")
-    time: Time | None = Field(None, description="time at which the image was taken")
+    time: TakenAt | None = Field(None, description="time at which the image was taken")
     reference: str | None = Field(
         None, max_length=2048, description="location of the original image; stored, but never opened"
     )

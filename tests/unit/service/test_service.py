@@ -12,7 +12,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +250,26 @@ def test_a_written_picture_is_found_shown_replaced_and_removed(service: Service,
     assert (again.status_code, again.json()["count"]) == (200, 0)
     assert [line["ids"] for line in service.audited() if line["action"] == "delete"] == [[id], [id]]
     assert service.client.get(f"{path}/image").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("time", "status"),
+    [
+        ("1899-12-31T23:59:59Z", 422),
+        ("1900-01-01T00:00:00Z", 200),
+        (timedelta(hours=1), 200),  # from now: a camera's clock may be wrong
+        (timedelta(days=2), 422),
+        ("9999-01-01T00:00:00Z", 422),
+        ("2026-05-01T12:00:00", 422),
+    ],
+)
+def test_an_image_was_taken_between_1900_and_now(
+    service: Service, untrained_run: UntrainedRun, time: str | timedelta, status: int
+) -> None:
+    if isinstance(time, timedelta):
+        time = (datetime.now(UTC) + time).isoformat()
+    row = {"image": text((untrained_run.root / service.names[0]).read_bytes()), "camid": 1, "time": time}
+    assert service.client.put("/v1/gallery/x", json=row).status_code == status
 
 
 @pytest.mark.parametrize("size", [(100_000, 8), (70_000, 200), (65_501, 8), (8, 70_000), (64, 64), (100, 50)])
