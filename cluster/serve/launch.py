@@ -22,6 +22,7 @@ from cluster.serve.application import ENCODER_CPUS, INGRESS_CPUS, SEARCHER_CPUS,
 from cluster.session import address_of, session
 from cluster.tables.indexing import index
 from tvilfm.config import Config, ServeSection, resolve
+from tvilfm.retrieval.gallery import Gallery
 
 APPLICATION = "tvilfm"
 QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")  # requests are in the audit trail
@@ -40,7 +41,7 @@ def serving(config: Config) -> Iterator[str]:
     """
     # Replicas do not run in the current folder, so relative paths are made absolute.
     config = resolve(config.model_dump(mode="json"), absolute_paths(config, Path.cwd()))
-    if config.gallery.url is None and not Path(config.gallery_url).exists():
+    if config.gallery.url is None and not _has_gallery(config):
         index(config)
     section = config.serve
     with session(config.cluster):
@@ -60,6 +61,17 @@ def serving(config: Config) -> Iterator[str]:
                 serve.shutdown()
             else:  # keep Serve for other applications
                 serve.delete(APPLICATION)
+
+
+def _has_gallery(config: Config) -> bool:
+    """Return whether the run's own gallery exists; that of a killed `tvilfm index` was not put in use."""
+    if not Path(config.gallery_url).exists():
+        return False
+    try:
+        Gallery.open(config.gallery_url).close()
+    except ValueError:
+        return False
+    return True
 
 
 def _check_room(config: Config, resources: Mapping[str, float]) -> None:

@@ -94,6 +94,16 @@ class Config(Section):
         return self.run.stages_dir or self.run.path / "stages"
 
 
+# Keys of earlier versions. Runs store all keys, so a removed one is ignored if it has its former default.
+FORMER_DEFAULTS: dict[str, Any] = {
+    "gallery.uri": None,
+    "gallery.partitions": None,
+    "gallery.sub_vectors": 128,
+    "gallery.probes": 32,
+    "serve.audit": None,
+}
+
+
 def load_config(path: Path | None = None, overrides: Iterable[str] = (), *, size: str | None = None) -> Config:
     """Resolve a run description.
 
@@ -159,6 +169,11 @@ def read_description(path: Path | None) -> dict[str, Any]:
             raise ValueError(f"{path}: expected YAML, got {error}. Fix the file.") from None
         if not isinstance(values, dict):
             raise ValueError(f"{path}: expected sections, got {type(values).__name__}. See ray_config.yaml.")
+    for key, default in FORMER_DEFAULTS.items():
+        section, _, name = key.partition(".")
+        part = values.get(section)
+        if isinstance(part, dict) and name in part and part[name] == default:
+            del part[name]
     return values
 
 

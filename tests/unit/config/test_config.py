@@ -385,3 +385,18 @@ def test_keys_of_a_store_have_no_place_in_the_description() -> None:
         load_config(overrides=[f"{key}=s3://AKIA:secret@bucket/x?scheme=http"])
     assert "secret" not in str(caught.value)
     load_config(overrides=[f"{key}=gs://anonymous@bucket/x"])
+
+
+def test_a_run_of_an_earlier_version_opens_unless_it_uses_a_removed_key(tmp_path: Path) -> None:
+    description = yaml.safe_load(to_yaml(load_config()))
+    description["gallery"] |= {"uri": None, "partitions": None, "sub_vectors": 128, "probes": 32}
+    description["serve"]["audit"] = None
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(description))
+    assert load_config(file) == load_config()
+    description["gallery"]["uri"] = "s3://bucket/gallery"
+    file.write_text(yaml.safe_dump(description))
+    with pytest.raises(
+        ValueError, match=r"gallery.uri: expected a known key, got an unknown one. Did you mean gallery.url"
+    ):
+        load_config(file)

@@ -44,7 +44,7 @@ def test_weights_are_sent_once_one_was_moved_and_the_others_stay_what_they_were(
 
     page.route("**/v1/search", answer)
     page.goto("http://service.test/")
-    page.get_by_text("0 images, version 1").wait_for()
+    page.get_by_text("0 images, model").wait_for()
     assert "weights" not in search()
     page.locator("#infrared").fill("2.5")
     assert search()["weights"] == {**WEIGHTS, "infrared": 2.5}
