@@ -20,6 +20,8 @@ Split = Literal["test", "val"]  # identities that are evaluated
 METRICS: tuple[str, ...] = ("rank1", "rank5", "rank10", "mAP", "mINP")
 
 SearchKind = Literal["exact", "index", "scan"]
+# How pixels of more than 8 bits become 8 bits (`data/depth.py`): the full range, each image's percentiles, or a window.
+DepthRange = Literal["percentiles"] | tuple[float, float] | None
 Record = dict[str, float | int | str]  # one step or epoch of a training stage
 
 MAX_ID = 512  # characters

@@ -141,8 +141,9 @@ def find_command(
             typer.echo(f"\rencoded {done} of {total} images", err=True, nl=done >= total)
 
     images = image or []
+    opened = open_model(model)
     ranking, remarks = find(
-        open_model(model),
+        opened,
         folder,
         images=images,
         sentence=text,
@@ -155,7 +156,8 @@ def find_command(
     for line in table_lines(ranking):
         typer.echo(line)
     if html is not None:
-        write_contact_sheet(ranking, folder, html, images=images, sentence=text)
+        depth_range = opened.config.data.depth_range
+        write_contact_sheet(ranking, folder, html, images=images, sentence=text, depth_range=depth_range)
     if csv is not None:
         write_csv(ranking, csv)
     if as_json is not None:

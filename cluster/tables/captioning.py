@@ -42,7 +42,7 @@ from tvilfm.data.manifest import CAPTION_SCHEMA
 from tvilfm.data.pixels import decode
 from tvilfm.datasets import read_dataset
 from tvilfm.place import Place, to_parquet
-from tvilfm.terms import MODALITIES
+from tvilfm.terms import MODALITIES, DepthRange
 
 if TYPE_CHECKING:
     from tvilfm.captioning.captioner import Captioner
@@ -149,6 +149,7 @@ class CaptionJob:
     dtype: Any
     filter_colors: bool
     seed: int
+    depth_range: DepthRange = None
     depot: Depot | None = None
 
     def load(self) -> Captioner:
@@ -193,6 +194,7 @@ def caption(
                 config.caption,
                 config.cluster,
                 seed=config.run.seed,
+                depth_range=config.data.depth_range,
                 retry_bad=retry_bad,
                 progress=ProgressFile(path),
             )
@@ -206,6 +208,7 @@ def caption_images(
     cluster: ClusterSection,
     *,
     seed: int,
+    depth_range: DepthRange = None,
     retry_bad: bool = False,
     progress: ProgressFile | None = None,
     depot: Depot | None = None,
@@ -223,6 +226,7 @@ def caption_images(
         section: captioners, batch size and numbers of workers.
         cluster: GPUs per actor.
         seed: seed of sampling.
+        depth_range: `data.depth_range`, the scaling of images above 8 bits.
         retry_bad: also retry images that an earlier run put in quarantine.
         progress: receives the number of finished images.
         depot: copies from which workers fetch a captioner that is missing on their machine.
@@ -237,7 +241,7 @@ def caption_images(
     """
     check_rows(rows["image"], pc.unique(rows["modality"]).to_pylist())
     with alone(out):
-        return _caption(rows, root, out, section, cluster, seed, retry_bad, progress, depot)
+        return _caption(rows, root, out, section, cluster, seed, depth_range, retry_bad, progress, depot)
 
 
 def _caption(
@@ -247,6 +251,7 @@ def _caption(
     section: CaptionSection,
     cluster: ClusterSection,
     seed: int,
+    depth_range: DepthRange,
     retry_bad: bool,
     progress: ProgressFile | None,
     depot: Depot | None,
@@ -274,6 +279,7 @@ def _caption(
                     dtype=section.dtype,
                     filter_colors=section.filter_colors,
                     seed=seed,
+                    depth_range=depth_range,
                     depot=depot,
                 )
             )
@@ -357,7 +363,7 @@ def decode_chunk(chunk: pa.Table, *, job: CaptionJob, size: tuple[int, int] | No
     (names,) = chunk["image"].to_pylist()
     with ThreadPoolExecutor(READERS) as pool:
         contents = list(pool.map(partial(_read, job.images), names))
-    pictures = [_picture(name, *content, size) for name, content in zip(names, contents, strict=True)]
+    pictures = [_picture(name, *content, size, job.depth_range) for name, content in zip(names, contents, strict=True)]
     return pa.table({"start": chunk["start"], "pictures": pa.array([pictures], type=pa.list_(_PICTURE))})
 
 
@@ -375,14 +381,14 @@ def _read(folder: Place, name: str) -> tuple[bytes, str | None, bool]:
 
 
 def _picture(
-    name: str, content: bytes, fault: str | None, again: bool, size: tuple[int, int] | None
+    name: str, content: bytes, fault: str | None, again: bool, size: tuple[int, int] | None, depth_range: DepthRange
 ) -> dict[str, object]:
     """Return a `_PICTURE`."""
     if fault is not None:
         return {"image": name, "fault": fault, "again": again}
     height, width = size or (None, None)
     try:
-        pixels = decode(content, height=height, width=width, name=name, min_side=MIN_SIDE)
+        pixels = decode(content, height=height, width=width, name=name, min_side=MIN_SIDE, depth_range=depth_range)
     except Exception as error:  # a decoder may raise anything on malicious bytes
         return {"image": name, "fault": str(error).removeprefix(f"{name}: "), "again": False}
     return {"image": name, "pixels": pixels.tobytes(), "height": pixels.shape[0], "width": pixels.shape[1]}

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from tvilfm.data.images import resized, thumbnail
 from tvilfm.data.pixels import decode
 from tvilfm.place import Place
+from tvilfm.terms import DepthRange
 
 Batch = dict[str, npt.NDArray[Any]]
 
@@ -20,7 +21,14 @@ def reference(folder: Place, name: str) -> str:
     return f"{scheme}{separator}{folder.path}/{name}"
 
 
-def read_pictures(batch: Batch, *, root: str, size: tuple[int, int] | None, thumbnail_height: int) -> Batch:
+def read_pictures(
+    batch: Batch,
+    *,
+    root: str,
+    size: tuple[int, int] | None,
+    thumbnail_height: int,
+    depth_range: DepthRange = None,
+) -> Batch:
     """Add the location, the thumbnail and, if requested, the pixels of an image to rows with a `name`.
 
     Args:
@@ -28,6 +36,7 @@ def read_pictures(batch: Batch, *, root: str, size: tuple[int, int] | None, thum
         root: folder or URI that the names are relative to.
         size: height and width of the pixels; None = no pixels.
         thumbnail_height: maximum height of thumbnails, in pixels.
+        depth_range: `data.depth_range` of the run whose model encodes the images.
 
     Raises:
         ValueError: a file is not an image; the message names it.
@@ -35,7 +44,7 @@ def read_pictures(batch: Batch, *, root: str, size: tuple[int, int] | None, thum
     folder = Place(root)
     images, thumbnails, inputs = [], [], []
     for name in batch["name"]:
-        pixels = decode((folder / name).read(), height=None, width=None, name=name)
+        pixels = decode((folder / name).read(), height=None, width=None, name=name, depth_range=depth_range)
         images.append(reference(folder, name))
         thumbnails.append(thumbnail(pixels, height=thumbnail_height))
         if size is not None:

@@ -41,6 +41,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 SYSTEM_NAMES = ("Thumbs.db", ".DS_Store", "__MACOSX", "@eaDir")  # files and folders
 BATCH = 32
 SAVED = 1024  # images per write to the store: an interrupted call loses at most this many
+DECODING = "upright"  # part of the store's folder name: change it with the pixels that `decode` returns
 NAMED = 5  # unreadable images that are named in the warning
 Vectors = npt.NDArray[np.float32]
 
@@ -174,7 +175,7 @@ def folder_features(
     missing = {key: name for name, key in reversed(key_of.items()) if key not in vectors}
     waiting: dict[str, Vectors] = {}
     done = 0
-    for keys, pixels in _decoded(folder, list(missing.items()), opened.height, opened.width):
+    for keys, pixels in _decoded(folder, list(missing.items()), opened):
         spaces = gallery_vectors(_on_device(opened), encode_pixels(_on_device(opened), pixels, "visible"))
         waiting |= dict(zip(keys, np.hstack([spaces["vector"], spaces["vector_base"]]), strict=True))
         done += len(keys)
@@ -203,14 +204,14 @@ def folder_features(
 
 
 def _decoded(
-    folder: Path, files: Sequence[tuple[str, str]], height: int, width: int
+    folder: Path, files: Sequence[tuple[str, str]], opened: OpenedModel
 ) -> Iterator[tuple[list[str], npt.NDArray[np.uint8]]]:
     """Decode (key, path) pairs and yield batches of (keys, (B, H, W, 3) uint8); skip invalid images."""
     keys: list[str] = []
     pixels: list[npt.NDArray[np.uint8]] = []
     for key, name in files:
         try:
-            pixels.append(decode((folder / name).read_bytes(), height=height, width=width, name=name))
+            pixels.append(_pixels((folder / name).read_bytes(), opened, name))
         except (ValueError, OSError):
             continue
         keys.append(key)
@@ -241,8 +242,7 @@ def encode_query(
         )
     infrared_D = text_D = filter_D = None
     if images:
-        height, width = opened.height, opened.width
-        pixels = [decode(_content(path), name=f"--image {path}", height=height, width=width) for path in images]
+        pixels = [_pixels(_content(path), opened, f"--image {path}") for path in images]
         infrared_D = torch.from_numpy(encode_pixels(model, np.stack(pixels), "infrared")).to(device).mean(dim=0)
     if sentence:
         filtered = bool(images and infrared_caption and opened.config.loss.filter_text)
@@ -250,6 +250,12 @@ def encode_query(
         encoded = torch.from_numpy(encode_texts(model, texts)).to(device)
         text_D, filter_D = encoded[0], encoded[1] if filtered else None
     return query_parts(model, infrared_D, text_D, filter_D)
+
+
+def _pixels(content: bytes, opened: OpenedModel, name: str) -> npt.NDArray[np.uint8]:
+    return decode(
+        content, height=opened.height, width=opened.width, name=name, depth_range=opened.config.data.depth_range
+    )
 
 
 def _content(path: Path) -> bytes:
@@ -371,7 +377,9 @@ def find(
     list_images(folder)
     if count < 1:
         raise ValueError(f"-k: expected 1 or more, got {count}.")
-    space = f"{model_fingerprint(opened.path)}-{opened.height}x{opened.width}"
+    space = f"{model_fingerprint(opened.path)}-{opened.height}x{opened.width}-{DECODING}"
+    if opened.config.data.depth_range is not None:
+        space += f"-{opened.config.data.depth_range}"
     gallery, queries = (Store(store_folders(opened), f"{space}/{kind}") for kind in ("gallery", "queries"))
     parts, new_key = _query(opened, images, sentence, infrared_caption, queries)
     features = folder_features(opened, folder, gallery, progress=progress)
