@@ -27,7 +27,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-from pyarrow import fs
 from ray.data import ExecutionResources
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -38,6 +37,7 @@ from cluster.tables.job import check_rows, chunk_dataset, claim_folder, fixed_ch
 from cluster.tables.parts import Parts, alone, part_name
 from tvilfm.captioning.colors import remove_colors
 from tvilfm.config import CaptionerSection, CaptionSection, ClusterSection, Config
+from tvilfm.data import image_files
 from tvilfm.data.manifest import CAPTION_SCHEMA
 from tvilfm.data.pixels import decode
 from tvilfm.datasets import read_dataset
@@ -47,7 +47,6 @@ from tvilfm.terms import MODALITIES, DepthRange
 if TYPE_CHECKING:
     from tvilfm.captioning.captioner import Captioner
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MIN_SIDE = 8  # pixels; smaller images show no person
 MAX_BYTES = 256 << 20  # maximum file size: a video among the images would fill a worker's memory before it is detected
 READERS = 8  # files that a decoding task reads in parallel: an object store has a latency of 30 ms
@@ -449,22 +448,18 @@ class CaptionActor:
 
 
 def list_images(uri: str, modality: str) -> pa.Table:
-    """Return all image files below a folder as rows for `caption_images`, sorted by name.
+    """Return all image files below a folder as rows for `caption_images`, sorted by name, each real file once.
 
     Raises:
-        ValueError: the folder has no image files.
+        ValueError: the folder has no image files, or the name of one is not UTF-8.
     """
     place = Place(uri)
-    names, folders = [], [place.path]
-    while folders:
-        for info in place.filesystem.get_file_info(fs.FileSelector(folders.pop(), allow_not_found=True)):
-            if info.type == fs.FileType.Directory:
-                folders.append(info.path)
-            elif info.path.lower().endswith(SUFFIXES):
-                names.append(info.path.removeprefix(f"{place.path}/"))
+    names = image_files.list_images(place)
     if not names:
-        raise ValueError(f"--images: expected {', '.join(SUFFIXES)} files below {place}, got none. Check the path.")
-    return pa.table({"image": sorted(names), "modality": pa.repeat(pa.scalar(modality), len(names))})
+        suffixes = ", ".join(image_files.SUFFIXES)
+        raise ValueError(f"--images: expected {suffixes} files below {place}, got none. Check the path.")
+    image_files.require_text_names(place, names)
+    return pa.table({"image": names, "modality": pa.repeat(pa.scalar(modality), len(names))})
 
 
 def _among(rows: pa.Table, images: pa.ChunkedArray) -> npt.NDArray[np.bool_]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,13 @@ Batch = dict[str, npt.NDArray[Any]]
 
 
 def reference(folder: Place, name: str) -> str:
-    """Return the path or URI of an image, without the options of the URI."""
-    scheme, separator, _ = folder.uri.rpartition("://")
+    """Return the id of an image: its real path, or its URI without options in an object store.
+
+    The same file has the same id, however its folder is written: with `..`, `file://`, a trailing slash or a link.
+    """
+    if folder.is_local:
+        return os.path.realpath(f"{folder.path}/{name}")
+    scheme, separator, _ = folder.uri.partition("://")
     return f"{scheme}{separator}{folder.path}/{name}"
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from tvilfm.config import EnsembleWeights
+from tvilfm.data import image_files
 from tvilfm.data.pixels import decode
 from tvilfm.evaluation.features import FeatureTable
 from tvilfm.files import cache_folder, content_digests
@@ -37,8 +38,6 @@ from tvilfm.models.similarity import similarity
 from tvilfm.retrieval.query import query_parts
 from tvilfm.retrieval.spaces import gallery_vectors
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-SYSTEM_NAMES = ("Thumbs.db", ".DS_Store", "__MACOSX", "@eaDir")  # files and folders
 BATCH = 32
 SAVED = 1024  # images per write to the store: an interrupted call loses at most this many
 DECODING = "upright"  # part of the store's folder name: change it with the pixels that `decode` returns
@@ -83,28 +82,18 @@ class Found:
 
 
 def list_images(folder: Path) -> list[str]:
-    """Return the sorted relative paths of all images in a folder and its subfolders; symbolic links are not followed.
+    """Return the sorted relative paths of all images in a folder and its subfolders, each real file once.
 
     Raises:
         ValueError: the folder does not exist or contains no image.
     """
     if not folder.is_dir():
         raise ValueError(f"--in: expected a folder of images, got {folder}. Check the path.")
-    names = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not _is_system(name)]
-        names += [
-            (Path(parent) / name).relative_to(folder).as_posix()
-            for name in files
-            if name.lower().endswith(SUFFIXES) and not _is_system(name)
-        ]
+    names = image_files.list_images(folder)
     if not names:
-        raise ValueError(f"--in: expected images ({' '.join(SUFFIXES)}) in {folder}, got none. Check the path.")
-    return sorted(names)
-
-
-def _is_system(name: str) -> bool:
-    return name in SYSTEM_NAMES or name.startswith("._")
+        suffixes = " ".join(image_files.SUFFIXES)
+        raise ValueError(f"--in: expected images ({suffixes}) in {folder}, got none. Check the path.")
+    return names
 
 
 def store_folders(opened: OpenedModel) -> list[Path]:
