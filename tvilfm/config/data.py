@@ -42,6 +42,9 @@ class DataSection(Section):
         None, description="[low, high] of images above 8 bits; percentiles = per image; null = the full 16 bits"
     )
     pad: int = Field(10, ge=0, description="padding before the random crop, pixels (METHOD 4)")
+    distractors: bool = Field(
+        False, description="folder: keep visible images with a negative pid in the gallery; false = leave them out"
+    )
     decode_batch: int = Field(64, ge=1, description="images per decoding task of Ray Data")
     synthetic: SyntheticSection = SyntheticSection()
 
@@ -55,4 +58,8 @@ class DataSection(Section):
     @property
     def reader_options(self) -> dict[str, object]:
         """Options that the reader of this dataset takes."""
-        return {"split": self.split} if self.name == "regdb" else {}
+        options: dict[str, dict[str, object]] = {
+            "regdb": {"split": self.split},
+            "folder": {"distractors": self.distractors},
+        }
+        return options.get(self.name, {})

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from tvilfm.data.captions import BY_IDENTITY, IDENTITY_MAP, texts_of
 from tvilfm.data.manifest import CAPTION_SCHEMA, select
 from tvilfm.data.splits import TEST_SPLITS
+from tvilfm.data.text_files import read_text
 
 SENSORS = {"visible": "RGB", "infrared": "IR"}
 PUBLISHED = "published"
@@ -375,8 +376,9 @@ def identity_captions(
 
 
 def _load_json(path: Path) -> Any:
+    text = read_text(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(text)
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON, got {error}. Restore the file.") from None
 
