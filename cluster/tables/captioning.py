@@ -403,31 +403,61 @@ class CaptionActor:
         (start,), (pictures,) = chunk["start"].to_pylist(), chunk["pictures"].to_pylist()
         bad = [picture for picture in pictures if picture["fault"] and not picture["again"]]
         good = [picture for picture in pictures if not picture["fault"]]
+        # Ray may process a chunk again after a failure, and then other images of it may be readable.
+        if good and not self._job.captions.has(part_name(picture["image"] for picture in good)):
+            try:
+                captioned, refused = self._caption_accepted(good, start)
+            except Exception as error:
+                error.add_note(f"While captioning {len(good)} {self._job.modality} images from {good[0]['image']}.")
+                raise
+            bad += refused
+            if captioned.num_rows:
+                self._job.captions.write(part_name(captioned["image"].to_pylist()), captioned)
         if bad:
             now = _now()
             faults = [{"image": picture["image"], "reason": picture["fault"], "time": now} for picture in bad]
             name = part_name(picture["image"] for picture in bad)
             self._job.quarantine.write(name, pa.Table.from_pylist(faults, schema=QUARANTINE_SCHEMA))
-        # Ray may process a chunk again after a failure, and then other images of it may be readable.
-        name = part_name(picture["image"] for picture in good)
-        if good and not self._job.captions.has(name):
-            try:
-                self._job.captions.write(name, self._caption(good, start))
-            except Exception as error:
-                error.add_note(f"While captioning {len(good)} {self._job.modality} images from {good[0]['image']}.")
-                raise
         unread = [picture["fault"] for picture in pictures if picture["again"]]
         return pa.table(
             {"done": [len(pictures) - len(unread)], "unread": pa.array([unread], type=pa.list_(pa.string()))}
         )
 
+    def _caption_accepted(
+        self, pictures: Sequence[Mapping[str, Any]], start: int
+    ) -> tuple[pa.Table, list[dict[str, Any]]]:
+        """Return the captions of the images that the model's processor accepts, and the others with its reasons.
+
+        Every image is tried alone only after the batch failed.
+        """
+        try:
+            return self._caption(pictures, start), []
+        except Exception:
+            reasons = [self._refusal(picture) for picture in pictures]
+            refused = [
+                {**picture, "fault": reason}
+                for picture, reason in zip(pictures, reasons, strict=True)
+                if reason is not None
+            ]
+            if not refused:
+                raise
+        accepted = [picture for picture, reason in zip(pictures, reasons, strict=True) if reason is None]
+        return self._caption(accepted, start) if accepted else PART_SCHEMA.empty_table(), refused
+
+    def _refusal(self, picture: Mapping[str, Any]) -> str | None:
+        """Return why the processor refuses an image, or None. A lack of memory or a lost device says nothing of it."""
+        try:
+            self._captioner.prompt_inputs([_array(picture)])
+        except (RuntimeError, MemoryError):
+            return None
+        except Exception as error:  # processors raise what they like
+            size = f"{picture['width']} x {picture['height']}"
+            return f"expected an image that the captioner accepts, got {size} pixels ({error})"
+        return None
+
     def _caption(self, pictures: Sequence[Mapping[str, Any]], start: int) -> pa.Table:
         seed = int(np.random.SeedSequence([self._job.seed, start]).generate_state(1)[0])
-        images = [
-            np.frombuffer(picture["pixels"], dtype=np.uint8).reshape(picture["height"], picture["width"], 3)
-            for picture in pictures
-        ]
-        sentences = self._captioner.caption(images, seed=seed)
+        sentences = self._captioner.caption([_array(picture) for picture in pictures], seed=seed)
         if self._job.modality == "infrared" and self._job.filter_colors:
             sentences = [remove_colors(sentence) for sentence in sentences]
         provenance, now = self._captioner.provenance, _now()
@@ -445,6 +475,10 @@ class CaptionActor:
             [{"image": picture["image"], "caption": sentence, **common} for picture, sentence in captioned],
             schema=PART_SCHEMA,
         )
+
+
+def _array(picture: Mapping[str, Any]) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(picture["pixels"], dtype=np.uint8).reshape(picture["height"], picture["width"], 3)
 
 
 def list_images(uri: str, modality: str) -> pa.Table:
