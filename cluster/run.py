@@ -44,6 +44,7 @@ from tvilfm.datasets import read_dataset
 from tvilfm.datasets.caption_files import read_captions
 from tvilfm.datasets.synthetic.layouts import SIZES, write_sysu_layout
 from tvilfm.evaluation.evaluator import Evaluator
+from tvilfm.evaluation.feasibility import require_feasible
 from tvilfm.evaluation.provenance import Provenance
 from tvilfm.evaluation.results import Results
 from tvilfm.models.opening import model_fingerprint
@@ -163,6 +164,8 @@ class _Job:
         self._write_run_folder()
         made: list[str] = []
         learning = Learning(self.store, self.config)
+        if any(not self.store.has(name) for name in wanted):
+            require_feasible(self.config, self.manifest, self.caption_files)
         if self.listener or any(not self.store.has(name) for name in wanted):
             with session(self.config.cluster), trackers(self.config, group=self.group) as opened:
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Literal, get_args
 
 Modality = Literal["visible", "infrared"]
@@ -30,3 +31,8 @@ MAX_ID = 512  # characters
 def is_id(id: str) -> bool:
     """Return whether a gallery row can have this id: printable, and not longer than `MAX_ID`."""
     return 0 < len(id) <= MAX_ID and id.isprintable()
+
+
+def is_blank(text: str) -> bool:
+    """Return whether text shows nothing: spaces, control characters and zero-width characters only."""
+    return all(char.isspace() or unicodedata.category(char) in ("Cc", "Cf") for char in text)

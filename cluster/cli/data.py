@@ -12,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tvilfm.config import DataSection, default_description, load_config
-from tvilfm.datasets.check import Findings, check_dataset
+from tvilfm.datasets.findings import Findings
 from tvilfm.datasets.synthetic.layouts import SIZES, Layout, Size, write_layout
+from tvilfm.evaluation.feasibility import check_config
 
 REGDB_IMAGES = 10
 SHOWN = 3
@@ -83,12 +84,15 @@ def check(
         list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="data.name=regdb data.root=/path ...")
     ] = None,
 ) -> None:
-    """Compare a dataset with the published counts, look for problems, and print how to fix each."""
+    """Compare a dataset with the published counts, look for problems, and print how to fix each.
+
+    Give the options of the run that will use the dataset: the check also says whether that run can train and evaluate.
+    """
     resolved = load_config(config or default_description(), overrides or [], size=size)
     trained: DataSection | None = None
     if run is not None:
         trained = load_config(run / "config.yaml").data
-    findings = check_dataset(resolved.data, resolved.data_root, images=images, trained=trained)
+    findings = check_config(resolved, images=images, trained=trained)
     console = Console()
     console.print(f"{resolved.data.name} in {resolved.data_root}", highlight=False)
     if findings.counts:

@@ -47,6 +47,13 @@ def to_eight_bits(image: Image.Image, depth_range: DepthRange, *, name: str) -> 
     return Image.fromarray(np.rint(255 * (inside - low) / (high - low)).astype(np.uint8))
 
 
+def finite_range(image: Image.Image) -> tuple[float, float]:
+    """Return the smallest and the largest finite pixel of a deep image."""
+    values = np.asarray(image).astype(np.float64)
+    finite = values[np.isfinite(values)]
+    return float(finite.min()), float(finite.max())
+
+
 def _window(values: npt.NDArray[np.float64], depth_range: DepthRange, *, name: str) -> tuple[float, float]:
     finite = values[np.isfinite(values)]
     if not finite.size:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from tvilfm.data.depth import to_eight_bits
+from tvilfm.data.depth import finite_range, is_deep, to_eight_bits
 from tvilfm.terms import DepthRange
 
 MAX_PIXELS = 64_000_000
@@ -64,6 +65,34 @@ def decode(
     if height is not None and width is not None:
         rgb = rgb.resize((width, height), Image.Resampling.LANCZOS)
     return np.asarray(rgb, dtype=np.uint8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What a check wants to know about a readable image.
+
+    Attributes:
+        flat: whether all pixels have one value after scaling to 8 bits.
+        values: smallest and largest finite pixel of an image above 8 bits; None for other images.
+        frames: number of pages or frames; only the first is used.
+    """
+
+    flat: bool
+    values: tuple[float, float] | None
+    frames: int
+
+
+def inspect(content: bytes, *, name: str, depth_range: DepthRange) -> Inspection:
+    """Decode one image as `decode` does and describe it.
+
+    Raises:
+        ValueError: as `decode`.
+    """
+    pixels = decode(content, height=None, width=None, name=name, depth_range=depth_range)
+    with _opened(content, name, None) as image:
+        frames = getattr(image, "n_frames", 1)
+        values = finite_range(image) if is_deep(image) else None
+    return Inspection(flat=bool((pixels == pixels[:1, :1]).all()), values=values, frames=frames)
 
 
 def count_pixels(content: bytes, *, name: str, formats: tuple[str, ...] | None = None) -> int:

@@ -270,24 +270,29 @@ def chance_level(query: pa.Table, gallery: pa.Table, protocol: Protocol) -> floa
     Source: expectation over uniform permutations.
     Differs: none known.
     """
-    pid_camids = Counter(zip(gallery["pid"].to_pylist(), gallery["camid"].to_pylist(), strict=True))
-    pids = Counter(gallery["pid"].to_pylist())
-    camids = Counter(gallery["camid"].to_pylist())
-    chances: list[float] = []
-    for pid, camid in zip(query["pid"].to_pylist(), query["camid"].to_pylist(), strict=True):
-        matches, kept = pids[pid], gallery.num_rows
-        if protocol.dataset == "sysu_mm01" and camid == 3:
-            matches, kept = matches - pid_camids[pid, 2], kept - camids[2]
-        elif protocol.dataset in ("llcm", "market1501"):
-            matches, kept = matches - pid_camids[pid, camid], kept - pid_camids[pid, camid]
-        if matches:
-            chances.append(matches / kept)
+    chances = [count / kept for count, kept in matches(query, gallery, protocol) if count]
     if not chances:
         raise ValueError(
             "query: expected at least one identity that is in the gallery, got none. "
             "Take query and gallery from the same split."
         )
     return sum(chances) / len(chances)
+
+
+def matches(query: pa.Table, gallery: pa.Table, protocol: Protocol) -> list[tuple[int, int]]:
+    """Return per query how many gallery images are matches, and how many are not ignored (`ignored_gallery`)."""
+    pid_camids = Counter(zip(gallery["pid"].to_pylist(), gallery["camid"].to_pylist(), strict=True))
+    pids = Counter(gallery["pid"].to_pylist())
+    camids = Counter(gallery["camid"].to_pylist())
+    counts = []
+    for pid, camid in zip(query["pid"].to_pylist(), query["camid"].to_pylist(), strict=True):
+        found, kept = pids[pid], gallery.num_rows
+        if protocol.dataset == "sysu_mm01" and camid == 3:
+            found, kept = found - pid_camids[pid, 2], kept - camids[2]
+        elif protocol.dataset in ("llcm", "market1501"):
+            found, kept = found - pid_camids[pid, camid], kept - pid_camids[pid, camid]
+        counts.append((found, kept))
+    return counts
 
 
 @dataclass(frozen=True)

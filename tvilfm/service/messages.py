@@ -5,7 +5,6 @@ Images are sent as base64 in JSON: batches need this anyway, and one format is e
 
 from __future__ import annotations
 
-import unicodedata
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -21,7 +20,7 @@ from pydantic import (
 )
 
 from tvilfm.config import MAX_BATCH
-from tvilfm.terms import MAX_ID, DepthRange, FilterTextSource, SearchKind, is_id
+from tvilfm.terms import MAX_ID, DepthRange, FilterTextSource, SearchKind, is_blank, is_id
 
 HEADER = "X-API-Key"
 RETRY_S = 1
@@ -45,8 +44,7 @@ def _is_id(id: str) -> str:
 
 
 def _is_said(text: str) -> str:
-    """Refuse text that shows nothing: spaces, control characters and zero-width characters only."""
-    if all(char.isspace() or unicodedata.category(char) in ("Cc", "Cf") for char in text):
+    if is_blank(text):
         raise ValueError("expected words, got blank text")
     return text
 
