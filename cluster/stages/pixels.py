@@ -30,10 +30,13 @@ class Pixels(Stage):
         return (DATASET,)
 
     def make(self, folder: Path, job: StageJob) -> None:
-        decode_dataset(folder, job.data_root, job.manifest, job.config.data)
+        section = job.config.data
+        decode_dataset(folder, job.data_root, job.manifest, section, depth_range=section.depth_range)
 
 
-def decode_dataset(folder: Path, root: Path, manifest: pa.Table, section: DataSection) -> None:
+def decode_dataset(
+    folder: Path, root: Path, manifest: pa.Table, section: DataSection, *, depth_range: DepthRange = None
+) -> None:
     """Write `manifest.parquet` and `pixels.npy`, whose rows follow the manifest.
 
     Workers decode and the driver writes, so that training processes on this machine can map the pages that it wrote.
@@ -42,7 +45,8 @@ def decode_dataset(folder: Path, root: Path, manifest: pa.Table, section: DataSe
         folder: output folder.
         root: folder of the dataset.
         manifest: rows to decode.
-        section: image size, scaling of deep images and batch size.
+        section: image size and batch size.
+        depth_range: scaling of images above 8 bits.
 
     Raises:
         ValueError: an image cannot be decoded; the message names it.
@@ -54,7 +58,7 @@ def decode_dataset(folder: Path, root: Path, manifest: pa.Table, section: DataSe
             root=root.absolute(),
             height=section.height,
             width=section.width,
-            depth_range=section.depth_range,
+            depth_range=depth_range,
         ),
         batch_size=section.decode_batch,
         num_cpus=1,
