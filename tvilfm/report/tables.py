@@ -104,9 +104,9 @@ def chance_sentence(results: Results) -> str | None:
 def verdict(results: Results) -> Verdict:
     """Judge whether infrared < fusion < ensemble holds on the headline rows.
 
-    The order is judged on rank-1 and mAP as printed (two decimals of a percent). The sentences also mention steps that
-    are smaller than the standard deviation over trials, and text that reaches fusion's result alone, because both
-    change what the order means.
+    The order is judged on rank-1 and mAP as printed (two decimals of a percent). If no query is better than chance, the
+    order says nothing. The sentences also mention steps that are smaller than the standard deviation over trials, and
+    text that reaches fusion's result alone, because both change what the order means.
     """
     rows = {row.query: row for row in results.default_rows}
     infrared, fusion, ensemble = rows.get("infrared"), rows.get("fusion"), rows.get("ensemble")
@@ -139,7 +139,9 @@ def verdict(results: Results) -> Verdict:
         sentence += f", and to {percent(ensemble.rank1)}% with the ensemble{signs[1]}"
 
     outcome: Literal["holds", "partly", "fails", "incomplete"]
-    if rank1_moves[0] <= 0:
+    if not any(_beats_chance(row, chance) for row in rows.values()):
+        outcome, opening = "incomplete", "No query is better than chance, so this run says nothing about the claim: "
+    elif rank1_moves[0] <= 0:
         outcome, opening = "fails", "The paper's claim does not hold in this run: "
     elif not rising or min(mAP_moves) <= 0:
         outcome, opening = "partly", "The paper's claim holds only in part: "
@@ -155,17 +157,34 @@ def verdict(results: Results) -> Verdict:
                 f" mAP changes differently: {percent(low.mAP)}% with {QUERY_LABELS[low.query]}, "
                 f"{percent(high.mAP)}% with {QUERY_LABELS[high.query]} ({_MOVES[mAP_move]})."
             )
+    sentence += _small_steps(steps)
+    text = rows.get("text")
+    if text is not None and text.rank1 >= fusion.rank1:
+        sentence += _text_alone(text, chance)
+    return Verdict(outcome=outcome, sentence=sentence)
+
+
+def _beats_chance(row: ResultRow, chance: float | None) -> bool:
+    """Return whether rank-1 is above chance by more than the standard deviation over trials."""
+    return chance is None or row.rank1 - chance > max(_SAME, row.std["rank1"])
+
+
+def _small_steps(steps: Sequence[tuple[ResultRow, ResultRow]]) -> str:
+    sentences = ""
     for low, high in steps:
         gain, spread = high.rank1 - low.rank1, max(low.std["rank1"], high.std["rank1"])
         if _SAME <= gain < spread and min(low.num_trials, high.num_trials) > 1:
-            sentence += (
+            sentences += (
                 f" The step to {QUERY_LABELS[high.query]} ({percent(gain)} points) is smaller than the "
                 f"standard deviation over trials ({percent(spread)})."
             )
-    text = rows.get("text")
-    if text is not None and text.rank1 >= fusion.rank1:
-        sentence += f" The text alone already reaches {percent(text.rank1)}%, so it may carry the result by itself."
-    return Verdict(outcome=outcome, sentence=sentence)
+    return sentences
+
+
+def _text_alone(text: ResultRow, chance: float | None) -> str:
+    if _beats_chance(text, chance):
+        return f" The text alone already reaches {percent(text.rank1)}%, so it may carry the result by itself."
+    return f" The text alone reaches {percent(text.rank1)}%, which is no better than chance."
 
 
 def terminal_table(results: Results) -> RenderableType:
