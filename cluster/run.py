@@ -48,7 +48,7 @@ from tvilfm.evaluation.feasibility import require_feasible
 from tvilfm.evaluation.provenance import Provenance
 from tvilfm.evaluation.results import Results
 from tvilfm.models.opening import model_fingerprint
-from tvilfm.place import write_whole
+from tvilfm.place import full_disk_named, write_whole
 from tvilfm.terms import Record, Split
 
 # Files of a run folder that are copied to an object store; stages have their own copies.
@@ -211,7 +211,7 @@ class _Job:
         def make(folder: Path) -> None:
             started = time.monotonic()
             shown = watch(folder / "progress.json", name, stage.unit) if stage.unit else nullcontext()
-            with self.events.around("stage", stage=name), shown:
+            with self.events.around("stage", stage=name), shown, full_disk_named(folder, f"the stage {name}"):
                 stage.make(folder, self._stage_job(name))
             (folder / "seconds.json").write_text(json.dumps(round(time.monotonic() - started, 1)))
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import shutil
+import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +20,7 @@ if TYPE_CHECKING:
     from pyarrow import fs
 
 _PARENT = "_parent"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,33 @@ def write_whole(
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def full_disk_named(folder: Path, what: str, *, need: int | None = None) -> Iterator[None]:
+    """Name the folder of a full disk in the block: an error of the system says only that a device has no space left.
+
+    Args:
+        folder: where the block writes.
+        what: what it writes.
+        need: bytes that it writes; None = not known.
+
+    Raises:
+        OSError: the disk of the folder, or of temporary files, is full.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) not in FULL and os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        places = dict.fromkeys([str(folder), tempfile.gettempdir()])
+        free = ", ".join(f"{shutil.disk_usage(place).free / 1e9:.1f} GB free in {place}" for place in places)
+        needed = f"{need / 1e9:.1f} GB" if need else "more space"
+        raise OSError(
+            errno.ENOSPC,
+            f"{folder}: expected {needed} for {what}, got a full disk ({free}). Free space, or set run.dir, "
+            "run.stages_dir or TMPDIR to a folder on another disk. Finished work is kept",
+        ) from None
 
 
 def to_parquet(table: pa.Table) -> pa.Buffer:

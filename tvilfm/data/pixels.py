@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tvilfm.data.depth import finite_range, is_deep, to_eight_bits
+from tvilfm.place import full_disk_named
 from tvilfm.terms import DepthRange
 
 MAX_PIXELS = 64_000_000
@@ -139,8 +141,20 @@ def decode_files(
 
 
 def create(path: Path, count: int, *, height: int, width: int) -> np.memmap[tuple[int, ...], np.dtype[np.uint8]]:
-    """Create a .npy file for `count` images and map it for writing."""
-    return np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(count, height, width, 3))
+    """Create a .npy file for `count` images and map it for writing.
+
+    Its space is reserved now: on a full disk, writing to a map would kill the process.
+
+    Raises:
+        OSError: the disk has too little space; the message contains the folder and the need.
+    """
+    pixels: np.memmap[tuple[int, ...], np.dtype[np.uint8]] = np.lib.format.open_memmap(
+        path, mode="w+", dtype=np.uint8, shape=(count, height, width, 3)
+    )
+    what = f"{count} images of {height} x {width}"
+    with full_disk_named(path.parent, what, need=pixels.nbytes), path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return pixels
 
 
 def open_pixels(path: Path) -> npt.NDArray[np.uint8]:
