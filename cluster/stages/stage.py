@@ -27,10 +27,10 @@ SOURCES = (DATASET, CAPTION_FILES, MODEL)  # inputs that users provide; no stage
 
 # Keys for folders, machines and speed. Every stage may read them, and they are not part of its fingerprint: with other
 # values, results are equal or differ only in the rounding of batched arithmetic. The contents of the files at
-# `data.root`, `data.captions` and `model.trained` are inputs.
+# `data.root` (the rows that `data.distractors` adds included), `data.captions` and `model.trained` are inputs.
 PLACEMENT = (
     *("run.dir", "run.stages_dir", "run.trackers", "run.mlflow_uri"),
-    *("data.root", "data.captions", "data.decode_batch", "model.trained"),
+    *("data.root", "data.captions", "data.distractors", "data.decode_batch", "model.trained"),
     *("caption.workers", "caption.decoders", "caption.max_bad_share"),
     *("train.loader_workers", "evaluate.batch", "gallery", "serve", "cluster"),
 )

@@ -47,3 +47,9 @@ def tokenize(texts: Sequence[str], *, pad_to_context: bool = False) -> Tensor:
 def count_tokens(texts: Sequence[str]) -> list[int]:
     """Return the number of tokens of every sentence, with start and end; those above `CONTEXT` are not read."""
     return [len(_tokenizer().encode(text)) + 2 for text in texts]
+
+
+def is_cut(text: str) -> bool:
+    """Return whether the text tower does not read the end of a sentence."""
+    # A token has at least one byte, so most sentences need no tokenizer.
+    return len(text.encode()) > CONTEXT - 2 and count_tokens([text])[0] > CONTEXT

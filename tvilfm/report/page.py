@@ -89,14 +89,14 @@ class RankedExample:
 
     Args:
         image: uint8, HxWx3: the infrared query.
-        pid: its identity.
+        person: its identity as the dataset writes it.
         query_text: the visible-style description used as query text; None without text.
         filter_text: the query image's own infrared caption, which SFF subtracts; None without SFF.
         rankings: query modality -> its top gallery images.
     """
 
     image: ImageArray
-    pid: int
+    person: str
     query_text: str | None = None
     filter_text: str | None = None
     rankings: Mapping[str, RankedRow]
@@ -321,7 +321,7 @@ def _example(example: RankedExample) -> dict[str, Any]:
         )
     return {
         "image": _jpeg(example.image),
-        "pid": example.pid,
+        "person": example.person,
         "query_text": example.query_text,
         "filter_text": example.filter_text,
         "rankings": rankings,

@@ -28,6 +28,7 @@ from torch import Tensor
 from tvilfm.config import EnsembleWeights
 from tvilfm.data import image_files
 from tvilfm.data.pixels import decode
+from tvilfm.data.tokens import CONTEXT, is_cut
 from tvilfm.evaluation.features import FeatureTable
 from tvilfm.files import cache_folder, content_digests
 from tvilfm.models import TVILFM
@@ -375,7 +376,10 @@ def find(
     if new_key:
         queries.add({f"{new_key}/{name}": vector_D.numpy() for name, vector_D in parts.items()})
     ranking = rank(parts, features, opened.config.evaluate.ensemble, count)
-    return ranking, remarks(opened, features, fused=len(parts) > 1, infrared_caption=infrared_caption)
+    lines = remarks(opened, features, fused=len(parts) > 1, infrared_caption=infrared_caption)
+    if any(is_cut(text) for text in (sentence, infrared_caption) if text):
+        lines.append(f"The text is longer than {CONTEXT} tokens. Its end was not read: put what matters first.")
+    return ranking, lines
 
 
 def printable(name: str) -> str:

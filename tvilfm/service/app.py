@@ -342,6 +342,7 @@ def _answer(query: Query, answer: search.Answer, asked: search.Request) -> Searc
         version=answer.version,
         modalities=list(voted),
         filter_text=query.filter_text_source,
+        sentence_cut=query.sentence_cut,
     )
 
 

@@ -140,6 +140,7 @@ class SearchAnswer(Message):
     filter_text: FilterTextSource = Field(
         description="source of the text that fusion subtracted; none = nothing was subtracted"
     )
+    sentence_cut: bool = Field(False, description="whether a text was longer than 77 tokens, so its end was not read")
 
 
 class BatchAnswer(Message):

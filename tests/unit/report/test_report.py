@@ -129,7 +129,7 @@ def make_example(
         )
     return RankedExample(
         image=make_image(pid, infrared=True),
-        pid=pid,
+        person=str(pid),
         query_text=text,
         filter_text="a person in a jacket and trousers carrying a bag",
         rankings=rankings,

@@ -250,6 +250,16 @@ def test_a_16_bit_query_is_scaled_as_the_run_scaled_its_images(service: Service)
     assert service.client.get("/v1/status").json()["depth_range"] == [7000, 9040]
 
 
+def test_a_sentence_that_is_cut_is_said(service: Service, infrared: str) -> None:
+    def cut(**query: object) -> bool:
+        return service.client.post("/v1/search", json=query).json()["sentence_cut"]
+
+    assert not cut(sentence="a man " + "with a long blue coat and a bag " * 8)  # 66 tokens
+    assert cut(sentence="a man " + "with a long blue coat and a bag " * 10)
+    assert cut(image=infrared, sentence="a man", infrared_caption="coat " * 80)
+    assert not cut(image=infrared)
+
+
 @pytest.mark.parametrize("blank", [" ", "\t\n", "\u200b\u200d", "\ufeff", "\u2003 \u00ad"])
 def test_a_blank_sentence_is_refused(service: Service, infrared: str, blank: str) -> None:
     for query in ({"sentence": blank}, {"image": infrared, "sentence": "a man", "infrared_caption": blank}):
