@@ -13,6 +13,7 @@ from rich.text import Text
 
 from tvilfm.config import DataSection, default_description, load_config
 from tvilfm.datasets.findings import Findings
+from tvilfm.datasets.naming import write_table
 from tvilfm.datasets.synthetic.layouts import SIZES, Layout, Size, write_layout
 from tvilfm.evaluation.feasibility import check_config
 
@@ -105,6 +106,24 @@ def check(
         console.print("images were not opened (--no-images)")
     if not findings.sound:
         raise typer.Exit(1)
+
+
+@app.command("table")
+def table(
+    root: Annotated[Path, typer.Argument(help="Folder of images whose paths contain person and camera.")],
+    infrared_cameras: Annotated[
+        str | None,
+        typer.Option(help="Numbers of the infrared cameras, such as 3,6; not needed below folders visible, infrared."),
+    ] = None,
+) -> None:
+    """Write manifest.csv for file names as in Market-1501, or trees such as cam3/0001/. Then use data.name=folder."""
+    try:
+        cameras = [int(camera) for camera in (infrared_cameras or "").split(",") if camera.strip()]
+    except ValueError:
+        raise ValueError(f"--infrared-cameras: expected numbers such as 3,6, got {infrared_cameras!r}.") from None
+    rows = write_table(root, cameras)
+    people = len({row["pid"] for row in rows})
+    typer.echo(f"{root / 'manifest.csv'}: {len(rows)} images of {people} people; look at it, then use data.name=folder")
 
 
 def _counts_table(findings: Findings) -> Table:

@@ -15,6 +15,7 @@ from tvilfm.datasets.check_captions import check_captions
 from tvilfm.datasets.check_images import file_faults, image_faults, missing_faults
 from tvilfm.datasets.findings import Count, Fault, Findings
 from tvilfm.datasets.folder import SPLIT_FILE, TABLES
+from tvilfm.datasets.naming import recognize
 from tvilfm.datasets.readers import read_dataset
 from tvilfm.terms import MODALITIES
 
@@ -76,7 +77,8 @@ def check_dataset(
         manifest = read_loosely(section, root)
     except ValueError as error:
         fix = "Nothing else can be checked before this is fixed."
-        return Findings(counts=(), faults=(Fault(what=str(error), where=(str(root),), fix=fix),))
+        fault = Fault(what=str(error), where=(str(root),), fix=fix)
+        return Findings(counts=(), faults=(fault, *recognize(root, section.name)))
     counts = list(_counts(section.name, root, manifest))
     faults = [*_count_faults(section.name, counts), *_split_faults(section.name, root, manifest)]
     faults += file_faults(root, manifest)
