@@ -27,6 +27,7 @@ from cluster.stages.stage import (
     CAPTION_FILES,
     CAPTIONS,
     DATASET,
+    HUMAN_TEXTS,
     MODEL,
     SOURCES,
     StageJob,
@@ -42,6 +43,7 @@ from tvilfm.data.manifest import fingerprint, select
 from tvilfm.data.splits import TEST_SPLITS
 from tvilfm.datasets import read_dataset
 from tvilfm.datasets.caption_files import read_captions
+from tvilfm.datasets.human_texts import read_human_texts
 from tvilfm.datasets.synthetic.layouts import SIZES, write_sysu_layout
 from tvilfm.evaluation.evaluator import Evaluator
 from tvilfm.evaluation.feasibility import require_feasible
@@ -132,6 +134,10 @@ class _Job:
         self.caption_files = self._read_caption_files()
         if self.caption_files is not None:
             self.sources[CAPTION_FILES] = fingerprint(self.caption_files)
+        self.human_texts = None
+        if "human" in config.evaluate.text_sources and config.data.human_texts is not None:
+            self.human_texts = read_human_texts(config.data.human_texts, self.manifest)
+            self.sources[HUMAN_TEXTS] = fingerprint(self.human_texts)
         if config.model.trained is not None:
             self.sources[MODEL] = model_fingerprint(config.model.trained)
         self.events = Events(config.run.path / "events.jsonl", run=config.run.name, sweep=group)
@@ -227,6 +233,7 @@ class _Job:
         tables: dict[str, Callable[[], pa.Table]] = {
             DATASET: lambda: self.manifest,
             CAPTION_FILES: lambda: self.caption_files,
+            HUMAN_TEXTS: lambda: self.human_texts,
         }
         tables = {table: read for table, read in tables.items() if table in inputs}
         if captions_input(self.config) in inputs:

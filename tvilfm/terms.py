@@ -13,7 +13,7 @@ QUERIES: tuple[str, ...] = ("infrared", "visible", "text", "fusion", "ensemble")
 PARTS = ("infrared", "text", "fusion")  # what the ensemble sums
 
 # Where a query's sentence comes from (docs/method.md, section 6); "none" asks without a sentence.
-TextSource = Literal["witness", "witness-heldout", "own", "none"]
+TextSource = Literal["witness", "witness-heldout", "own", "human", "none"]
 TEXT_SOURCES: tuple[str, ...] = get_args(TextSource)
 FilterTextSource = Literal["given", "captioner", "none"]  # of the text that fusion subtracts
 

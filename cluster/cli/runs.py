@@ -80,6 +80,7 @@ def _on_other_data(model: Path, config: Path | None, size: str | None, settings:
         "run.stages_dir": None,
         "data.root": None,
         "data.captions": None,
+        "data.human_texts": None,
         "caption.source": "files",
         "evaluate.protocols": None,
     }

@@ -36,6 +36,9 @@ class DataSection(Section):
     captions: Path | None = Field(
         None, description="folder of published caption files or caption table (.parquet); null = data.root/Text"
     )
+    human_texts: Path | None = Field(
+        None, description="JSON file {identity: sentence} of people's own words, for the text source human"
+    )
     height: int = Field(288, ge=16, description="image height after resizing, pixels (METHOD 2)")
     width: int = Field(144, ge=8, description="image width after resizing, pixels (METHOD 2)")
     depth_range: DepthRange = Field(

@@ -61,6 +61,11 @@ class Config(Section):
                 f"evaluate.protocols: expected protocols of {own} for data.name={self.data.name}, got {foreign[0]}. "
                 f"Set evaluate.protocols=null for {list(PROTOCOLS[self.data.name])}."
             )
+        if "human" in self.evaluate.text_sources and self.data.human_texts is None:
+            raise ValueError(
+                "data.human_texts: expected a JSON file while evaluate.text_sources has human, got null. Set the path "
+                "of the file, or remove human."
+            )
         if self.train.text.cache_views and not self.freezes_features:
             changing = "freeze_gem" if self.train.text.freeze_batch_norm else "freeze_batch_norm"
             raise ValueError(

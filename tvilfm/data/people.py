@@ -61,6 +61,12 @@ def person_name(manifest: pa.Table, pid: int) -> str:
     return people_of(manifest).get(pid, str(pid))
 
 
+def spelling(person: str) -> str:
+    """Return one spelling of an identity: `0042` and `42` are the same."""
+    person = person.strip()
+    return str(int(person)) if person.isascii() and person.removeprefix("-").isdigit() else person
+
+
 def _as_number(text: str) -> int | None:
     if not _NUMBER.fullmatch(text) or len(text) > 11 or int(text) not in _INT32:
         return None

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from tvilfm.data.image_files import is_image, list_files, patterns
 from tvilfm.data.manifest import MANIFEST_SCHEMA, build_manifest
-from tvilfm.data.people import number_people, with_people
+from tvilfm.data.people import number_people, spelling, with_people
 from tvilfm.data.splits import TEST_SPLITS, require_sound
 from tvilfm.data.text_files import read_text
 from tvilfm.terms import MODALITIES
@@ -157,22 +157,16 @@ def _splits(root: Path, people: Mapping[int, str]) -> dict[int, str]:
     listed: dict[str, tuple[int, str]] = {}
     for line, row in enumerate(table.to_pylist(), _first_row(path)):
         person, split = row["pid"], row["split"]
-        before, first = listed.setdefault(_spelling(person), (line, split))
+        before, first = listed.setdefault(spelling(person), (line, split))
         if first != split:
             raise ValueError(
                 f"{path}: expected each identity in one split, got {person} in {first} (line {before}) and in {split} "
                 f"(line {line}). Remove one of the lines."
             )
-    missing = sorted(person for person in people.values() if _spelling(person) not in listed)
+    missing = sorted(person for person in people.values() if spelling(person) not in listed)
     if missing:
         raise ValueError(f"{path}: expected a line for every identity, got none for pid {missing[0]}. Add its split.")
-    return {pid: listed[_spelling(person)][1] for pid, person in people.items()}
-
-
-def _spelling(person: str) -> str:
-    """Return one spelling of an identity: `0042` and `42` are the same."""
-    person = person.strip()
-    return str(int(person)) if person.isascii() and person.removeprefix("-").isdigit() else person
+    return {pid: listed[spelling(person)][1] for pid, person in people.items()}
 
 
 def _read_table(path: Path, root: Path) -> list[_Row]:

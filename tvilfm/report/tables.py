@@ -40,6 +40,10 @@ TEXT_SOURCE_MEANINGS: Mapping[str, str] = {
         "the caption generated from the query image itself. No ground truth is used, so it measures what the system "
         "achieves with the infrared image and nothing else."
     ),
+    "human": (
+        "a sentence that a person wrote about the query's true identity, from data.human_texts. It measures what the "
+        "words of a real witness add. There is one sentence per identity, chosen using the ground truth."
+    ),
     "none": "no text; the query is only the infrared image.",
 }
 # Names of the text that fusion used, for use in sentences.
@@ -47,6 +51,7 @@ _TEXT_WORDS: Mapping[str, str] = {
     "witness": "a witness description",
     "witness-heldout": "a witness description from a camera outside the gallery",
     "own": "the image's own caption",
+    "human": "a person's own description",
     "none": "a text",
 }
 _MOVES: Mapping[int, str] = {1: "higher", 0: "no change", -1: "lower"}
