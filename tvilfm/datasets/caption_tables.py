@@ -36,13 +36,16 @@ def match_table(path: Path, manifest: pa.Table) -> tuple[pa.Table, Matched]:
         ValueError: there is no file, it is not a caption table, or two rows of an image differ.
     """
     table = _read(path)
-    names = names_of(manifest["image"].to_pylist())
+    images = manifest["image"].to_pylist()
+    # Keys of this machine are the images themselves. Then the end of a key says nothing: `1/a.jpg` is not `a.jpg`.
+    same_root = not set(images).isdisjoint(table["image"].to_pylist())
+    names = names_of(images)
     found: dict[str, dict[str, Any]] = {}
     first: dict[str, int] = {}
     unknown: list[str] = []
     for number, row in enumerate(table.select(CAPTION_SCHEMA.names).to_pylist(), start=1):
         key = row["image"] or ""
-        image = match(key, names)
+        image = names.get(key) if same_root else match(key, names)
         if image is None:
             unknown.append(key)
             continue

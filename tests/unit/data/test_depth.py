@@ -136,6 +136,13 @@ def test_a_turned_image_is_upright(orientation: int, kind: str, tmp_path: Path) 
         np.testing.assert_array_equal(decode_files(tmp_path, ["a"], height=8, width=5)[0], resized)
 
 
+def test_a_deep_image_is_turned_too() -> None:
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[ORIENTATION] = 6
+    Image.fromarray(GRAY.astype(np.uint16) * 257).save(file, "PNG", exif=exif)
+    np.testing.assert_array_equal(gray(file.getvalue()), np.rot90(GRAY, -1))
+
+
 def test_damaged_metadata_leaves_the_pixels_as_they_are() -> None:
     exif, file = Image.Exif(), io.BytesIO()
     exif[ORIENTATION] = 6

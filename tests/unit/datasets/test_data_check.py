@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from cluster.cli.data import app
 from tvilfm.config import DataSection, load_config, to_yaml
-from tvilfm.data.manifest import select
+from tvilfm.data.manifest import CAPTION_SCHEMA, select
 from tvilfm.data.pixels import decode
 from tvilfm.datasets import read_dataset
 from tvilfm.datasets.caption_files import read_captions
@@ -324,6 +324,15 @@ def test_a_caption_table_with_stray_missing_or_contradicting_rows_is_found(own: 
     table = as_table(own, lambda _, text: text, lambda image: images[0] if image == images[3] else image)
     (found,) = [one for one in check_dataset(table, own, images=False).faults if "one caption per image" in one.what]
     assert f"got two of {images[0]}" in found.what and "(row 1)" in found.what and "(row 4)" in found.what
+
+
+def test_keys_of_this_machine_are_not_matched_by_their_end(tmp_path: Path) -> None:
+    images = ["a.jpg", "1/a.jpg", "2/1/a.jpg"]
+    rows = [{"image": image, "caption": f"caption of {image}"} for image in images]
+    pq.write_table(pa.Table.from_pylist(rows, schema=CAPTION_SCHEMA), tmp_path / "captions.parquet")
+    for kept in (images, images[:1], images[1:2]):
+        found = read_captions(pa.table({"image": kept}), tmp_path, tmp_path / "captions.parquet")
+        assert found["caption"].to_pylist() == [f"caption of {image}" for image in kept]
 
 
 def test_captions_that_differ_beyond_the_towers_end_are_a_fault(own: Path) -> None:
