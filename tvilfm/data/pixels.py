@@ -117,7 +117,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def _opened(content: bytes, name: str, formats: tuple[str, ...] | None) -> Iterator[Image.Image]:
-    advice = "Restore the file." if formats is None else "Send another file."
+    advice = "Restore the file or convert it to PNG or JPEG." if formats is None else "Send another file."
     if not content:
         raise ValueError(f"{name}: expected an image, got zero bytes. {advice}")
     try:

@@ -247,7 +247,7 @@ def _columns(path: Path, table: pa.Table, names: tuple[str, ...]) -> pa.Table:
     table = table.select(list(names))
     for name in names:
         values = enumerate(table[name].to_pylist(), _first_row(path))
-        empty = next((row for row, value in values if value is None or not str(value).strip()), None)
+        empty = next((row for row, value in values if _is_empty(value)), None)
         if empty is not None:
             raise ValueError(
                 f"{path}: expected a value in every row of {name}, got an empty one in row {empty}. Add the value."
@@ -259,6 +259,11 @@ def _columns(path: Path, table: pa.Table, names: tuple[str, ...]) -> pa.Table:
         raise ValueError(
             f"{path}: expected integers in camid and text elsewhere, got {error}. Fix the table."
         ) from None
+
+
+def _is_empty(value: object) -> bool:
+    # pandas writes a missing number as NaN, which is not equal to itself.
+    return value is None or value != value or not str(value).strip()
 
 
 def _known(path: Path, column: str, values: Iterable[str], known: tuple[str, ...]) -> None:
