@@ -156,6 +156,10 @@ def write_whole(
         partial.unlink(missing_ok=True)
 
 
+class FullDiskError(OSError):
+    """A full disk; the message names the folder and what is needed."""
+
+
 @contextmanager
 def full_disk_named(folder: Path, what: str, *, need: int | None = None) -> Iterator[None]:
     """Name the folder of a full disk in the block: an error of the system says only that a device has no space left.
@@ -166,21 +170,27 @@ def full_disk_named(folder: Path, what: str, *, need: int | None = None) -> Iter
         need: bytes that it writes; None = not known.
 
     Raises:
-        OSError: the disk of the folder, or of temporary files, is full.
+        FullDiskError: the disk of the folder, or of temporary files, is full.
     """
     try:
         yield
+    except FullDiskError:
+        raise
     except (OSError, ValueError) as error:
         if getattr(error, "errno", None) not in FULL and os.strerror(errno.ENOSPC) not in str(error):
             raise
         places = dict.fromkeys([str(folder), tempfile.gettempdir()])
-        free = ", ".join(f"{shutil.disk_usage(place).free / 1e9:.1f} GB free in {place}" for place in places)
-        needed = f"{need / 1e9:.1f} GB" if need else "more space"
-        raise OSError(
+        free = ", ".join(f"{_size(shutil.disk_usage(place).free)} free in {place}" for place in places)
+        needed = _size(need) if need else "more space"
+        raise FullDiskError(
             errno.ENOSPC,
             f"{folder}: expected {needed} for {what}, got a full disk ({free}). Free space, or set run.dir, "
             "run.stages_dir or TMPDIR to a folder on another disk. Finished work is kept",
         ) from None
+
+
+def _size(bytes: int) -> str:
+    return f"{bytes / 1e9:.1f} GB" if bytes >= 1e9 else f"{bytes / 1e6:.0f} MB"
 
 
 def to_parquet(table: pa.Table) -> pa.Buffer:

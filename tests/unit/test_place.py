@@ -88,6 +88,8 @@ def test_a_full_disk_is_named_with_its_folder_and_the_need(tmp_path: Path, monke
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match=rf"{tmp_path}: expected 1.2 GB for 10000 images of 288 x 144, got a full disk"):
         create(tmp_path / "pixels.npy", 10_000, height=288, width=144)
+    with pytest.raises(OSError, match="expected 1 MB for 10 images"), full_disk_named(tmp_path, "the stage pixels"):
+        create(tmp_path / "pixels.npy", 10, height=288, width=144)  # the first that names it is right
     # As workers and libraries report it: another type, or text only.
     for error in (ValueError("worker: [Errno 28] No space left on device"), OSError(errno.EDQUOT, "quota")):
         with (
