@@ -103,7 +103,8 @@ def run(
         ray.train.TrainingFailedError: a training worker failed more often than `cluster.max_failures`.
     """
     check_trackers(config.run.trackers)
-    return _Job(config, console or Console(stderr=True), listener, group).run(until, without)
+    with full_disk_named(config.run.path, "the run"):
+        return _Job(config, console or Console(stderr=True), listener, group).run(until, without)
 
 
 def evaluator_of(config: Config, split: Split = "test") -> Evaluator:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _PARENT = "_parent"
 FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL_TEXTS = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "PytorchStreamWriter failed writing file")
 
 
 @dataclass(frozen=True)
@@ -176,10 +177,11 @@ def full_disk_named(folder: Path, what: str, *, need: int | None = None) -> Iter
         yield
     except FullDiskError:
         raise
-    except (OSError, ValueError) as error:
-        if getattr(error, "errno", None) not in FULL and os.strerror(errno.ENOSPC) not in str(error):
+    except Exception as error:
+        if not is_full_disk(error):
             raise
-        places = dict.fromkeys([str(folder), tempfile.gettempdir()])
+        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        places = dict.fromkeys([str(existing), tempfile.gettempdir()])
         free = ", ".join(f"{_size(shutil.disk_usage(place).free)} free in {place}" for place in places)
         needed = _size(need) if need else "more space"
         raise FullDiskError(
@@ -187,6 +189,12 @@ def full_disk_named(folder: Path, what: str, *, need: int | None = None) -> Iter
             f"{folder}: expected {needed} for {what}, got a full disk ({free}). Free space, or set run.dir, "
             "run.stages_dir or TMPDIR to a folder on another disk. Finished work is kept",
         ) from None
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Return whether an error says that a disk is full; workers and libraries may report this as text only."""
+    text = str(error)
+    return getattr(error, "errno", None) in FULL or any(part in text for part in FULL_TEXTS)
 
 
 def _size(bytes: int) -> str:

@@ -33,14 +33,15 @@ from cluster.stages.learning import METRICS_FILE, read_records, write_records
 from tvilfm.config import ClusterSection, Config
 from tvilfm.data.pixels import open_pixels
 from tvilfm.models import TVILFM
+from tvilfm.place import is_full_disk
 from tvilfm.terms import Record
 
-# A restart would meet these again: bad input, and losses that are not finite.
+# A restart would meet these again, as it would meet a full disk: bad input, and losses that are not finite.
 INPUT_ERRORS = (ValueError, FloatingPointError)
 
 
 class WorkerInputError(ValueError):
-    """A training worker raised one of `INPUT_ERRORS`; the message is the worker's."""
+    """A training worker raised one of `INPUT_ERRORS` or met a full disk; the message is the worker's."""
 
 
 def fit_network(
@@ -83,7 +84,7 @@ def fit(trainer: TorchTrainer) -> tuple[Any, Checkpoint | None]:
 
     Raises:
         KeyboardInterrupt: on Ctrl-C, in place of Train's exit.
-        WorkerInputError: a worker raised one of `INPUT_ERRORS`.
+        WorkerInputError: a worker raised one of `INPUT_ERRORS` or met a full disk.
     """
     try:
         result = trainer.fit()
@@ -153,7 +154,7 @@ def trainer_of(
 
 
 class _Epochs(UserCallback):
-    """Callback on the driver's machine: it writes the epochs that rank 0 reports, and ends a run that has bad input."""
+    """Callback on the driver's machine: it writes the epochs of rank 0, and ends a run that cannot succeed."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -165,7 +166,7 @@ class _Epochs(UserCallback):
         for rank in sorted(worker_exceptions):
             error = worker_exceptions[rank]
             error = getattr(error, "_base_exc", error)  # Train wraps it together with its traceback
-            if isinstance(error, INPUT_ERRORS):
+            if isinstance(error, INPUT_ERRORS) or is_full_disk(error):
                 raise WorkerInputError(str(error))  # an error of the controller is not retried
 
 

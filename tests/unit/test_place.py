@@ -97,6 +97,8 @@ def test_a_full_disk_is_named_with_its_folder_and_the_need(tmp_path: Path, monke
             full_disk_named(tmp_path, "the stage text"),
         ):
             raise error
+    with pytest.raises(OSError, match=rf"B free in {tmp_path},"), full_disk_named(tmp_path / "a/b", "it"):
+        raise RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/1: file write failed")
     with pytest.raises(ValueError, match="another"), full_disk_named(tmp_path, "the stage text"):
         raise ValueError("another")
 

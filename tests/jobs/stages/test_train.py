@@ -57,7 +57,11 @@ def _fit(stage: str, folder: Path, inputs: dict[str, str], *overrides: str) -> t
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "rank"),
-    [(ValueError("train.p: expected at most 3, got 8. Lower p."), 0), (FloatingPointError("epoch 1: not finite"), 1)],
+    [
+        (ValueError("train.p: expected at most 3, got 8. Lower p."), 0),
+        (FloatingPointError("epoch 1: not finite"), 1),
+        (OSError("[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device"), 0),
+    ],
 )
 def test_a_workers_bad_input_ends_the_run_at_once(
     ray_session: None, tmp_path: Path, error: Exception, rank: int
