@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 import pyarrow as pa
 
 PEOPLE = b"people"  # metadata key of a manifest: pid -> original text, for identities that are written differently
-_NUMBER = re.compile(r"[+-]?[0-9]+")
+_NUMBER = re.compile(r"-?[0-9]+")
 _INT32 = range(-(2**31), 2**31)
 
 
@@ -29,18 +29,16 @@ def number_people(written: Iterable[str]) -> tuple[dict[str, int], dict[int, str
     Returns:
         Text as written -> number, and number -> text for every number whose text is different.
     """
-    values = {text: _as_number(text.strip()) for text in dict.fromkeys(written)}
-    if any(value is None for value in values.values()):
-        people = sorted({text.strip() for text, value in values.items() if value is None or value >= 0}, key=_natural)
-        place = {text: number for number, text in enumerate(people, start=1)}
-        numbers = {text: place.get(text.strip(), value) for text, value in values.items()}
-    else:
-        numbers = dict(values)
-    of = {text: number for text, number in numbers.items() if number is not None}
+    spelled = {text: spelling(text) for text in written}
+    values = {person: _as_number(person) for person in spelled.values()}
+    if None in values.values():
+        people = sorted((person for person, value in values.items() if value is None or value >= 0), key=_natural)
+        values |= {person: number for number, person in enumerate(people, start=1)}
+    numbers = {text: value for text, person in spelled.items() if (value := values[person]) is not None}
     names: dict[int, str] = {}
-    for text, number in of.items():
+    for text, number in numbers.items():
         names.setdefault(number, text.strip())
-    return of, {number: name for number, name in names.items() if name != str(number)}
+    return numbers, {number: name for number, name in names.items() if name != str(number)}
 
 
 def with_people(manifest: pa.Table, names: Mapping[int, str]) -> pa.Table:

@@ -32,6 +32,8 @@ def test_text_is_numbered_in_natural_order() -> None:
     numbers, names = number_people(["p10", "p2", "alice", "-1", "7"])
     assert numbers == {"7": 1, "alice": 2, "p2": 3, "p10": 4, "-1": -1}
     assert names == {1: "7", 2: "alice", 3: "p2", 4: "p10"}
+    numbers, names = number_people(["0001", "alice", "1"])
+    assert numbers == {"0001": 1, "alice": 2, "1": 1} and names == {1: "0001", 2: "alice"}
     huge = "9" * 20
     assert number_people([huge, "8"]) == ({"8": 1, huge: 2}, {1: "8", 2: huge})
 
