@@ -19,6 +19,7 @@ from tvilfm.datasets.findings import Fault
 from tvilfm.terms import DepthRange
 
 USED = 0.1  # share of 16 bits that deep images have to fill; below it, 8 bits keep fewer than 26 values
+_BESIDE = ("Text", "exp", "idx")  # folders of captions and split lists
 _COMPANIONS = (".csv", ".parquet", ".json", ".txt", ".npy", ".mat", ".md", ".pdf", ".yaml", ".yml")
 
 
@@ -33,13 +34,13 @@ def file_faults(root: Path, manifest: pa.Table) -> Iterator[Fault]:
     """Yield the files beside the images that the reader does not read, counted by pattern of path and suffix."""
     listed = manifest["image"].to_pylist()
     known = {os.path.realpath(root / image) for image in listed}
-    tops = {image.split("/")[0] if "/" in image else "" for image in listed}
+    tops = {image.split("/")[0] for image in listed}
     # LLCM's test images are stored twice, and only one copy is read.
     copies = tuple(f"{top.removeprefix('test_')}/" for top in tops if top.startswith("test_"))
     names = [
         name
         for name in list_files(root)
-        if (name.split("/")[0] if "/" in name else "") in tops and os.path.realpath(root / name) not in known
+        if name.split("/")[0] not in _BESIDE and os.path.realpath(root / name) not in known
     ]
     images = [name for name in names if is_image(name) and not name.startswith(copies)]
     if images:

@@ -277,6 +277,16 @@ def test_files_that_are_not_read_are_counted_by_place_and_suffix(own: Path) -> N
     assert findings.sound and len(findings.faults) == 2
 
 
+def test_a_camera_whose_suffix_is_not_read_is_counted(tmp_path: Path) -> None:
+    root = tmp_path / "sysu"
+    write_layout(root, SIZE, seed=2, layout="sysu_mm01")
+    files = list((root / "cam2").rglob("*.jpg"))
+    for file in files:
+        file.rename(file.with_suffix(".gif"))
+    found = fault(check_dataset(section("sysu_mm01"), root, images=False), "files that are skipped because of their")
+    assert found.where[0].startswith(f"{len(files)} x cam2/*/*.gif, such as cam2/")
+
+
 def as_table(own: Path, change: Callable[[str, str], object], keys: Callable[[str], str] = str) -> DataSection:
     """The captions of the folder as a Parquet table with changed texts or keys, and the section that reads it."""
     captions = read_captions(read_dataset("folder", own), own)
