@@ -40,7 +40,7 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 CHECKED = ("run", "train", "evaluate", "tune")  # commands that run stages on a dataset
 DATA_PARAMETERS = (
     *("out", "images", "captions", "gallery", "folder", "run", "file"),
-    *("model", "image", "html", "csv", "as_json", "origin"),
+    *("model", "image", "html", "csv", "as_json", "origin", "root"),
 )
 PROGRAM_PARAMETERS = ("config", "space")
 LARGEST_SHOWN = 5
