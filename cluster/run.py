@@ -27,6 +27,7 @@ from cluster.stages.stage import (
     CAPTION_FILES,
     CAPTIONS,
     DATASET,
+    HUMAN_TEXTS,
     MODEL,
     SOURCES,
     StageJob,
@@ -42,12 +43,14 @@ from tvilfm.data.manifest import fingerprint, select
 from tvilfm.data.splits import TEST_SPLITS
 from tvilfm.datasets import read_dataset
 from tvilfm.datasets.caption_files import read_captions
+from tvilfm.datasets.human_texts import read_human_texts
 from tvilfm.datasets.synthetic.layouts import SIZES, write_sysu_layout
 from tvilfm.evaluation.evaluator import Evaluator
+from tvilfm.evaluation.feasibility import require_feasible
 from tvilfm.evaluation.provenance import Provenance
 from tvilfm.evaluation.results import Results
 from tvilfm.models.opening import model_fingerprint
-from tvilfm.place import write_whole
+from tvilfm.place import full_disk_named, write_whole
 from tvilfm.terms import Record, Split
 
 # Files of a run folder that are copied to an object store; stages have their own copies.
@@ -100,7 +103,8 @@ def run(
         ray.train.TrainingFailedError: a training worker failed more often than `cluster.max_failures`.
     """
     check_trackers(config.run.trackers)
-    return _Job(config, console or Console(stderr=True), listener, group).run(until, without)
+    with full_disk_named(config.run.path, "the run"):
+        return _Job(config, console or Console(stderr=True), listener, group).run(until, without)
 
 
 def evaluator_of(config: Config, split: Split = "test") -> Evaluator:
@@ -131,6 +135,10 @@ class _Job:
         self.caption_files = self._read_caption_files()
         if self.caption_files is not None:
             self.sources[CAPTION_FILES] = fingerprint(self.caption_files)
+        self.human_texts = None
+        if "human" in config.evaluate.text_sources and config.data.human_texts is not None:
+            self.human_texts = read_human_texts(config.data.human_texts, self.manifest)
+            self.sources[HUMAN_TEXTS] = fingerprint(self.human_texts)
         if config.model.trained is not None:
             self.sources[MODEL] = model_fingerprint(config.model.trained)
         self.events = Events(config.run.path / "events.jsonl", run=config.run.name, sweep=group)
@@ -163,6 +171,8 @@ class _Job:
         self._write_run_folder()
         made: list[str] = []
         learning = Learning(self.store, self.config)
+        if any(not self.store.has(name) for name in wanted):
+            require_feasible(self.config, self.manifest, self.caption_files)
         if self.listener or any(not self.store.has(name) for name in wanted):
             with session(self.config.cluster), trackers(self.config, group=self.group) as opened:
 
@@ -208,7 +218,7 @@ class _Job:
         def make(folder: Path) -> None:
             started = time.monotonic()
             shown = watch(folder / "progress.json", name, stage.unit) if stage.unit else nullcontext()
-            with self.events.around("stage", stage=name), shown:
+            with self.events.around("stage", stage=name), shown, full_disk_named(folder, f"the stage {name}"):
                 stage.make(folder, self._stage_job(name))
             (folder / "seconds.json").write_text(json.dumps(round(time.monotonic() - started, 1)))
 
@@ -224,6 +234,7 @@ class _Job:
         tables: dict[str, Callable[[], pa.Table]] = {
             DATASET: lambda: self.manifest,
             CAPTION_FILES: lambda: self.caption_files,
+            HUMAN_TEXTS: lambda: self.human_texts,
         }
         tables = {table: read for table, read in tables.items() if table in inputs}
         if captions_input(self.config) in inputs:

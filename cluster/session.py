@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
+import socket
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+from rich.console import Console
 
 from tvilfm.config import ClusterSection
+
+PAUSES_S = (5.0, 20.0)  # before the second and the third start of Ray
 
 
 def address_of(section: ClusterSection) -> str:
@@ -20,12 +27,37 @@ def address_of(section: ClusterSection) -> str:
     return section.address or os.environ.get("RAY_ADDRESS", "local")
 
 
+def require_free_port(key: str, host: str, port: int) -> None:
+    """Check that no other program listens on a port that this machine is about to use.
+
+    Raises:
+        ValueError: one does; the message names the key and a free port.
+    """
+    if not _is_taken(host, port):
+        return
+    free = next((other for other in range(port + 1, min(port + 1000, 65536)) if not _is_taken(host, other)), None)
+    advice = f"Set {key}={free}, which is free, or end that program." if free else "End that program."
+    raise ValueError(f"{key}: expected a free port of {host}, got {port}, on which another program listens. {advice}")
+
+
+def _is_taken(host: str, port: int) -> bool:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
+    return False
+
+
 @contextmanager
 def session(section: ClusterSection) -> Iterator[None]:
     """Provide a Ray session while the block runs. A session that was running before stays open.
 
     Raises:
         ConnectionError: when no cluster answers at `cluster.address`.
+        OSError: Ray does not start on this machine; the message says why.
     """
     # Train collects one report per worker and interval, 2 s by default, which is longer than a short epoch.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
@@ -40,24 +72,57 @@ def session(section: ClusterSection) -> Iterator[None]:
     if address == "local":
         # Ray Data's actor pools make the core log a standing warning at error level (ray issue 53727).
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    try:
-        ray.init(
-            address=address,
-            include_dashboard=False if address == "local" else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-    except ConnectionError as error:
-        raise ConnectionError(
-            f"cluster.address: expected a Ray cluster at {address}, got no answer ({error}). "
-            "Start it with `ray start --head`, or set cluster.address=null to run on this machine."
-        ) from None
+        _start()
+    else:
+        _join(address)
     _quiet()
     try:
         with _stopped_by_signals():
             yield
     finally:
         ray.shutdown()
+
+
+def _join(address: str) -> None:
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"cluster.address: expected a Ray cluster at {address}, got no answer ({error}). "
+            "Start it with `ray start --head`, or set cluster.address=null to run on this machine."
+        ) from None
+
+
+def _start() -> None:
+    """Start Ray on this machine. On a busy machine Ray gives up after 30 s, so it is started again after a pause."""
+    for pause_s in (*PAUSES_S, None):
+        try:
+            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            return
+        except Exception as error:  # Ray raises bare Exceptions here
+            ray.shutdown()
+            reason = str(error).strip().partition("\n")[0]
+            if "AF_UNIX" in reason:
+                raise _long_path() from None
+            if isinstance(error, ValueError):
+                raise
+            load = f"the load is {os.getloadavg()[0]:.0f} on {os.cpu_count()} CPUs"
+            if pause_s is None:
+                raise TimeoutError(
+                    f"ray: expected Ray to start on this machine, got no answer in {len(PAUSES_S) + 1} attempts "
+                    f"({reason}; {load}). Wait until other programs have ended, then run the command again."
+                ) from None
+        Console(stderr=True).print(f"ray: not started yet ({load}); trying again", style="dim", highlight=False)
+        time.sleep(pause_s)
+
+
+def _long_path() -> OSError:
+    variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)), "TMPDIR")
+    folder = os.environ.get(variable) or tempfile.gettempdir()
+    return OSError(
+        f"{variable}: expected a folder with a short path, got {folder} ({len(folder)} characters). Ray stores sockets "
+        "there, whose paths have at most 107 bytes. Set RAY_TMPDIR=/tmp, or another folder of at most 35 characters."
+    )
 
 
 @contextmanager

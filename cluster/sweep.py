@@ -31,6 +31,7 @@ from cluster.session import address_of, session
 from cluster.stages.results import RESULTS_FILES
 from cluster.trackers import check_trackers
 from tvilfm.config import ClusterSection, Config, load_config, to_yaml
+from tvilfm.evaluation.feasibility import require_feasible
 from tvilfm.evaluation.results import Results
 from tvilfm.evaluation.weight_sweep import SweptMetric, sweep_ensemble, weight_grid
 from tvilfm.place import write_whole
@@ -86,6 +87,7 @@ def sweep_space(
     """
     base = check_space(space, config_path, overrides, size=size)
     check_trackers(base.run.trackers)
+    require_feasible(base)
     folder = (base.run.dir / name).absolute()
     _prepare(folder, config_path, resume=resume)
     if resume:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import shutil
+import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +20,8 @@ if TYPE_CHECKING:
     from pyarrow import fs
 
 _PARENT = "_parent"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL_TEXTS = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "PytorchStreamWriter failed writing file")
 
 
 @dataclass(frozen=True)
@@ -148,6 +155,50 @@ def write_whole(
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+class FullDiskError(OSError):
+    """A full disk; the message names the folder and what is needed."""
+
+
+@contextmanager
+def full_disk_named(folder: Path, what: str, *, need: int | None = None) -> Iterator[None]:
+    """Name the folder of a full disk in the block: an error of the system says only that a device has no space left.
+
+    Args:
+        folder: where the block writes.
+        what: what it writes.
+        need: bytes that it writes; None = not known.
+
+    Raises:
+        FullDiskError: the disk of the folder, or of temporary files, is full.
+    """
+    try:
+        yield
+    except FullDiskError:
+        raise
+    except Exception as error:
+        if not is_full_disk(error):
+            raise
+        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        places = dict.fromkeys([str(existing), tempfile.gettempdir()])
+        free = ", ".join(f"{_size(shutil.disk_usage(place).free)} free in {place}" for place in places)
+        needed = _size(need) if need else "more space"
+        raise FullDiskError(
+            errno.ENOSPC,
+            f"{folder}: expected {needed} for {what}, got a full disk ({free}). Free space, or set run.dir, "
+            "run.stages_dir or TMPDIR to a folder on another disk. Finished work is kept",
+        ) from None
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Return whether an error says that a disk is full; workers and libraries may report this as text only."""
+    text = str(error)
+    return getattr(error, "errno", None) in FULL or any(part in text for part in FULL_TEXTS)
+
+
+def _size(bytes: int) -> str:
+    return f"{bytes / 1e9:.1f} GB" if bytes >= 1e9 else f"{bytes / 1e6:.0f} MB"
 
 
 def to_parquet(table: pa.Table) -> pa.Buffer:

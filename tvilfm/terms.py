@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Literal, get_args
 
 Modality = Literal["visible", "infrared"]
@@ -12,7 +13,7 @@ QUERIES: tuple[str, ...] = ("infrared", "visible", "text", "fusion", "ensemble")
 PARTS = ("infrared", "text", "fusion")  # what the ensemble sums
 
 # Where a query's sentence comes from (docs/method.md, section 6); "none" asks without a sentence.
-TextSource = Literal["witness", "witness-heldout", "own", "none"]
+TextSource = Literal["witness", "witness-heldout", "own", "human", "none"]
 TEXT_SOURCES: tuple[str, ...] = get_args(TextSource)
 FilterTextSource = Literal["given", "captioner", "none"]  # of the text that fusion subtracts
 
@@ -20,6 +21,8 @@ Split = Literal["test", "val"]  # identities that are evaluated
 METRICS: tuple[str, ...] = ("rank1", "rank5", "rank10", "mAP", "mINP")
 
 SearchKind = Literal["exact", "index", "scan"]
+# How pixels of more than 8 bits become 8 bits (`data/depth.py`): the full range, each image's percentiles, or a window.
+DepthRange = Literal["percentiles"] | tuple[float, float] | None
 Record = dict[str, float | int | str]  # one step or epoch of a training stage
 
 MAX_ID = 512  # characters
@@ -28,3 +31,8 @@ MAX_ID = 512  # characters
 def is_id(id: str) -> bool:
     """Return whether a gallery row can have this id: printable, and not longer than `MAX_ID`."""
     return 0 < len(id) <= MAX_ID and id.isprintable()
+
+
+def is_blank(text: str) -> bool:
+    """Return whether text shows nothing: spaces, control characters and zero-width characters only."""
+    return all(char.isspace() or unicodedata.category(char) in ("Cc", "Cf") for char in text)

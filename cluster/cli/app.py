@@ -14,6 +14,8 @@ import typer.core
 
 from cluster.cli import captions, data, description, gallery, jobs, runs, service
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
 
 class Commands(typer.core.TyperGroup):
     """Group of all commands. An interrupted command prints one sentence and exits with status 130."""
@@ -53,11 +55,23 @@ def _guard() -> None:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
+def _bypass_proxy() -> None:
+    """Keep requests to this machine away from a proxy: the job server, endpoints and Ray's own services.
+
+    Workers that this command starts inherit the variables.
+    """
+    for name in ("no_proxy", "NO_PROXY"):  # programs read either
+        hosts = [host for host in os.environ.get(name, "").split(",") if host]
+        os.environ[name] = ",".join([*hosts, *(host for host in LOOPBACK if host not in hosts)])
+
+
 def main() -> None:
     """Run the command. Invalid input ends with one message and exit status 2, without a traceback."""
     _guard()
+    _bypass_proxy()
     try:
         app()
     except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
+        named = getattr(error, "filename", None) is None and getattr(error, "strerror", None)
+        typer.echo(f"error: {named or error}", err=True)  # without "[Errno 28]"
         sys.exit(2)

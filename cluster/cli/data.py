@@ -12,8 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from tvilfm.config import DataSection, default_description, load_config
-from tvilfm.datasets.check import Findings, check_dataset
+from tvilfm.datasets.findings import Findings
+from tvilfm.datasets.naming import write_table
 from tvilfm.datasets.synthetic.layouts import SIZES, Layout, Size, write_layout
+from tvilfm.evaluation.feasibility import check_config
 
 REGDB_IMAGES = 10
 SHOWN = 3
@@ -83,12 +85,15 @@ def check(
         list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="data.name=regdb data.root=/path ...")
     ] = None,
 ) -> None:
-    """Compare a dataset with the published counts, look for problems, and print how to fix each."""
+    """Compare a dataset with the published counts, look for problems, and print how to fix each.
+
+    Give the options of the run that will use the dataset: the check also says whether that run can train and evaluate.
+    """
     resolved = load_config(config or default_description(), overrides or [], size=size)
     trained: DataSection | None = None
     if run is not None:
         trained = load_config(run / "config.yaml").data
-    findings = check_dataset(resolved.data, resolved.data_root, images=images, trained=trained)
+    findings = check_config(resolved, images=images, trained=trained)
     console = Console()
     console.print(f"{resolved.data.name} in {resolved.data_root}", highlight=False)
     if findings.counts:
@@ -101,6 +106,24 @@ def check(
         console.print("images were not opened (--no-images)")
     if not findings.sound:
         raise typer.Exit(1)
+
+
+@app.command("table")
+def table(
+    root: Annotated[Path, typer.Argument(help="Folder of images whose paths contain person and camera.")],
+    infrared_cameras: Annotated[
+        str | None,
+        typer.Option(help="Numbers of the infrared cameras, such as 3,6; not needed below folders visible, infrared."),
+    ] = None,
+) -> None:
+    """Write manifest.csv for file names as in Market-1501, or trees such as cam3/0001/. Then use data.name=folder."""
+    try:
+        cameras = [int(camera) for camera in (infrared_cameras or "").split(",") if camera.strip()]
+    except ValueError:
+        raise ValueError(f"--infrared-cameras: expected numbers such as 3,6, got {infrared_cameras!r}.") from None
+    rows = write_table(root, cameras)
+    people = len({row["pid"] for row in rows})
+    typer.echo(f"{root / 'manifest.csv'}: {len(rows)} images of {people} people; look at it, then use data.name=folder")
 
 
 def _counts_table(findings: Findings) -> Table:

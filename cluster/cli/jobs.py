@@ -31,6 +31,7 @@ def submit_command(
     from cluster.machines import jobs, submit
 
     parsed = submit.parse(commands, command, default_description())
+    submit.check_dataset(parsed)
     folder = Path.cwd()
     package = submit.package_of(folder, parsed.config)
     package.check(parsed)

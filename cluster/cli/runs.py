@@ -80,6 +80,7 @@ def _on_other_data(model: Path, config: Path | None, size: str | None, settings:
         "run.stages_dir": None,
         "data.root": None,
         "data.captions": None,
+        "data.human_texts": None,
         "caption.source": "files",
         "evaluate.protocols": None,
     }
@@ -141,8 +142,9 @@ def find_command(
             typer.echo(f"\rencoded {done} of {total} images", err=True, nl=done >= total)
 
     images = image or []
+    opened = open_model(model)
     ranking, remarks = find(
-        open_model(model),
+        opened,
         folder,
         images=images,
         sentence=text,
@@ -155,7 +157,8 @@ def find_command(
     for line in table_lines(ranking):
         typer.echo(line)
     if html is not None:
-        write_contact_sheet(ranking, folder, html, images=images, sentence=text)
+        depth_range = opened.config.data.depth_range
+        write_contact_sheet(ranking, folder, html, images=images, sentence=text, depth_range=depth_range)
     if csv is not None:
         write_csv(ranking, csv)
     if as_json is not None:

@@ -65,8 +65,12 @@ def serve_command(
 ) -> None:
     """Serve a finished run over HTTP. If gallery.url is not set and no gallery exists, index its test images first."""
     from cluster.serve.launch import serve_forever
+    from cluster.session import address_of, require_free_port
 
-    serve_forever(described(config, size, overrides), show=show)
+    resolved = described(config, size, overrides)
+    if address_of(resolved.cluster) == "local":  # on a cluster, Serve may listen there already
+        require_free_port("serve.port", resolved.serve.host, resolved.serve.port)
+    serve_forever(resolved, show=show)
 
 
 @keys_app.command("add")

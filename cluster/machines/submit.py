@@ -27,9 +27,10 @@ from tvilfm.config import ClusterSection, Config, load_config
 from tvilfm.place import Place
 
 # Parameters of commands that name data or results, and those that name files sent with the job.
+CHECKED = ("run", "train", "evaluate", "tune")  # commands that run stages on a dataset
 DATA_PARAMETERS = (
     *("out", "images", "captions", "gallery", "folder", "run", "file"),
-    *("model", "image", "html", "csv", "as_json", "origin"),
+    *("model", "image", "html", "csv", "as_json", "origin", "root"),
 )
 PROGRAM_PARAMETERS = ("config", "space")
 LARGEST_SHOWN = 5
@@ -130,6 +131,20 @@ def parse(app: typer.Typer, arguments: Sequence[str], default_config: Path) -> C
     source = path if "config" in parameters or path.exists() else None
     config = load_config(source, overrides, size=parameters.get("size"))
     return Command(arguments=tuple(arguments), parameters=parameters, config=config)
+
+
+def check_dataset(command: Command) -> None:
+    """Refuse a command that runs stages on a dataset that they could not use, if the dataset is on this machine.
+
+    Raises:
+        ValueError: as `require_feasible`.
+    """
+    # Imported here: most commands need no network code.
+    from tvilfm.evaluation.feasibility import require_feasible
+
+    config = command.config
+    if command.arguments[0] in CHECKED and config.data.root is not None and config.data.root.is_dir():
+        require_feasible(config)
 
 
 def job_paths(command: Command, folder: Path, *, same_machine: bool) -> tuple[str, ...]:

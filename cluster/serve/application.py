@@ -82,6 +82,7 @@ def application(args: dict[str, Any]) -> serve.Application:
         space_id=space,
         dim=model.spec.dim,
         width=model.spec.image_dim,
+        depth_range=run.config.data.depth_range,
         text=model.text is not None,
         captioner=section.captioner is not None,
         weights=Weights(**run.config.evaluate.ensemble.weights),

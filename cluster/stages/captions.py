@@ -20,7 +20,7 @@ class Captions(Stage):
     name = "captions"
     keys = (
         *("caption.source", "caption.visible", "caption.infrared", "caption.batch", "caption.dtype"),
-        *("caption.filter_colors", "caption.rephrase", "caption.seed"),
+        *("caption.filter_colors", "caption.rephrase", "caption.seed", "data.depth_range"),
     )
     unit = "images"
 
@@ -51,6 +51,7 @@ class Captions(Stage):
             depot=job.depot,
             cluster=job.config.cluster,
             seed=section.seed,
+            depth_range=job.config.data.depth_range,
             progress=progress,
         )
         summary.check(section.max_bad_share)

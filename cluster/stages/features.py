@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from cluster.stages.extraction import Images, write_features
-from cluster.stages.stage import DATASET, Stage, StageJob, captions_input, evaluated_splits, network_stage
+from cluster.stages.stage import DATASET, HUMAN_TEXTS, Stage, StageJob, captions_input, evaluated_splits, network_stage
 from cluster.stages.views import Views, evaluated_images, pool_of
 from tvilfm.config import Config
 from tvilfm.evaluation.features import IMAGES_FILE
@@ -31,7 +31,8 @@ class Features(Stage):
 
     def inputs(self, config: Config) -> tuple[str, ...]:
         views = ("views",) if Views().applies(config) else ()
-        return (DATASET, "pixels", *views, network_stage(config), captions_input(config))
+        human = (HUMAN_TEXTS,) if "human" in config.evaluate.text_sources else ()
+        return (DATASET, "pixels", *views, network_stage(config), captions_input(config), *human)
 
     def make(self, folder: Path, job: StageJob) -> None:
         images: Images = {}
@@ -41,7 +42,12 @@ class Features(Stage):
             images = evaluated_images(job.manifest)
         seed = job.config.run.seed
         splits = evaluated_splits(job.manifest, job.config)
-        query_texts = draw_query_texts(job.manifest, job.captions, job.config.evaluate, seed=seed, splits=splits)
+        human = None
+        if "human" in job.config.evaluate.text_sources:
+            human = dict(zip(*(job.human_texts[name].to_pylist() for name in ("pid", "text")), strict=True))
+        query_texts = draw_query_texts(
+            job.manifest, job.captions, job.config.evaluate, seed=seed, splits=splits, human=human
+        )
         pq.write_table(query_texts, folder / QUERY_TEXTS_FILE)
         network = network_stage(job.config)
         with_text = TVILFM.from_pretrained(job.input(network) / "model").spec.with_text

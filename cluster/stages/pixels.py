@@ -16,23 +16,27 @@ from cluster.session import plain_errors
 from cluster.stages.stage import DATASET, Stage, StageJob
 from tvilfm.config import Config, DataSection
 from tvilfm.data.pixels import create, decode_files
+from tvilfm.terms import DepthRange
 
 
 class Pixels(Stage):
     """Decode and resize every image once."""
 
     name = "pixels"
-    keys = ("data.height", "data.width")
+    keys = ("data.height", "data.width", "data.depth_range")
     unit = "images"
 
     def inputs(self, config: Config) -> tuple[str, ...]:
         return (DATASET,)
 
     def make(self, folder: Path, job: StageJob) -> None:
-        decode_dataset(folder, job.data_root, job.manifest, job.config.data)
+        section = job.config.data
+        decode_dataset(folder, job.data_root, job.manifest, section, depth_range=section.depth_range)
 
 
-def decode_dataset(folder: Path, root: Path, manifest: pa.Table, section: DataSection) -> None:
+def decode_dataset(
+    folder: Path, root: Path, manifest: pa.Table, section: DataSection, *, depth_range: DepthRange = None
+) -> None:
     """Write `manifest.parquet` and `pixels.npy`, whose rows follow the manifest.
 
     Workers decode and the driver writes, so that training processes on this machine can map the pages that it wrote.
@@ -42,13 +46,20 @@ def decode_dataset(folder: Path, root: Path, manifest: pa.Table, section: DataSe
         root: folder of the dataset.
         manifest: rows to decode.
         section: image size and batch size.
+        depth_range: scaling of images above 8 bits.
 
     Raises:
         ValueError: an image cannot be decoded; the message names it.
     """
     rows = pa.table({"row": pa.array(np.arange(manifest.num_rows)), "image": manifest["image"]})
     decoded = ray.data.from_arrow(rows).map_batches(
-        partial(_decode, root=root.absolute(), height=section.height, width=section.width),
+        partial(
+            _decode,
+            root=root.absolute(),
+            height=section.height,
+            width=section.width,
+            depth_range=depth_range,
+        ),
         batch_size=section.decode_batch,
         num_cpus=1,
     )
@@ -63,5 +74,6 @@ def decode_dataset(folder: Path, root: Path, manifest: pa.Table, section: DataSe
     pq.write_table(manifest, folder / "manifest.parquet")
 
 
-def _decode(batch: dict[str, Any], *, root: Path, height: int, width: int) -> dict[str, Any]:
-    return {"row": batch["row"], "pixels": decode_files(root, batch["image"], height=height, width=width)}
+def _decode(batch: dict[str, Any], *, root: Path, height: int, width: int, depth_range: DepthRange) -> dict[str, Any]:
+    pixels = decode_files(root, batch["image"], height=height, width=width, depth_range=depth_range)
+    return {"row": batch["row"], "pixels": pixels}

@@ -20,7 +20,7 @@ from cluster.stages.trained import Trained
 from cluster.stages.views import Views
 from tvilfm.config import Config, value_at
 
-FORMAT = 4  # increase when the files of a stage or their meaning change, so that older folders are not reused
+FORMAT = 5  # increase when the files of a stage or their meaning change, so that older folders are not reused
 
 STAGES: dict[str, Stage] = {
     stage.name: stage

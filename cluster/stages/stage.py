@@ -23,14 +23,16 @@ from tvilfm.data.manifest import select
 from tvilfm.terms import Split
 
 DATASET, CAPTION_FILES, MODEL, CAPTIONS = "dataset", "caption_files", "model", "captions"
-SOURCES = (DATASET, CAPTION_FILES, MODEL)  # inputs that users provide; no stage computes them
+HUMAN_TEXTS = "human_texts"
+SOURCES = (DATASET, CAPTION_FILES, HUMAN_TEXTS, MODEL)  # inputs that users provide; no stage computes them
 
 # Keys for folders, machines and speed. Every stage may read them, and they are not part of its fingerprint: with other
 # values, results are equal or differ only in the rounding of batched arithmetic. The contents of the files at
-# `data.root`, `data.captions` and `model.trained` are inputs.
+# `data.root` (with the rows that `data.distractors` adds), `data.captions`, `data.human_texts` and `model.trained` are
+# inputs.
 PLACEMENT = (
     *("run.dir", "run.stages_dir", "run.trackers", "run.mlflow_uri"),
-    *("data.root", "data.captions", "data.decode_batch", "model.trained"),
+    *("data.root", "data.captions", "data.human_texts", "data.distractors", "data.decode_batch", "model.trained"),
     *("caption.workers", "caption.decoders", "caption.max_bad_share"),
     *("train.loader_workers", "evaluate.batch", "gallery", "serve", "cluster"),
 )
@@ -182,6 +184,11 @@ class StageJob:
     def captions(self) -> pa.Table:
         """Return the captions of the run, from files or the stage `captions`; requires the input `captions_input`."""
         return self._declared(self.tables, CAPTIONS)()
+
+    @property
+    def human_texts(self) -> pa.Table:
+        """Return people's own sentences, `pid` and `text`; requires the input `HUMAN_TEXTS`."""
+        return self._declared(self.tables, HUMAN_TEXTS)()
 
     def _declared(self, inputs: Mapping[str, Any], name: str) -> Any:
         if name not in inputs:

@@ -16,7 +16,15 @@ import pyarrow.parquet as pq
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    ControllerError,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    UserCallback,
+)
 from ray.train.torch import TorchTrainer
 
 from cluster.places.depot import Depot, fetched
@@ -25,7 +33,15 @@ from cluster.stages.learning import METRICS_FILE, read_records, write_records
 from tvilfm.config import ClusterSection, Config
 from tvilfm.data.pixels import open_pixels
 from tvilfm.models import TVILFM
+from tvilfm.place import is_full_disk
 from tvilfm.terms import Record
+
+# A restart would meet these again, as it would meet a full disk: bad input, and losses that are not finite.
+INPUT_ERRORS = (ValueError, FloatingPointError)
+
+
+class WorkerInputError(ValueError):
+    """A training worker raised one of `INPUT_ERRORS` or met a full disk; the message is the worker's."""
 
 
 def fit_network(
@@ -48,6 +64,7 @@ def fit_network(
         depot: where workers find the inputs that are not on their machine, and keep checkpoints; None = in folders.
 
     Raises:
+        ValueError: a worker met bad input or numbers that are not finite; it is not restarted.
         ray.train.TrainingFailedError: a worker failed more often than `cluster.max_failures`.
     """
     job = {"folder": str(folder), "config": config, "inputs": inputs, "depot": depot}
@@ -67,11 +84,16 @@ def fit(trainer: TorchTrainer) -> tuple[Any, Checkpoint | None]:
 
     Raises:
         KeyboardInterrupt: on Ctrl-C, in place of Train's exit.
+        WorkerInputError: a worker raised one of `INPUT_ERRORS` or met a full disk.
     """
     try:
         result = trainer.fit()
     except SystemExit:
         raise KeyboardInterrupt from None
+    except ControllerError as error:
+        if isinstance(error.controller_failure, WorkerInputError):
+            raise WorkerInputError(str(error.controller_failure)) from None
+        raise
     return result.return_value, result.checkpoint  # type: ignore[attr-defined]  # of Train V2
 
 
@@ -132,13 +154,20 @@ def trainer_of(
 
 
 class _Epochs(UserCallback):
-    """Callback on the driver's machine that writes the epochs that rank 0 reports."""
+    """Callback on the driver's machine: it writes the epochs of rank 0, and ends a run that cannot succeed."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def after_report(self, run_context: object, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         write_records(self._path, metrics[0]["records"])
+
+    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
+        for rank in sorted(worker_exceptions):
+            error = worker_exceptions[rank]
+            error = getattr(error, "_base_exc", error)  # Train wraps it together with its traceback
+            if isinstance(error, INPUT_ERRORS) or is_full_disk(error):
+                raise WorkerInputError(str(error))  # an error of the controller is not retried
 
 
 @contextmanager

@@ -27,7 +27,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-from pyarrow import fs
 from ray.data import ExecutionResources
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -38,16 +37,16 @@ from cluster.tables.job import check_rows, chunk_dataset, claim_folder, fixed_ch
 from cluster.tables.parts import Parts, alone, part_name
 from tvilfm.captioning.colors import remove_colors
 from tvilfm.config import CaptionerSection, CaptionSection, ClusterSection, Config
+from tvilfm.data import image_files
 from tvilfm.data.manifest import CAPTION_SCHEMA
 from tvilfm.data.pixels import decode
 from tvilfm.datasets import read_dataset
 from tvilfm.place import Place, to_parquet
-from tvilfm.terms import MODALITIES
+from tvilfm.terms import MODALITIES, DepthRange
 
 if TYPE_CHECKING:
     from tvilfm.captioning.captioner import Captioner
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MIN_SIDE = 8  # pixels; smaller images show no person
 MAX_BYTES = 256 << 20  # maximum file size: a video among the images would fill a worker's memory before it is detected
 READERS = 8  # files that a decoding task reads in parallel: an object store has a latency of 30 ms
@@ -149,6 +148,7 @@ class CaptionJob:
     dtype: Any
     filter_colors: bool
     seed: int
+    depth_range: DepthRange = None
     depot: Depot | None = None
 
     def load(self) -> Captioner:
@@ -193,6 +193,7 @@ def caption(
                 config.caption,
                 config.cluster,
                 seed=config.run.seed,
+                depth_range=config.data.depth_range,
                 retry_bad=retry_bad,
                 progress=ProgressFile(path),
             )
@@ -206,6 +207,7 @@ def caption_images(
     cluster: ClusterSection,
     *,
     seed: int,
+    depth_range: DepthRange = None,
     retry_bad: bool = False,
     progress: ProgressFile | None = None,
     depot: Depot | None = None,
@@ -223,6 +225,7 @@ def caption_images(
         section: captioners, batch size and numbers of workers.
         cluster: GPUs per actor.
         seed: seed of sampling.
+        depth_range: `data.depth_range`, the scaling of images above 8 bits.
         retry_bad: also retry images that an earlier run put in quarantine.
         progress: receives the number of finished images.
         depot: copies from which workers fetch a captioner that is missing on their machine.
@@ -237,7 +240,7 @@ def caption_images(
     """
     check_rows(rows["image"], pc.unique(rows["modality"]).to_pylist())
     with alone(out):
-        return _caption(rows, root, out, section, cluster, seed, retry_bad, progress, depot)
+        return _caption(rows, root, out, section, cluster, seed, depth_range, retry_bad, progress, depot)
 
 
 def _caption(
@@ -247,6 +250,7 @@ def _caption(
     section: CaptionSection,
     cluster: ClusterSection,
     seed: int,
+    depth_range: DepthRange,
     retry_bad: bool,
     progress: ProgressFile | None,
     depot: Depot | None,
@@ -274,6 +278,7 @@ def _caption(
                     dtype=section.dtype,
                     filter_colors=section.filter_colors,
                     seed=seed,
+                    depth_range=depth_range,
                     depot=depot,
                 )
             )
@@ -357,7 +362,7 @@ def decode_chunk(chunk: pa.Table, *, job: CaptionJob, size: tuple[int, int] | No
     (names,) = chunk["image"].to_pylist()
     with ThreadPoolExecutor(READERS) as pool:
         contents = list(pool.map(partial(_read, job.images), names))
-    pictures = [_picture(name, *content, size) for name, content in zip(names, contents, strict=True)]
+    pictures = [_picture(name, *content, size, job.depth_range) for name, content in zip(names, contents, strict=True)]
     return pa.table({"start": chunk["start"], "pictures": pa.array([pictures], type=pa.list_(_PICTURE))})
 
 
@@ -375,14 +380,14 @@ def _read(folder: Place, name: str) -> tuple[bytes, str | None, bool]:
 
 
 def _picture(
-    name: str, content: bytes, fault: str | None, again: bool, size: tuple[int, int] | None
+    name: str, content: bytes, fault: str | None, again: bool, size: tuple[int, int] | None, depth_range: DepthRange
 ) -> dict[str, object]:
     """Return a `_PICTURE`."""
     if fault is not None:
         return {"image": name, "fault": fault, "again": again}
     height, width = size or (None, None)
     try:
-        pixels = decode(content, height=height, width=width, name=name, min_side=MIN_SIDE)
+        pixels = decode(content, height=height, width=width, name=name, min_side=MIN_SIDE, depth_range=depth_range)
     except Exception as error:  # a decoder may raise anything on malicious bytes
         return {"image": name, "fault": str(error).removeprefix(f"{name}: "), "again": False}
     return {"image": name, "pixels": pixels.tobytes(), "height": pixels.shape[0], "width": pixels.shape[1]}
@@ -398,31 +403,61 @@ class CaptionActor:
         (start,), (pictures,) = chunk["start"].to_pylist(), chunk["pictures"].to_pylist()
         bad = [picture for picture in pictures if picture["fault"] and not picture["again"]]
         good = [picture for picture in pictures if not picture["fault"]]
+        # Ray may process a chunk again after a failure, and then other images of it may be readable.
+        if good and not self._job.captions.has(part_name(picture["image"] for picture in good)):
+            try:
+                captioned, refused = self._caption_accepted(good, start)
+            except Exception as error:
+                error.add_note(f"While captioning {len(good)} {self._job.modality} images from {good[0]['image']}.")
+                raise
+            bad += refused
+            if captioned.num_rows:
+                self._job.captions.write(part_name(captioned["image"].to_pylist()), captioned)
         if bad:
             now = _now()
             faults = [{"image": picture["image"], "reason": picture["fault"], "time": now} for picture in bad]
             name = part_name(picture["image"] for picture in bad)
             self._job.quarantine.write(name, pa.Table.from_pylist(faults, schema=QUARANTINE_SCHEMA))
-        # Ray may process a chunk again after a failure, and then other images of it may be readable.
-        name = part_name(picture["image"] for picture in good)
-        if good and not self._job.captions.has(name):
-            try:
-                self._job.captions.write(name, self._caption(good, start))
-            except Exception as error:
-                error.add_note(f"While captioning {len(good)} {self._job.modality} images from {good[0]['image']}.")
-                raise
         unread = [picture["fault"] for picture in pictures if picture["again"]]
         return pa.table(
             {"done": [len(pictures) - len(unread)], "unread": pa.array([unread], type=pa.list_(pa.string()))}
         )
 
+    def _caption_accepted(
+        self, pictures: Sequence[Mapping[str, Any]], start: int
+    ) -> tuple[pa.Table, list[dict[str, Any]]]:
+        """Return the captions of the images that the model's processor accepts, and the others with its reasons.
+
+        Every image is tried alone only after the batch failed.
+        """
+        try:
+            return self._caption(pictures, start), []
+        except Exception:
+            reasons = [self._refusal(picture) for picture in pictures]
+            refused = [
+                {**picture, "fault": reason}
+                for picture, reason in zip(pictures, reasons, strict=True)
+                if reason is not None
+            ]
+            if not refused:
+                raise
+        accepted = [picture for picture, reason in zip(pictures, reasons, strict=True) if reason is None]
+        return self._caption(accepted, start) if accepted else PART_SCHEMA.empty_table(), refused
+
+    def _refusal(self, picture: Mapping[str, Any]) -> str | None:
+        """Return why the processor refuses an image, or None. A lack of memory or a lost device says nothing of it."""
+        try:
+            self._captioner.prompt_inputs([_array(picture)])
+        except (RuntimeError, MemoryError):
+            return None
+        except Exception as error:  # processors raise what they like
+            size = f"{picture['width']} x {picture['height']}"
+            return f"expected an image that the captioner accepts, got {size} pixels ({error})"
+        return None
+
     def _caption(self, pictures: Sequence[Mapping[str, Any]], start: int) -> pa.Table:
         seed = int(np.random.SeedSequence([self._job.seed, start]).generate_state(1)[0])
-        images = [
-            np.frombuffer(picture["pixels"], dtype=np.uint8).reshape(picture["height"], picture["width"], 3)
-            for picture in pictures
-        ]
-        sentences = self._captioner.caption(images, seed=seed)
+        sentences = self._captioner.caption([_array(picture) for picture in pictures], seed=seed)
         if self._job.modality == "infrared" and self._job.filter_colors:
             sentences = [remove_colors(sentence) for sentence in sentences]
         provenance, now = self._captioner.provenance, _now()
@@ -442,23 +477,23 @@ class CaptionActor:
         )
 
 
+def _array(picture: Mapping[str, Any]) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(picture["pixels"], dtype=np.uint8).reshape(picture["height"], picture["width"], 3)
+
+
 def list_images(uri: str, modality: str) -> pa.Table:
-    """Return all image files below a folder as rows for `caption_images`, sorted by name.
+    """Return all image files below a folder as rows for `caption_images`, sorted by name, each real file once.
 
     Raises:
-        ValueError: the folder has no image files.
+        ValueError: the folder has no image files, or the name of one is not UTF-8.
     """
     place = Place(uri)
-    names, folders = [], [place.path]
-    while folders:
-        for info in place.filesystem.get_file_info(fs.FileSelector(folders.pop(), allow_not_found=True)):
-            if info.type == fs.FileType.Directory:
-                folders.append(info.path)
-            elif info.path.lower().endswith(SUFFIXES):
-                names.append(info.path.removeprefix(f"{place.path}/"))
+    names = image_files.list_images(place)
     if not names:
-        raise ValueError(f"--images: expected {', '.join(SUFFIXES)} files below {place}, got none. Check the path.")
-    return pa.table({"image": sorted(names), "modality": pa.repeat(pa.scalar(modality), len(names))})
+        suffixes = ", ".join(image_files.SUFFIXES)
+        raise ValueError(f"--images: expected {suffixes} files below {place}, got none. Check the path.")
+    image_files.require_text_names(place, names)
+    return pa.table({"image": names, "modality": pa.repeat(pa.scalar(modality), len(names))})
 
 
 def _among(rows: pa.Table, images: pa.ChunkedArray) -> npt.NDArray[np.bool_]:

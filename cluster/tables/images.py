@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -10,17 +11,30 @@ import numpy.typing as npt
 from tvilfm.data.images import resized, thumbnail
 from tvilfm.data.pixels import decode
 from tvilfm.place import Place
+from tvilfm.terms import DepthRange
 
 Batch = dict[str, npt.NDArray[Any]]
 
 
 def reference(folder: Place, name: str) -> str:
-    """Return the path or URI of an image, without the options of the URI."""
-    scheme, separator, _ = folder.uri.rpartition("://")
+    """Return the id of an image: its real path, or its URI without options in an object store.
+
+    The same file has the same id, however its folder is written: with `..`, `file://`, a trailing slash or a link.
+    """
+    if folder.is_local:
+        return os.path.realpath(f"{folder.path}/{name}")
+    scheme, separator, _ = folder.uri.partition("://")
     return f"{scheme}{separator}{folder.path}/{name}"
 
 
-def read_pictures(batch: Batch, *, root: str, size: tuple[int, int] | None, thumbnail_height: int) -> Batch:
+def read_pictures(
+    batch: Batch,
+    *,
+    root: str,
+    size: tuple[int, int] | None,
+    thumbnail_height: int,
+    depth_range: DepthRange = None,
+) -> Batch:
     """Add the location, the thumbnail and, if requested, the pixels of an image to rows with a `name`.
 
     Args:
@@ -28,6 +42,7 @@ def read_pictures(batch: Batch, *, root: str, size: tuple[int, int] | None, thum
         root: folder or URI that the names are relative to.
         size: height and width of the pixels; None = no pixels.
         thumbnail_height: maximum height of thumbnails, in pixels.
+        depth_range: `data.depth_range` of the run whose model encodes the images.
 
     Returns:
         The rows with `image`, `thumbnail`, `pixels` and `fault`: why the file is not an image, else "". Such a row has
@@ -38,7 +53,7 @@ def read_pictures(batch: Batch, *, root: str, size: tuple[int, int] | None, thum
     for name in batch["name"]:
         pixels, fault, small = np.zeros((1, 1, 3), dtype=np.uint8), "", b""
         try:
-            pixels = decode((folder / name).read(), height=None, width=None, name=name)
+            pixels = decode((folder / name).read(), height=None, width=None, name=name, depth_range=depth_range)
             small = thumbnail(pixels, height=thumbnail_height)
         except (ValueError, OSError) as error:
             fault = str(error)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 import ray
@@ -32,6 +33,7 @@ from cluster.tables.images import read_pictures, reference
 from tvilfm.config import Config, load_config
 from tvilfm.data.manifest import select
 from tvilfm.data.splits import TEST_SPLITS
+from tvilfm.data.text_files import decode_text
 from tvilfm.evaluation.features import IMAGES_FILE, FeatureTable
 from tvilfm.evaluation.protocols import get_protocol
 from tvilfm.models import TVILFM
@@ -253,8 +255,9 @@ def _tested(run: FinishedRun) -> pa.Table:
     if get_protocol(run.config.evaluate.protocols[0]).images_per_camera is not None:
         table = table.sort_by([("pid", "ascending"), ("camid", "ascending"), ("image", "ascending")])
     names = table["image"].to_pylist()
+    pid = pc.if_else(pc.less(table["pid"], 0), pa.scalar(None, pa.int64()), table["pid"])  # distractors are nobody
     raw = vector_column(FeatureTable.read(run.here(run.features)).select(names))
-    return _rows(names, names, table["camid"], pid=table["pid"]).append_column("raw", raw)
+    return _rows(names, names, table["camid"], pid=pid).append_column("raw", raw)
 
 
 def _listed(uri: str, camid: int | None) -> pa.Table:
@@ -271,8 +274,11 @@ def _described_by(manifest: str, root: str) -> pa.Table:
     Raises:
         ValueError: a column is missing, unknown or of another type, or an id stands in it twice.
     """
-    content = pa.BufferReader(Place(manifest).read())
-    table = pq.read_table(content) if manifest.endswith(".parquet") else pcsv.read_csv(content)
+    content = Place(manifest).read()
+    if manifest.endswith(".parquet"):
+        table = pq.read_table(pa.BufferReader(content))
+    else:
+        table = pcsv.read_csv(pa.BufferReader(decode_text(content, manifest).encode()))
     unknown = sorted(set(table.column_names) - set(MANIFEST_COLUMNS))
     lacking = sorted(set(MANIFEST_COLUMNS[:2]) - set(table.column_names))
     if unknown or lacking:
@@ -321,6 +327,7 @@ def _reports(rows: pa.Table, root: str, run: FinishedRun, config: Config) -> Ite
         root=root,
         size=None if "raw" in rows.column_names else (data.height, data.width),
         thumbnail_height=config.gallery.thumbnail_height,
+        depth_range=data.depth_range,
     )
     blocks = [rows.slice(start, batch) for start in range(0, rows.num_rows, batch)]
     reports = (

@@ -23,6 +23,7 @@ from tests.processes import kill
 from tvilfm.captioning.colors import find_colors
 from tvilfm.config import Config, load_config
 from tvilfm.data.manifest import select
+from tvilfm.datasets import read_dataset
 from tvilfm.models import TVILFM
 from tvilfm.models.tvilfm import parameter_digest
 
@@ -98,6 +99,22 @@ def test_a_copied_dataset_is_the_same_dataset(finished: Path, tmp_path: Path) ->
         os.utime(path, (1, 1))
         path.chmod(0o555 if path.is_dir() else 0o444)
     assert run(_config(finished, f"data.root={copy}")).made == ()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_sentences_of_people_are_a_text_source(finished: Path, tmp_path: Path) -> None:
+    manifest = read_dataset("synthetic", _config(finished).data_root)
+    people = sorted(set(manifest["pid"].to_pylist()))
+    (tmp_path / "words.json").write_text(json.dumps({f"{pid:04d}": f"person number {pid}" for pid in people}))
+    own = (f"data.human_texts={tmp_path}/words.json", "evaluate.text_sources=[witness,human]", "run.name=human")
+    outcome = run(_config(finished, *own, f"run.stages_dir={finished}/tiny/stages"))
+    assert outcome.made == ("features", "results", "report") and outcome.results is not None
+    assert {row.text_source for row in outcome.results.rows} == {"none", "witness", "human"}
+    texts = pq.read_table(outcome.stages["features"] / "query_texts.parquet").to_pylist()
+    pid_of = dict(zip(manifest["image"].to_pylist(), manifest["pid"].to_pylist(), strict=True))
+    human = [row for row in texts if row["text_source"] == "human"]
+    assert human and all(row["text"] == f"person number {pid_of[row['image']]}" for row in human)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import stat
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tvilfm.place import Place, lock, write_whole
+from tvilfm.data.pixels import create
+from tvilfm.place import Place, full_disk_named, lock, write_whole
 
 
 def test_a_local_place_is_absolute_and_its_children_are_below_it(
@@ -77,3 +79,30 @@ def test_a_lock_is_held_against_other_processes_until_it_is_closed(tmp_path: Pat
             lock(path, wait=False)
         assert subprocess.run(command, capture_output=True).returncode == 1
     assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+def test_a_full_disk_is_named_with_its_folder_and_the_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=rf"{tmp_path}: expected 1.2 GB for 10000 images of 288 x 144, got a full disk"):
+        create(tmp_path / "pixels.npy", 10_000, height=288, width=144)
+    with pytest.raises(OSError, match="expected 1 MB for 10 images"), full_disk_named(tmp_path, "the stage pixels"):
+        create(tmp_path / "pixels.npy", 10, height=288, width=144)  # the first that names it is right
+    # As workers and libraries report it: another type, or text only.
+    for error in (ValueError("worker: [Errno 28] No space left on device"), OSError(errno.EDQUOT, "quota")):
+        with (
+            pytest.raises(OSError, match=rf"{tmp_path}: expected more space for the stage text, got a full disk"),
+            full_disk_named(tmp_path, "the stage text"),
+        ):
+            raise error
+    with pytest.raises(OSError, match=rf"B free in {tmp_path},"), full_disk_named(tmp_path / "a/b", "it"):
+        raise RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/1: file write failed")
+    with pytest.raises(ValueError, match="another"), full_disk_named(tmp_path, "the stage text"):
+        raise ValueError("another")
+
+
+def test_the_space_of_pixels_is_reserved(tmp_path: Path) -> None:
+    create(tmp_path / "pixels.npy", 100, height=288, width=144)
+    assert (tmp_path / "pixels.npy").stat().st_blocks * 512 >= 100 * 288 * 144 * 3

@@ -14,12 +14,13 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
 from tvilfm.captioning.colors import find_colors, indefinite_article
 from tvilfm.captioning.rephrase import completion_prompt, messages, seed_of
-from tvilfm.config import RephraseSection
+from tvilfm.config import RephraseSection, is_loopback
 from tvilfm.datasets.synthetic.sentences import SYNONYMS
 
 if TYPE_CHECKING:
@@ -109,7 +110,10 @@ class EndpointRephraser:
         import openai
 
         self._section, self._serves = section, False
+        host = urlsplit(section.url).hostname or ""
         self._client = openai.OpenAI(
+            # A proxy cannot reach an endpoint on this machine.
+            http_client=openai.DefaultHttpxClient(trust_env=not is_loopback(host)),
             base_url=section.url,
             # The client requires a key; an endpoint without keys ignores it.
             api_key=key.get_secret_value() if key else "none",

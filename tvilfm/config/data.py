@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from tvilfm.config.section import Section
+from tvilfm.terms import DepthRange
 
 # Protocols that are evaluated when `evaluate.protocols` is null; the first one also selects checkpoints.
 PROTOCOLS: dict[str, tuple[str, ...]] = {
@@ -35,13 +36,33 @@ class DataSection(Section):
     captions: Path | None = Field(
         None, description="folder of published caption files or caption table (.parquet); null = data.root/Text"
     )
+    human_texts: Path | None = Field(
+        None, description="JSON file {identity: sentence} of people's own words, for the text source human"
+    )
     height: int = Field(288, ge=16, description="image height after resizing, pixels (METHOD 2)")
     width: int = Field(144, ge=8, description="image width after resizing, pixels (METHOD 2)")
+    depth_range: DepthRange = Field(
+        None, description="[low, high] of images above 8 bits; percentiles = per image; null = the full 16 bits"
+    )
     pad: int = Field(10, ge=0, description="padding before the random crop, pixels (METHOD 4)")
+    distractors: bool = Field(
+        False, description="folder: keep visible images with a negative pid in the gallery; false = leave them out"
+    )
     decode_batch: int = Field(64, ge=1, description="images per decoding task of Ray Data")
     synthetic: SyntheticSection = SyntheticSection()
+
+    @field_validator("depth_range")
+    @classmethod
+    def _ascending(cls, value: DepthRange) -> DepthRange:
+        if isinstance(value, tuple) and value[0] >= value[1]:
+            raise ValueError(f"expected [low, high] with low below high, got {list(value)}. Exchange them.")
+        return value
 
     @property
     def reader_options(self) -> dict[str, object]:
         """Options that the reader of this dataset takes."""
-        return {"split": self.split} if self.name == "regdb" else {}
+        options: dict[str, dict[str, object]] = {
+            "regdb": {"split": self.split},
+            "folder": {"distractors": self.distractors},
+        }
+        return options.get(self.name, {})

@@ -10,7 +10,7 @@ from tvilfm.config.data import PROTOCOLS
 from tvilfm.config.section import Section
 
 WitnessDraw = Literal["released", "seeded"]
-QueryTextSource = Literal["witness", "witness-heldout", "own"]
+QueryTextSource = Literal["witness", "witness-heldout", "own", "human"]
 
 
 class EnsembleWeights(Section):
@@ -55,7 +55,8 @@ class EvaluateSection(Section):
         description="protocols to report, the first in the default table; null = all of the dataset",
     )
     text_sources: tuple[QueryTextSource, ...] = Field(
-        ("witness", "witness-heldout", "own"), description="sources of query texts to report (METHOD 6)"
+        ("witness", "witness-heldout", "own"),
+        description="sources of query texts to report (METHOD 6); human: data.human_texts",
     )
     default_text_source: QueryTextSource = Field(
         "witness", description="text source of the default table; witness = drawn with the ground truth (published)"

@@ -6,9 +6,11 @@ import copy
 import difflib
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -58,6 +60,11 @@ class Config(Section):
             raise ValueError(
                 f"evaluate.protocols: expected protocols of {own} for data.name={self.data.name}, got {foreign[0]}. "
                 f"Set evaluate.protocols=null for {list(PROTOCOLS[self.data.name])}."
+            )
+        if "human" in self.evaluate.text_sources and self.data.human_texts is None:
+            raise ValueError(
+                "data.human_texts: expected a JSON file while evaluate.text_sources has human, got null. Set the path "
+                "of the file, or remove human."
             )
         if self.train.text.cache_views and not self.freezes_features:
             changing = "freeze_gem" if self.train.text.freeze_batch_norm else "freeze_batch_norm"
@@ -109,7 +116,7 @@ def load_config(path: Path | None = None, overrides: Iterable[str] = (), *, size
 
     Args:
         path: YAML file, nested like the sections; None = only defaults.
-        overrides: `section.key=value` strings; the value is parsed as YAML.
+        overrides: `section.key=value` strings; see `override_value`.
         size: name of a recipe in the file's `sizes` mapping, applied after the file and before the overrides.
 
     Raises:
@@ -164,7 +171,7 @@ def read_description(path: Path | None) -> dict[str, Any]:
         if not path.is_file():
             raise ValueError(f"--config: expected a YAML file, got {path}. Check the path, or use `tvilfm init`.")
         try:
-            values = yaml.safe_load(path.read_text()) or {}
+            values = yaml.load(path.read_text(), _Loader) or {}
         except yaml.YAMLError as error:
             raise ValueError(f"{path}: expected YAML, got {error}. Fix the file.") from None
         if not isinstance(values, dict):
@@ -189,12 +196,8 @@ def resolve(description: Mapping[str, Any], overrides: Iterable[str] = (), *, si
         key, separator, text = override.partition("=")
         if not separator or not all(key.split(".")):
             raise ValueError(f"override: expected section.key=value, got {override!r}.")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ValueError(f"{key}: expected a YAML value, got {text!r}. Check its quotes and brackets.") from None
         node: dict[str, Any] = {}
-        set_value(node, key, value)
+        set_value(node, key, override_value(key, text))
         _merge(values, node)
     fidelity, dataset = values.get("fidelity", "corrected"), str(value_at(values, "data.name"))
     if fidelity in get_args(Fidelity):  # other values fail in the validation
@@ -209,6 +212,55 @@ def resolve(description: Mapping[str, Any], overrides: Iterable[str] = (), *, si
         return Config.model_validate(values)
     except ValidationError as error:
         raise ValueError(explain(error)) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which whole numbers are decimal: YAML 1.1 reads 010 as eight and 1:30 as ninety."""
+
+    def decimal(self, node: yaml.ScalarNode) -> int | str:
+        text = str(self.construct_scalar(node))
+        return int(text) if re.fullmatch(r"[+-]?[0-9]+", text) else text
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.decimal)
+
+
+def override_value(key: str, text: str) -> Any:
+    """Return the value of an override: text as typed for keys that hold text, otherwise YAML.
+
+    So `run.name=0042` and `run.name=2026-05-01` are names. Quotes around a text are removed, and `null` is None.
+
+    Raises:
+        ValueError: the text is not YAML.
+    """
+    kinds = _kinds_of(key)
+    is_text = bool(kinds) and all(kind in (str, Path) or isinstance(kind, str) for kind in kinds - {type(None)})
+    none = ("null", "") if type(None) in kinds else ("null",)
+    if is_text and text not in none and text[:1] not in ("'", '"'):
+        return text
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise ValueError(f"{key}: expected a YAML value, got {text!r}. Check its quotes and brackets.") from None
+
+
+def _kinds_of(key: str) -> set[Any]:
+    """Return the types that a key accepts, and the texts of a choice; empty for an unknown key."""
+    section: Any = Config
+    for part in key.split("."):
+        fields = section.model_fields if isinstance(section, type) and issubclass(section, BaseModel) else {}
+        if part not in fields:
+            return set()
+        section = fields[part].annotation
+    kinds: set[Any] = set()
+    waiting = [section]
+    while waiting:
+        kind = waiting.pop()
+        if get_origin(kind) in (Union, UnionType, Literal, Annotated):
+            waiting += get_args(kind)
+        else:
+            kinds.add(kind if isinstance(kind, Hashable) else object)
+    return kinds
 
 
 def explain(
@@ -226,15 +278,24 @@ def explain(
     for fault in error.errors():
         key = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
-            sections = {one.rpartition(".")[0] for one in known} - {""}
-            near = difflib.get_close_matches(key, [*known, *sections], n=1, cutoff=0.0)
-            lines.append(f"{key}: expected a known key, got an unknown one. Did you mean {near[0]}?")
+            near = " or ".join(_nearest(key, known))
+            lines.append(f"{key}: expected a known key, got an unknown one. Did you mean {near}?")
         elif fault["type"] == "value_error":
             # The message of a section's validator begins with the key inside that section.
             lines.append(f"{key}.{fault['ctx']['error']}" if key else str(fault["ctx"]["error"]))
         else:
             lines.append(f"{key}: {fault['msg'].lower()}, got {fault['input']!r}. See {see}.")
     return "\n".join(lines)
+
+
+def _nearest(key: str, known: Collection[str]) -> list[str]:
+    """Return the keys that an unknown key may stand for: keys of another section with its name, or the most similar."""
+    name = key.rpartition(".")[2]
+    same = [one for one in known if one.rpartition(".")[2] == name]
+    if same:
+        return difflib.get_close_matches(key, same, n=3, cutoff=0.0)
+    sections = {one.rpartition(".")[0] for one in known} - {""}
+    return difflib.get_close_matches(key, [*known, *sections], n=1, cutoff=0.0)
 
 
 def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, str]:

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, field_validator
 
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _at_home(cls, value: Any) -> Any:
+        """Expand `~` of paths: a shell does not expand it within `run.dir=~/runs`."""
+        if (isinstance(value, Path | str) and str(value).startswith("~/")) or value == Path("~"):
+            return type(value)(os.path.expanduser(value))
+        return value
 
 
 def check_no_keys(name: str, uri: str | None) -> None:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tvilfm.data.image_files import require_text_names
 from tvilfm.files import content_digests
 from tvilfm.terms import MODALITIES
 
@@ -51,9 +52,12 @@ def build_manifest(rows: Iterable[Mapping[str, object]]) -> pa.Table:
         The table, in the order of `rows`.
 
     Raises:
-        ValueError: there is no row, an image occurs twice, or a modality is neither visible nor infrared.
+        ValueError: there is no row, an image occurs twice or has a name that is not UTF-8, or a modality is neither
+            visible nor infrared.
     """
-    table = pa.Table.from_pylist([dict(row) for row in rows], schema=MANIFEST_SCHEMA)
+    listed = [dict(row) for row in rows]
+    require_text_names("data.root", (str(row["image"]) for row in listed))
+    table = pa.Table.from_pylist(listed, schema=MANIFEST_SCHEMA)
     if table.num_rows == 0:
         raise ValueError("manifest: expected at least one image, got none. Check the dataset root.")
     counts = pc.value_counts(table["image"])

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from tvilfm.data.people import person_name
+from tvilfm.data.text_files import read_text
+
 HELD_OUT_EVERY = 10  # METHOD 4: datasets without a validation split hold out 10 % of the training identities
 TEST_SPLITS = ("query", "gallery", "test")
 
@@ -23,11 +26,12 @@ def held_out(pids: Iterable[int]) -> frozenset[int]:
     return frozenset(chosen or ordered[1:][-1:])
 
 
-def read_image_list(path: Path) -> list[str]:
+def read_image_list(path: Path, *, top: str) -> list[str]:
     """Return the image paths of a split list with one `path label` per line.
 
-    The label is the position of the identity in this list. It must be a number but is not used: the folder in the path
-    names the identity, in the same way in every list.
+    Paths may have backslashes or begin on another machine; they are returned from their last folder `top`. The label
+    is the position of the identity in this list. It must be a number but is not used: the folder in the path names the
+    identity, in the same way in every list.
 
     Raises:
         ValueError: the file is missing or empty, or a line has another format (the message contains its number).
@@ -37,7 +41,9 @@ def read_image_list(path: Path) -> list[str]:
         image, _, label = line.strip().rpartition(" ")
         if not image or not label.isdigit():
             raise ValueError(f"{path}:{number}: expected 'image label', got {line!r}. Restore the file.")
-        images.append(image.strip().replace("\\", "/").removeprefix("./"))
+        parts = image.strip().replace("\\", "/").removeprefix("./").split("/")
+        start = len(parts) - 1 - parts[::-1].index(top) if top in parts else 0
+        images.append("/".join(parts[start:]))
     return images
 
 
@@ -62,23 +68,33 @@ def _lines(path: Path) -> list[str]:
             f"data.root: expected the split file {path}, got no such file. "
             f"Copy the dataset's {path.parent.name} folder."
         )
-    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    lines = [line for line in read_text(path).splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"data.root: expected lines in the split file {path}, got none. Restore the file.")
     return lines
 
 
 def in_two_splits(manifest: pa.Table) -> list[tuple[int, str, str]]:
-    """Return (pid, one, other) of identities in two of train, val and test; query and gallery count as test."""
+    """Return (pid, one, other) of identities in two of train, val and test; query and gallery count as test.
+
+    Negative numbers are nobody (`data/people.py`).
+    """
     parts: dict[int, set[str]] = {}
     for pid, split in zip(manifest["pid"].to_pylist(), manifest["split"].to_pylist(), strict=True):
-        parts.setdefault(pid, set()).add("test" if split in TEST_SPLITS else split)
+        if pid >= 0:
+            parts.setdefault(pid, set()).add("test" if split in TEST_SPLITS else split)
     twice: list[tuple[int, str, str]] = []
     for pid, splits in sorted(parts.items()):
         one, *others = [split for split in ("train", "val", "test") if split in splits]
         if others:
             twice.append((pid, one, others[-1]))
     return twice
+
+
+def _image_of(manifest: pa.Table, pid: int, part: str) -> str:
+    splits = TEST_SPLITS if part == "test" else (part,)
+    rows = zip(*(manifest[name].to_pylist() for name in ("image", "pid", "split")), strict=True)
+    return next(str(image) for image, person, split in rows if person == pid and split in splits)
 
 
 def missing_images(root: Path, manifest: pa.Table) -> list[str]:
@@ -96,8 +112,9 @@ def require_sound(root: Path, manifest: pa.Table) -> pa.Table:
     if twice:
         pid, one, other = twice[0]
         raise ValueError(
-            f"data.root: expected each identity in one split, got pid {pid} in {one} and {other} "
-            f"({len(twice)} identities in all). Restore the split files; `tvilfm data check` lists all errors."
+            f"data.root: expected each identity in one split, got pid {person_name(manifest, pid)} in {one} and "
+            f"{other} ({_image_of(manifest, pid, one)} and {_image_of(manifest, pid, other)}; {len(twice)} identities "
+            "in all). Fix the split files; `tvilfm data check` lists all errors."
         )
     missing = missing_images(root, manifest)
     if missing:

@@ -12,6 +12,8 @@ from typing import Any, cast
 
 from torch import Tensor
 
+CONTEXT = 77  # tokens that the text tower reads, with the start and the end of the text
+
 
 @cache
 def _tokenizer() -> Any:
@@ -40,3 +42,14 @@ def tokenize(texts: Sequence[str], *, pad_to_context: bool = False) -> Tensor:
     if pad_to_context:
         return tokens_BL
     return tokens_BL[:, : int(tokens_BL.argmax(dim=1).max()) + 1]
+
+
+def count_tokens(texts: Sequence[str]) -> list[int]:
+    """Return the number of tokens of every sentence, with start and end; those above `CONTEXT` are not read."""
+    return [len(_tokenizer().encode(text)) + 2 for text in texts]
+
+
+def is_cut(text: str) -> bool:
+    """Return whether the text tower does not read the end of a sentence."""
+    # A token has at least one byte, so most sentences need no tokenizer.
+    return len(text.encode()) > CONTEXT - 2 and count_tokens([text])[0] > CONTEXT

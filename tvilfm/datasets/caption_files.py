@@ -1,10 +1,9 @@
 """Published caption files: read them into the caption table, and write them.
 
 The files of METHOD 5 name an image by its path on the authors' machine. An entry is matched to the image of the
-manifest with the longest common end of the path. LLCM's test images are stored in `test_nir/camC/ID/`, but the keys of
-their captions are `nir/ID/`; both names are accepted. No caption is dropped silently: files in another format raise an
-error, and keys without an image raise an error (`read_caption_dict`) or are returned for `tvilfm data check`
-(`collect`).
+manifest with the longest common end of the path (`caption_keys.py`).
+No caption is dropped silently: files in another format raise an error, and keys without an image raise an error
+(`read_caption_dict`) or are returned for `tvilfm data check` (`collect`).
 """
 
 from __future__ import annotations
@@ -18,18 +17,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from tvilfm.data.captions import BY_IDENTITY, IDENTITY_MAP, texts_of
 from tvilfm.data.manifest import CAPTION_SCHEMA, select
 from tvilfm.data.splits import TEST_SPLITS
-from tvilfm.datasets.readers import DATASETS
+from tvilfm.data.text_files import read_text
+from tvilfm.datasets.caption_keys import match, names_of, published_name, without_root
+from tvilfm.datasets.caption_tables import match_table
 
 SENSORS = {"visible": "RGB", "infrared": "IR"}
 PUBLISHED = "published"
 _FIELDS = ("description", "aug_description")
-# In a key, they follow the authors' dataset root.
-_TOPS = frozenset().union(*(dataset.caption_folders for dataset in DATASETS.values()))
 
 
 @dataclass(frozen=True)
@@ -73,18 +71,10 @@ def read_captions(manifest: pa.Table, root: Path, path: Path | None = None) -> p
     """
     if path is None or path.suffix != ".parquet":
         return read_published(root, manifest, text_dir=path)
-    if not path.is_file():
-        raise ValueError(f"data.captions: expected a caption table, got no file {path}. Check the path.")
-    table = pq.read_table(path)
-    missing = [name for name in CAPTION_SCHEMA.names if name not in table.column_names]
-    if missing:
-        raise ValueError(
-            f"data.captions: expected columns {CAPTION_SCHEMA.names}, got no {missing[0]} in {path}. Add the column."
-        )
-    rows = {row["image"]: row for row in table.select(CAPTION_SCHEMA.names).to_pylist()}
-    _require_all(manifest, rows, {})
-    ordered = pa.Table.from_pylist([rows[image] for image in manifest["image"].to_pylist()], schema=CAPTION_SCHEMA)
-    return ordered.replace_schema_metadata(
+    table, matched = match_table(path, manifest)
+    _require_all(manifest, matched.found, {path: matched.unknown} if matched.unknown else {})
+    rows = [matched.found[image] for image in manifest["image"].to_pylist()]
+    return pa.Table.from_pylist(rows, schema=CAPTION_SCHEMA).replace_schema_metadata(
         {key: value for key, value in (table.schema.metadata or {}).items() if key == IDENTITY_MAP}
     )
 
@@ -140,9 +130,9 @@ def read_caption_dict(path: Path, images: Iterable[str] | None = None) -> pa.Tab
     """
     entries = _read_json(path)
     if images is None:
-        return _table([(_without_root(key), entry, PUBLISHED) for key, entry in entries.items()])
-    names = _names(images)
-    matched = {key: _match(key, names) for key in entries}
+        return _table([(without_root(key), entry, PUBLISHED) for key, entry in entries.items()])
+    names = names_of(images)
+    matched = {key: match(key, names) for key in entries}
     unknown = [key for key, image in matched.items() if image is None]
     if unknown:
         raise ValueError(
@@ -223,7 +213,7 @@ def collect(text_dir: Path, manifest: pa.Table) -> Collected:
     Raises:
         ValueError: a modality of the manifest has no caption file, or a file has another format.
     """
-    names = _names(manifest["image"].to_pylist())
+    names = names_of(manifest["image"].to_pylist())
     captions: dict[str, Caption] = {}
     unknown: dict[Path, list[str]] = {}
     differing: list[str] = []
@@ -245,7 +235,7 @@ def collect(text_dir: Path, manifest: pa.Table) -> Collected:
         listed: dict[str, Caption] = {}
         for path in (*plain, *rephrased):
             for key, entry in _read_json(path).items():
-                image = _match(key, names)
+                image = match(key, names)
                 if image is None:
                     unknown.setdefault(path, []).append(key)
                     continue
@@ -286,7 +276,7 @@ def write_published(
         rows = [row for row in captions.to_pylist() if modality_of[row["image"]] == modality]
         folder = text_dir / f"Blip_{sensor}"
         folder.mkdir(parents=True, exist_ok=True)
-        keys = [key_root + _published_name(row["image"]) for row in rows]
+        keys = [key_root + published_name(row["image"]) for row in rows]
         plain = {key: {"description": row["caption"]} for key, row in zip(keys, rows, strict=True)}
         rephrased = {
             key: {"description": row["caption"], "aug_description": row["rephrased"]}
@@ -364,8 +354,9 @@ def identity_captions(
 
 
 def _load_json(path: Path) -> Any:
+    text = read_text(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(text)
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON, got {error}. Restore the file.") from None
 
@@ -409,38 +400,3 @@ def _read_array(path: Path, length: int) -> npt.NDArray[Any]:
 
 def _write_json(path: Path, entries: object, *, indent: int | None) -> None:
     path.write_text(json.dumps(entries, indent=indent), encoding="utf-8")
-
-
-def _published_name(image: str) -> str:
-    """Return the path of an image in published files, which is `nir/ID/x.jpg` for LLCM's `test_nir/camC/ID/x.jpg`."""
-    top, _, rest = image.partition("/")
-    if top in ("test_vis", "test_nir") and rest.startswith("cam"):
-        return f"{top.removeprefix('test_')}/{rest.partition('/')[2]}"
-    return image
-
-
-def _names(images: Iterable[str]) -> dict[str, str]:
-    """Return a mapping from every path that a caption file may use to the image."""
-    names: dict[str, str] = {}
-    for image in images:
-        names.setdefault(_published_name(image), image)
-        names[image] = image
-    return names
-
-
-def _match(key: str, names: Mapping[str, str]) -> str | None:
-    parts = key.replace("\\", "/").split("/")
-    for start in range(len(parts)):
-        image = names.get("/".join(parts[start:]))
-        if image is not None:
-            return image
-    return None
-
-
-def _without_root(key: str) -> str:
-    parts = key.replace("\\", "/").split("/")
-    tops = [i for i, part in enumerate(parts[:-1]) if part in _TOPS]
-    # LLCM's test folders and your own images can have a camera folder in a top folder; use the first of adjacent ones.
-    while len(tops) > 1 and tops[-2] == tops[-1] - 1:
-        tops.pop()
-    return "/".join(parts[tops[-1] if tops else 0 :])

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from tvilfm.data.image_files import images_in
 from tvilfm.data.manifest import build_manifest
 from tvilfm.data.splits import held_out, read_ids, read_image_list, require_sound
 from tvilfm.datasets.record import AS_REPORTED, Dataset, published
-from tvilfm.datasets.sysu_mm01 import SUFFIXES
 
 FOLDERS = {"visible": "vis", "infrared": "nir"}
 _CAMERA = re.compile(r"_c(\d+)_")
@@ -62,7 +62,7 @@ def read(root: Path, *, strict: bool = True) -> pa.Table:
 def _listed(root: Path, part: str, modality: str) -> Iterator[dict[str, object]]:
     folder = FOLDERS[modality]
     path = root / "idx" / f"{part}_{folder}.txt"
-    for image in read_image_list(path):
+    for image in read_image_list(path, top=folder):
         head, pid, name = [*image.split("/"), "", ""][:3]
         camera = _CAMERA.search(name)
         if head != folder or not pid.isdigit() or camera is None:
@@ -88,9 +88,8 @@ def _test_folder(root: Path, modality: str, pids: list[int]) -> Iterator[dict[st
         for camid in cameras:
             folder = root / top / f"cam{camid}" / f"{pid:04d}"
             if folder.is_dir():
-                for file in sorted(folder.iterdir()):
-                    if file.suffix.lower() in SUFFIXES:
-                        yield _row(f"{top}/cam{camid}/{pid:04d}/{file.name}", pid, camid, modality, "test")
+                for file in images_in(folder):
+                    yield _row(f"{top}/cam{camid}/{pid:04d}/{file.name}", pid, camid, modality, "test")
 
 
 def _row(image: str, pid: int, camid: int, modality: str, split: str) -> dict[str, object]:

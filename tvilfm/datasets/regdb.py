@@ -51,7 +51,9 @@ def read(root: Path, *, split: int = 1, strict: bool = True) -> pa.Table:
     for part, modalities in listed.items():
         for modality in FOLDERS:
             path = root / "idx" / f"{part}_{LISTS[modality]}_{split}.txt"
-            modalities[modality] = [(image, _pid(image, modality, path)) for image in read_image_list(path)]
+            modalities[modality] = [
+                (image, _pid(image, modality, path)) for image in read_image_list(path, top=FOLDERS[modality])
+            ]
         pids = {modality: {pid for _, pid in entries} for modality, entries in modalities.items()}
         differ = sorted(pids["visible"] ^ pids["infrared"])
         if differ and strict:

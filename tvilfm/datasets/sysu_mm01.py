@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from tvilfm.data.image_files import images_in
 from tvilfm.data.manifest import build_manifest
 from tvilfm.data.splits import read_ids
 from tvilfm.datasets.record import AS_REPORTED, Dataset, published
 
 INFRARED_CAMERAS = (3, 6)
 CAMERAS = (1, 2, 3, 4, 5, 6)
-SUFFIXES = (".jpg", ".png", ".bmp")
 PERMUTATIONS_FILE = "rand_perm_cam.mat"
 PERMUTATIONS = b"rand_perm_cam"  # metadata key of the manifest
 MOST_SHOTS = 10
@@ -66,8 +66,7 @@ def read(root: Path) -> pa.Table:
                             "modality": modality,
                             "split": part,
                         }
-                        for file in sorted(folder.iterdir())
-                        if file.suffix.lower() in SUFFIXES
+                        for file in images_in(folder)
                     ]
     manifest = build_manifest(rows)
     path = root / "exp" / PERMUTATIONS_FILE

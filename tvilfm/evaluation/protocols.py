@@ -21,6 +21,7 @@ import pyarrow as pa
 from tvilfm.config import WitnessDraw
 from tvilfm.data.captions import BY_IDENTITY, identity_map
 from tvilfm.data.manifest import column
+from tvilfm.data.splits import TEST_SPLITS
 from tvilfm.datasets.sysu_mm01 import PERMUTATIONS_FILE, permutations
 from tvilfm.evaluation.metrics import MetricRule
 from tvilfm.terms import Modality, Split
@@ -98,7 +99,8 @@ def select_query(manifest: pa.Table, protocol: Protocol, *, split: Split = "test
     Source: METHOD 8; released `process_query_sysu`, `process_query_llcm`, `process_test_regdb`.
     Differs: none known.
     """
-    rows = _rows(manifest, protocol, protocol.query_modality, protocol.query_cameras, split)
+    splits = ("test", "query") if split == "test" else (split,)
+    rows = _rows(manifest, protocol.query_modality, protocol.query_cameras, splits)
     if protocol.dataset != "regdb":
         rows.sort(key=_identity_camera_file)
     return _taken(manifest, rows, "query", protocol, split)
@@ -133,7 +135,8 @@ def select_gallery(manifest: pa.Table, protocol: Protocol, *, trial: int, split:
         raise ValueError(
             f"trial: expected 0 to {protocol.num_trials - 1} for {protocol.name}, got {trial}. Choose one of these."
         )
-    rows = _rows(manifest, protocol, protocol.gallery_modality, protocol.gallery_cameras, split)
+    splits = ("test", "gallery") if split == "test" else (split,)
+    rows = _rows(manifest, protocol.gallery_modality, protocol.gallery_cameras, splits)
     if protocol.images_per_camera is None:
         return _taken(manifest, rows, "gallery", protocol, split)
     if protocol.official:
@@ -225,7 +228,7 @@ def _witness_pool(
     }
     texts: dict[int, set[str]] = defaultdict(set)
     gallery_cameras = protocol.gallery_cameras
-    for row in _rows(manifest, protocol, "visible", None, split):
+    for row in _rows(manifest, "visible", None, TEST_SPLITS if split == "test" else (split,)):
         shown = gallery_cameras is None or row.camid in gallery_cameras
         if row.image in caption_of and not (held_out and shown):
             texts[row.pid].add(caption_of[row.image])
@@ -274,24 +277,29 @@ def chance_level(query: pa.Table, gallery: pa.Table, protocol: Protocol) -> floa
     Source: expectation over uniform permutations.
     Differs: none known.
     """
-    pid_camids = Counter(zip(gallery["pid"].to_pylist(), gallery["camid"].to_pylist(), strict=True))
-    pids = Counter(gallery["pid"].to_pylist())
-    camids = Counter(gallery["camid"].to_pylist())
-    chances: list[float] = []
-    for pid, camid in zip(query["pid"].to_pylist(), query["camid"].to_pylist(), strict=True):
-        matches, kept = pids[pid], gallery.num_rows
-        if protocol.dataset == "sysu_mm01" and camid == 3:
-            matches, kept = matches - pid_camids[pid, 2], kept - camids[2]
-        elif protocol.dataset in ("llcm", "market1501"):
-            matches, kept = matches - pid_camids[pid, camid], kept - pid_camids[pid, camid]
-        if matches:
-            chances.append(matches / kept)
+    chances = [count / kept for count, kept in matches(query, gallery, protocol) if count]
     if not chances:
         raise ValueError(
             "query: expected at least one identity that is in the gallery, got none. "
             "Take query and gallery from the same split."
         )
     return sum(chances) / len(chances)
+
+
+def matches(query: pa.Table, gallery: pa.Table, protocol: Protocol) -> list[tuple[int, int]]:
+    """Return per query how many gallery images are matches, and how many are not ignored (`ignored_gallery`)."""
+    pid_camids = Counter(zip(gallery["pid"].to_pylist(), gallery["camid"].to_pylist(), strict=True))
+    pids = Counter(gallery["pid"].to_pylist())
+    camids = Counter(gallery["camid"].to_pylist())
+    counts = []
+    for pid, camid in zip(query["pid"].to_pylist(), query["camid"].to_pylist(), strict=True):
+        found, kept = pids[pid], gallery.num_rows
+        if protocol.dataset == "sysu_mm01" and camid == 3:
+            found, kept = found - pid_camids[pid, 2], kept - camids[2]
+        elif protocol.dataset in ("llcm", "market1501"):
+            found, kept = found - pid_camids[pid, camid], kept - pid_camids[pid, camid]
+        counts.append((found, kept))
+    return counts
 
 
 @dataclass(frozen=True)
@@ -330,17 +338,14 @@ def _protocols() -> list[Protocol]:
 
 
 def _rows(
-    manifest: pa.Table, protocol: Protocol, modality: Modality, cameras: tuple[int, ...] | None, split: Split
+    manifest: pa.Table, modality: Modality, cameras: tuple[int, ...] | None, splits: tuple[str, ...]
 ) -> list[_Row]:
-    manifest_split: str = split
-    if split == "test" and protocol.dataset == "sysu_mm01":
-        manifest_split = "query" if modality == "infrared" else "gallery"
     names = ("image", "pid", "camid", "modality", "split")
     columns: list[list[Any]] = [manifest[name].to_pylist() for name in names]
     return [
         _Row(index, image, pid, camid)
         for index, (image, pid, camid, of, part) in enumerate(zip(*columns, strict=True))
-        if of == modality and part == manifest_split and (cameras is None or camid in cameras)
+        if of == modality and part in splits and (cameras is None or camid in cameras)
     ]
 
 

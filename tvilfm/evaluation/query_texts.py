@@ -5,7 +5,7 @@ Shapes: Q queries.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +47,7 @@ def draw_query_texts(
     *,
     seed: int,
     splits: Sequence[Split] = ("test",),
+    human: Mapping[int, str] | None = None,
 ) -> pa.Table:
     """Draw the sentences of every protocol, text source and query.
 
@@ -56,6 +57,7 @@ def draw_query_texts(
         section: protocols, text sources and method of the witness draw.
         seed: seed of the witness draw.
         splits: test, val or both.
+        human: pid -> a person's sentence, for the source `human`.
 
     Returns:
         Table of `QUERY_TEXTS_SCHEMA`, with queries in the order of `select_query`. There is no row for a query without
@@ -74,7 +76,9 @@ def draw_query_texts(
             own, _ = texts_of(captions, images)
             for source in section.text_sources:
                 texts: Sequence[str | None] = own
-                if source != "own":
+                if source == "human":
+                    texts = [(human or {}).get(pid) for pid in query["pid"].to_pylist()]
+                elif source != "own":
                     texts = witness_captions(
                         manifest,
                         captions,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from tvilfm.models.wrappers import unwrapped
+
+logger = logging.getLogger(__name__)
 
 
 def image_format(device: torch.device) -> torch.memory_format:
@@ -170,11 +176,15 @@ def read_state_dict(source: str, key: str) -> dict[str, Tensor]:
         raise ValueError(f"{key}: expected a state-dict file, got {source}. Check the path.")
     try:
         if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        state = torch.load(path, map_location="cpu", weights_only=True)
+            held: Any = dict(load_file(path))
+        else:
+            held = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on invalid bytes, the restricted unpickler can raise any type
         reason = str(error).splitlines()[0]
         raise ValueError(f"{key}: expected a state-dict file, got {source}: {reason}. Save state_dict().") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    state, notes = unwrapped(held)
+    for note in notes:
+        logger.warning("%s: %s: %s", key, source, note)
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{key}: expected a plain state dict, got something else in {source}. Save state_dict().")
-    return state
+    return dict(state)

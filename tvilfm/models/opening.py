@@ -17,10 +17,9 @@ from tvilfm.config import Config, load_config
 from tvilfm.files import content_digests
 from tvilfm.models.released import load_released, read_pickle
 from tvilfm.models.tvilfm import TVILFM, download
+from tvilfm.models.wrappers import unwrapped
 
-WRAPPERS = ("state_dict", "model")
 SETTINGS_FILE = "settings.json"  # in an exported folder
-PREFIXES = ("module.", "_orig_mod.")  # added by DistributedDataParallel and torch.compile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,25 +183,5 @@ def _open_folder(path: Path) -> tuple[Path, Config, list[str]]:
 
 
 def _read_file(path: Path) -> tuple[Mapping[str, Tensor], list[str]]:
-    held, reported = read_pickle(path), []
-    for key in WRAPPERS:
-        if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
-            held = held[key]
-            reported.append(f"{path}: the state dict was read from {key!r}.")
-            break
-    state, removed = _without_prefixes(held)
-    if removed:
-        reported.append(f"{path}: the prefix {removed!r} was removed from the keys.")
-    return state, reported
-
-
-def _without_prefixes(held: Any) -> tuple[Mapping[str, Tensor], str]:
-    """Return the state dict without the prefixes that wrappers put before all keys, and the removed prefixes."""
-    removed = ""
-    while isinstance(held, Mapping) and held:
-        prefix = next((prefix for prefix in PREFIXES if all(str(key).startswith(prefix) for key in held)), None)
-        if prefix is None:
-            break
-        held = {str(key).removeprefix(prefix): value for key, value in held.items()}
-        removed += prefix
-    return held, removed
+    state, notes = unwrapped(read_pickle(path))
+    return state, [f"{path}: {note}" for note in notes]

@@ -15,6 +15,7 @@ from tvilfm.captioning.scores import Marks
 from tvilfm.config import Config, to_yaml
 from tvilfm.data.captions import texts_of
 from tvilfm.data.manifest import column, rows_of, select
+from tvilfm.data.people import person_name
 from tvilfm.evaluation.evaluator import CaseResult, Evaluator, default_case
 from tvilfm.evaluation.protocols import Protocol, get_protocol, ignored_gallery
 from tvilfm.evaluation.query_texts import QueryTexts
@@ -165,7 +166,7 @@ def _examples(
         examples.append(
             RankedExample(
                 image=pixels[query_pixels[row]],
-                pid=int(query_pids[row]),
+                person=person_name(query, int(query_pids[row])),
                 query_text=None if texts is None or position is None else texts.texts[position],
                 filter_text=None if texts is None or position is None else texts.filter_texts[position],
                 rankings=rankings,

@@ -89,14 +89,14 @@ class RankedExample:
 
     Args:
         image: uint8, HxWx3: the infrared query.
-        pid: its identity.
+        person: its identity as the dataset writes it.
         query_text: the visible-style description used as query text; None without text.
         filter_text: the query image's own infrared caption, which SFF subtracts; None without SFF.
         rankings: query modality -> its top gallery images.
     """
 
     image: ImageArray
-    pid: int
+    person: str
     query_text: str | None = None
     filter_text: str | None = None
     rankings: Mapping[str, RankedRow]
@@ -253,6 +253,9 @@ def _default_table(results: Results) -> list[dict[str, Any]]:
     ]
 
 
+_BLOCKS = {source: place for place, source in enumerate(TEXT_SOURCES)} | {"none": 0}
+
+
 def _full_table(results: Results) -> list[dict[str, Any]]:
     """Group all rows by protocol, the default protocol first; queries are in the order of the headline table."""
     first = results.default_protocol
@@ -261,7 +264,7 @@ def _full_table(results: Results) -> list[dict[str, Any]]:
     for protocol in protocols:
         rows = [row for row in results.rows if row.protocol == protocol]
         # "none" sorts with "witness", so that infrared alone comes first in the block of the first text source.
-        rows.sort(key=lambda row: (TEXT_SOURCES.index(row.text_source) % 3, QUERIES.index(row.query)))
+        rows.sort(key=lambda row: (_BLOCKS[row.text_source], QUERIES.index(row.query)))
         chance = results.chance.get(protocol)
         groups.append(
             {
@@ -321,7 +324,7 @@ def _example(example: RankedExample) -> dict[str, Any]:
         )
     return {
         "image": _jpeg(example.image),
-        "pid": example.pid,
+        "person": example.person,
         "query_text": example.query_text,
         "filter_text": example.filter_text,
         "rankings": rankings,

@@ -40,6 +40,10 @@ TEXT_SOURCE_MEANINGS: Mapping[str, str] = {
         "the caption generated from the query image itself. No ground truth is used, so it measures what the system "
         "achieves with the infrared image and nothing else."
     ),
+    "human": (
+        "a sentence that a person wrote about the query's true identity, from data.human_texts. It measures what the "
+        "words of a real witness add. There is one sentence per identity, chosen using the ground truth."
+    ),
     "none": "no text; the query is only the infrared image.",
 }
 # Names of the text that fusion used, for use in sentences.
@@ -47,6 +51,7 @@ _TEXT_WORDS: Mapping[str, str] = {
     "witness": "a witness description",
     "witness-heldout": "a witness description from a camera outside the gallery",
     "own": "the image's own caption",
+    "human": "a person's own description",
     "none": "a text",
 }
 _MOVES: Mapping[int, str] = {1: "higher", 0: "no change", -1: "lower"}
@@ -104,9 +109,9 @@ def chance_sentence(results: Results) -> str | None:
 def verdict(results: Results) -> Verdict:
     """Judge whether infrared < fusion < ensemble holds on the headline rows.
 
-    The order is judged on rank-1 and mAP as printed (two decimals of a percent). The sentences also mention steps that
-    are smaller than the standard deviation over trials, and text that reaches fusion's result alone, because both
-    change what the order means.
+    The order is judged on rank-1 and mAP as printed (two decimals of a percent). If no query is better than chance, the
+    order says nothing. The sentences also mention steps that are smaller than the standard deviation over trials, and
+    text that reaches fusion's result alone, because both change what the order means.
     """
     rows = {row.query: row for row in results.default_rows}
     infrared, fusion, ensemble = rows.get("infrared"), rows.get("fusion"), rows.get("ensemble")
@@ -132,7 +137,9 @@ def verdict(results: Results) -> Verdict:
         sentence += f", and to {percent(ensemble.rank1)}% with the ensemble{signs[1]}"
 
     outcome: Literal["holds", "partly", "fails", "incomplete"]
-    if rank1_moves[0] <= 0:
+    if not any(_beats_chance(row, chance) for row in rows.values()):
+        outcome, opening = "incomplete", "No query is better than chance, so this run says nothing about the claim: "
+    elif rank1_moves[0] <= 0:
         outcome, opening = "fails", "The paper's claim does not hold in this run: "
     elif not rising or min(mAP_moves) <= 0:
         outcome, opening = "partly", "The paper's claim holds only in part: "
@@ -143,7 +150,7 @@ def verdict(results: Results) -> Verdict:
     caveats = _other_moves(steps, rank1_moves, mAP_moves) + _small_steps(steps)
     text = rows.get("text")
     if text is not None and text.rank1 >= fusion.rank1:
-        caveats += f" The text alone already reaches {percent(text.rank1)}%, so it may carry the result by itself."
+        caveats += _text_alone(text, chance)
     return Verdict(outcome=outcome, sentence=f"{opening}{sentence}.{chance_words}{caveats}")
 
 
@@ -171,6 +178,11 @@ def _other_moves(
     )
 
 
+def _beats_chance(row: ResultRow, chance: float | None) -> bool:
+    """Return whether rank-1 is above chance by more than the standard deviation over trials."""
+    return chance is None or row.rank1 - chance > max(_SAME, row.std["rank1"])
+
+
 def _small_steps(steps: Sequence[tuple[ResultRow, ResultRow]]) -> str:
     """Return a sentence for each rise of rank-1 that is smaller than the standard deviation over trials."""
     sentences = ""
@@ -182,6 +194,12 @@ def _small_steps(steps: Sequence[tuple[ResultRow, ResultRow]]) -> str:
                 f"standard deviation over trials ({percent(spread)})."
             )
     return sentences
+
+
+def _text_alone(text: ResultRow, chance: float | None) -> str:
+    if _beats_chance(text, chance):
+        return f" The text alone already reaches {percent(text.rank1)}%, so it may carry the result by itself."
+    return f" The text alone reaches {percent(text.rank1)}%, which is no better than chance."
 
 
 def terminal_table(results: Results) -> RenderableType:

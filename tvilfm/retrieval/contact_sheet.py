@@ -10,6 +10,7 @@ from pathlib import Path
 from tvilfm.data.images import thumbnail
 from tvilfm.data.pixels import decode
 from tvilfm.retrieval.find import Found, printable
+from tvilfm.terms import DepthRange
 
 HEIGHT = 224  # of an image, in pixels
 _STYLE = (
@@ -22,7 +23,13 @@ _STYLE = (
 
 
 def write_contact_sheet(
-    ranking: Sequence[Found], folder: Path, path: Path, *, images: Sequence[Path] = (), sentence: str | None = None
+    ranking: Sequence[Found],
+    folder: Path,
+    path: Path,
+    *,
+    images: Sequence[Path] = (),
+    sentence: str | None = None,
+    depth_range: DepthRange = None,
 ) -> None:
     """Write the images of a ranking with their names, scores and shares.
 
@@ -32,11 +39,12 @@ def write_contact_sheet(
         path: the HTML file.
         images: images of the query, shown first.
         sentence: sentence of the query.
+        depth_range: `data.depth_range` of the model.
     """
-    query = [_figure(image, escape(printable(image.name))) for image in images]
+    query = [_figure(image, escape(printable(image.name)), depth_range) for image in images]
     if sentence:
         query.append(f"<p>{escape(sentence)}</p>")
-    rows = [_figure(folder / row.path, _caption(row)) for row in ranking]
+    rows = [_figure(folder / row.path, _caption(row), depth_range) for row in ranking]
     path.write_text(
         '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>tvilfm find</title>'
         f"<style>{_STYLE}</style>\n<h1>Query</h1>\n<header>{''.join(query)}</header>\n"
@@ -50,9 +58,9 @@ def _caption(row: Found) -> str:
     return f"<b>{row.rank}</b> {escape(printable(row.path))}<br>{row.score:.4f} <span>({shares})</span>"
 
 
-def _figure(image: Path, caption: str) -> str:
+def _figure(image: Path, caption: str, depth_range: DepthRange) -> str:
     try:
-        pixels = decode(image.read_bytes(), height=None, width=None, name=str(image))
+        pixels = decode(image.read_bytes(), height=None, width=None, name=str(image), depth_range=depth_range)
         source = base64.b64encode(thumbnail(pixels, height=HEIGHT)).decode()
     except (OSError, ValueError):  # removed or changed since it was encoded
         source = ""

@@ -26,7 +26,9 @@ import torch
 from torch import Tensor
 
 from tvilfm.config import EnsembleWeights
+from tvilfm.data import image_files
 from tvilfm.data.pixels import decode
+from tvilfm.data.tokens import CONTEXT, is_cut
 from tvilfm.evaluation.features import FeatureTable
 from tvilfm.files import cache_folder, content_digests
 from tvilfm.models import TVILFM
@@ -37,10 +39,9 @@ from tvilfm.models.similarity import similarity
 from tvilfm.retrieval.query import query_parts
 from tvilfm.retrieval.spaces import Heads
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-SYSTEM_NAMES = ("Thumbs.db", ".DS_Store", "__MACOSX", "@eaDir")  # files and folders
 BATCH = 32
 SAVED = 1024  # images per write to the store: an interrupted call loses at most this many
+DECODING = "upright"  # part of the store's folder name: change it with the pixels that `decode` returns
 NAMED = 5  # unreadable images that are named in the warning
 Vectors = npt.NDArray[np.float32]
 
@@ -82,28 +83,18 @@ class Found:
 
 
 def list_images(folder: Path) -> list[str]:
-    """Return the sorted relative paths of all images in a folder and its subfolders; symbolic links are not followed.
+    """Return the sorted relative paths of all images in a folder and its subfolders, each real file once.
 
     Raises:
         ValueError: the folder does not exist or contains no image.
     """
     if not folder.is_dir():
         raise ValueError(f"--in: expected a folder of images, got {folder}. Check the path.")
-    names = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not _is_system(name)]
-        names += [
-            (Path(parent) / name).relative_to(folder).as_posix()
-            for name in files
-            if name.lower().endswith(SUFFIXES) and not _is_system(name)
-        ]
+    names = image_files.list_images(folder)
     if not names:
-        raise ValueError(f"--in: expected images ({' '.join(SUFFIXES)}) in {folder}, got none. Check the path.")
-    return sorted(names)
-
-
-def _is_system(name: str) -> bool:
-    return name in SYSTEM_NAMES or name.startswith("._")
+        suffixes = " ".join(image_files.SUFFIXES)
+        raise ValueError(f"--in: expected images ({suffixes}) in {folder}, got none. Check the path.")
+    return names
 
 
 def store_folders(opened: OpenedModel) -> list[Path]:
@@ -174,7 +165,7 @@ def folder_features(
     missing = {key: name for name, key in reversed(key_of.items()) if key not in vectors}
     waiting: dict[str, Vectors] = {}
     done = 0
-    for keys, pixels in _decoded(folder, list(missing.items()), opened.height, opened.width):
+    for keys, pixels in _decoded(folder, list(missing.items()), opened):
         spaces = Heads.of(_on_device(opened)).vectors(encode_pixels(_on_device(opened), pixels, "visible"))
         waiting |= dict(zip(keys, np.hstack([spaces["vector"], spaces["vector_base"]]), strict=True))
         done += len(keys)
@@ -203,14 +194,14 @@ def folder_features(
 
 
 def _decoded(
-    folder: Path, files: Sequence[tuple[str, str]], height: int, width: int
+    folder: Path, files: Sequence[tuple[str, str]], opened: OpenedModel
 ) -> Iterator[tuple[list[str], npt.NDArray[np.uint8]]]:
     """Decode (key, path) pairs and yield batches of (keys, (B, H, W, 3) uint8); skip invalid images."""
     keys: list[str] = []
     pixels: list[npt.NDArray[np.uint8]] = []
     for key, name in files:
         try:
-            pixels.append(decode((folder / name).read_bytes(), height=height, width=width, name=name))
+            pixels.append(_pixels((folder / name).read_bytes(), opened, name))
         except (ValueError, OSError):
             continue
         keys.append(key)
@@ -241,8 +232,7 @@ def encode_query(
         )
     infrared_D = text_D = filter_D = None
     if images:
-        height, width = opened.height, opened.width
-        pixels = [decode(_content(path), name=f"--image {path}", height=height, width=width) for path in images]
+        pixels = [_pixels(_content(path), opened, f"--image {path}") for path in images]
         infrared_D = torch.from_numpy(encode_pixels(model, np.stack(pixels), "infrared")).to(device).mean(dim=0)
     if sentence:
         filtered = bool(images and infrared_caption and opened.config.loss.filter_text)
@@ -250,6 +240,12 @@ def encode_query(
         encoded = torch.from_numpy(encode_texts(model, texts)).to(device)
         text_D, filter_D = encoded[0], encoded[1] if filtered else None
     return query_parts(model, infrared_D, text_D, filter_D)
+
+
+def _pixels(content: bytes, opened: OpenedModel, name: str) -> npt.NDArray[np.uint8]:
+    return decode(
+        content, height=opened.height, width=opened.width, name=name, depth_range=opened.config.data.depth_range
+    )
 
 
 def _content(path: Path) -> bytes:
@@ -371,14 +367,19 @@ def find(
     list_images(folder)
     if count < 1:
         raise ValueError(f"-k: expected 1 or more, got {count}.")
-    space = f"{model_fingerprint(opened.path)}-{opened.height}x{opened.width}"
+    space = f"{model_fingerprint(opened.path)}-{opened.height}x{opened.width}-{DECODING}"
+    if opened.config.data.depth_range is not None:
+        space += f"-{opened.config.data.depth_range}"
     gallery, queries = (Store(store_folders(opened), f"{space}/{kind}") for kind in ("gallery", "queries"))
     parts, new_key = _query(opened, images, sentence, infrared_caption, queries)
     features = folder_features(opened, folder, gallery, progress=progress)
     if new_key:
         queries.add({f"{new_key}/{name}": vector_D.numpy() for name, vector_D in parts.items()})
     ranking = rank(parts, features, opened.config.evaluate.ensemble, count)
-    return ranking, remarks(opened, features, fused=len(parts) > 1, infrared_caption=infrared_caption)
+    lines = remarks(opened, features, fused=len(parts) > 1, infrared_caption=infrared_caption)
+    if any(is_cut(text) for text in (sentence, infrared_caption) if text):
+        lines.append(f"The text is longer than {CONTEXT} tokens. Its end was not read: put what matters first.")
+    return ranking, lines
 
 
 def printable(name: str) -> str:

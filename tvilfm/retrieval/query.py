@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tvilfm.data.images import Pixels, resized
+from tvilfm.data.tokens import is_cut
 from tvilfm.models import TVILFM
 from tvilfm.models.encode import encode_pixels, encode_texts
 from tvilfm.models.fusion import semantic_filtered_fusion
@@ -54,12 +55,14 @@ class Query:
         base: whether the vectors are compared through the base stage's head; true for infrared alone.
         space_id: space of the model that encoded the question.
         filter_text_source: source of the filter text that fusion subtracts; "none" also if nothing is fused.
+        sentence_cut: whether the text tower did not read the end of the sentence or of the given caption.
     """
 
     parts: Mapping[str, Tensor]
     base: bool
     space_id: str
     filter_text_source: FilterTextSource
+    sentence_cut: bool = False
 
 
 @torch.inference_mode()
@@ -128,7 +131,10 @@ class QueryEncoder:
             filter_D = raw_text[filter_text] if filter_text else None
             parts = query_parts(self._model, raw_D, text_D, filter_D)
             base = text_D is None
-            queries.append(Query(parts=parts, base=base, space_id=self.space_id, filter_text_source=source))
+            cut = any(is_cut(text) for text in (question.sentence, filter_text) if text)
+            queries.append(
+                Query(parts=parts, base=base, space_id=self.space_id, filter_text_source=source, sentence_cut=cut)
+            )
         return queries
 
     def _images(self, images: Sequence[Pixels | None]) -> list[Tensor | None]:

@@ -236,12 +236,18 @@ class _Handlers:
         return total
 
     def _decode(self, contents: Sequence[bytes | None]) -> list[Pixels | None]:
-        limits = {"max_pixels": self._section.max_pixels, "min_side": MIN_SIDE, "formats": FORMATS}
+        picture = partial(
+            decode,
+            height=None,
+            width=None,
+            name="image",
+            max_pixels=self._section.max_pixels,
+            min_side=MIN_SIDE,
+            formats=FORMATS,
+            depth_range=self._backend.facts.depth_range,
+        )
         try:
-            return [
-                decode(content, height=None, width=None, name="image", **limits) if content else None  # type: ignore[arg-type]
-                for content in contents
-            ]
+            return [picture(content) if content else None for content in contents]
         except ValueError as error:
             raise HTTPException(422, str(error)) from None
 
@@ -316,6 +322,7 @@ def _answer(query: Query, answer: search.Answer, asked: search.Request) -> Searc
         version=answer.version,
         modalities=list(voted),
         filter_text=query.filter_text_source,
+        sentence_cut=query.sentence_cut,
     )
 
 

@@ -8,10 +8,19 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, AwareDatetime, Base64Bytes, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    Base64Bytes,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
 from tvilfm.config import MAX_BATCH
-from tvilfm.terms import MAX_ID, FilterTextSource, SearchKind, is_id
+from tvilfm.terms import MAX_ID, DepthRange, FilterTextSource, SearchKind, is_blank, is_id
 
 HEADER = "X-API-Key"
 RETRY_S = 1
@@ -42,12 +51,26 @@ def _is_plausible(time: datetime) -> datetime:
     return time
 
 
+def _is_said(text: str) -> str:
+    if is_blank(text):
+        raise ValueError("expected words, got blank text")
+    return text
+
+
+def _without_data_url(image: Any) -> Any:
+    """Return the base64 part of a `data:image/png;base64,...` URL, as a browser writes it; other values unchanged."""
+    if isinstance(image, str) and image.startswith("data:"):
+        return image.partition(",")[2]
+    return image
+
+
+ImageFile = Annotated[Base64Bytes, BeforeValidator(_without_data_url)]
 Time = Annotated[AwareDatetime, AfterValidator(_in_utc)]
 TakenAt = Annotated[Time, AfterValidator(_is_plausible)]
 RowId = Annotated[str, Field(min_length=1, max_length=MAX_ID), AfterValidator(_is_id)]
 Camera = Annotated[int, Field(ge=0, le=INT32)]
 Person = Annotated[int, Field(ge=0, le=INT64)]
-Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT), AfterValidator(_is_said)]
 # Each pydantic error takes a kilobyte, and a body could cause millions, so lists stop at the first error (`fail_fast`).
 Cameras = Annotated[list[Camera], Field(max_length=1000, fail_fast=True)]
 Vector = Annotated[list[float], Field(max_length=1 << 16, fail_fast=True)]
@@ -75,7 +98,7 @@ class Weights(Message):
 class SearchQuery(Message):
     """A person to search for: an infrared image, a sentence, or both."""
 
-    image: Base64Bytes | None = Field(None, description="infrared image, a JPEG, PNG, WebP or BMP file in base64")
+    image: ImageFile | None = Field(None, description="infrared image, a JPEG, PNG, WebP or BMP file in base64")
     sentence: Text | None = Field(None, description="description of the person")
     infrared_caption: Text | None = Field(
         None,
@@ -126,6 +149,7 @@ class SearchAnswer(Message):
     filter_text: FilterTextSource = Field(
         description="source of the text that fusion subtracted; none = nothing was subtracted"
     )
+    sentence_cut: bool = Field(False, description="whether a text was longer than 77 tokens, so its end was not read")
 
 
 class BatchAnswer(Message):
@@ -135,7 +159,7 @@ class BatchAnswer(Message):
 class Row(Message):
     """An image of a person, or the vectors of one."""
 
-    image: Base64Bytes | None = Field(None, description="visible image, a JPEG, PNG, WebP or BMP file in base64")
+    image: ImageFile | None = Field(None, description="visible image, a JPEG, PNG, WebP or BMP file in base64")
     vector: Vector | None = Field(None, description="instead of an image: unit vector from the current head")
     vector_base: Vector | None = Field(None, description="required with vector: unit vector from the base stage's head")
     space_id: str | None = Field(None, max_length=MAX_ID, description="required with vector: space of the vectors")
@@ -185,6 +209,7 @@ class ModelFacts(Message):
     text: bool = Field(description="whether the model reads sentences")
     captioner: bool = Field(description="whether the service captions infrared images of clients that send no caption")
     weights: Weights = Field(description="default weights of the modalities")
+    depth_range: DepthRange = Field(None, description="scaling of images above 8 bits: data.depth_range of the run")
 
 
 class Status(ModelFacts):

@@ -172,6 +172,15 @@ def test_new_captions_redo_the_text_stage_and_leave_the_base_model() -> None:
     assert _changed(config, config, {**SOURCES, "dataset": "d1"}) == set(stages_of(config)) - {"pretrain"}
 
 
+def test_sentences_of_people_decide_the_features_of_runs_that_use_them() -> None:
+    config = _load("data.human_texts=/words.json")
+    used = _load("data.human_texts=/words.json", "evaluate.text_sources=[witness,human]")
+    after = {"features", "results", "report"}
+    old, new = (stage_fingerprints(used, {**SOURCES, "human_texts": text}) for text in ("h0", "h1"))
+    assert {name for name in old if old[name] != new[name]} == after
+    assert _changed(config, config, {**SOURCES, "human_texts": "h1"}) == set()
+
+
 def test_captions_that_the_run_writes_decide_what_builds_on_them_and_those_of_files_nothing_else() -> None:
     finetuned = _load("caption.source=finetuned")
 

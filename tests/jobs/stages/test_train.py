@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import ray.train
 import torch
 
 from cluster.stages.base import fit_base
 from cluster.stages.pixels import decode_dataset
 from cluster.stages.text import fit_text
-from tvilfm.config import Config, load_config
+from cluster.stages.trainer import fit, trainer_of
+from tvilfm.config import ClusterSection, Config, load_config
 from tvilfm.datasets import read_dataset
 from tvilfm.datasets.caption_files import read_published
 from tvilfm.datasets.synthetic.layouts import Size, write_sysu_layout
@@ -47,6 +52,34 @@ def _fit(stage: str, folder: Path, inputs: dict[str, str], *overrides: str) -> t
     {"base": fit_base, "text": fit_text}[stage](folder, config, inputs)
     record = json.loads((folder / "metrics.jsonl").read_text())
     return TVILFM.from_pretrained(folder / "model"), record
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("error", "rank"),
+    [
+        (ValueError("train.p: expected at most 3, got 8. Lower p."), 0),
+        (FloatingPointError("epoch 1: not finite"), 1),
+        (OSError("[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device"), 0),
+    ],
+)
+def test_a_workers_bad_input_ends_the_run_at_once(
+    ray_session: None, tmp_path: Path, error: Exception, rank: int
+) -> None:
+    def fails(job: dict[str, Any]) -> None:  # inside, so that workers need not import this file
+        rank = ray.train.get_context().get_world_rank()
+        with (Path(job["folder"]) / "attempts").open("a") as file:
+            file.write(f"{rank}\n")
+        if rank == job["rank"]:
+            raise job["error"]
+        time.sleep(600)  # another worker waits for a gradient that does not come
+
+    section = ClusterSection(cpus_per_train_worker=1, max_failures=3)
+    job = {"folder": str(tmp_path), "error": error, "rank": rank}
+    trainer = trainer_of(fails, job, tmp_path, section, workers=rank + 1, depot=None)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(error))}$"):
+        fit(trainer)
+    assert len((tmp_path / "attempts").read_text().split()) <= rank + 1
 
 
 @pytest.mark.long

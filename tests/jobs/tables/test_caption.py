@@ -16,6 +16,7 @@ from PIL import Image
 
 from cluster.cli.app import main
 from cluster.tables.captioning import (
+    _PICTURE,
     PART_SCHEMA,
     QUARANTINE_SCHEMA,
     CaptionActor,
@@ -170,7 +171,7 @@ def test_bad_images_are_set_aside_with_their_reasons(lab: SimpleNamespace, done:
     ):
         (image,) = [image for image in lab.bad if f"bad_{name}" in image]
         assert reason in reasons[image]
-    assert reasons["cam1/bad_page.jpg"].startswith("expected an image, got cannot identify")
+    assert reasons["cam1/bad_page.jpg"].startswith("expected an image, got a file that begins with b'<html>40")
     summary = done.summary
     assert (summary.total, summary.before, summary.captioned) == (len(lab.rows), 0, len(lab.names))
     assert (summary.bad, summary.unread) == (len(lab.bad), 0)
@@ -287,6 +288,42 @@ def test_pictures_keep_their_size_for_a_captioner_that_squashes_none(lab: Simple
     plain = Captioner.load(lab.captioner)
     expected = plain.caption([np.asarray(Image.open(lab.root / name)) for name in lab.names[:3]])
     assert job.captions.read()["caption"].to_pylist() == expected
+
+
+def test_an_image_that_the_processor_refuses_goes_into_quarantine_alone(
+    lab: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, names = job_of(lab, tmp_path), lab.names[:4]
+    pictures = decode_chunk(chunk_of(*names), job=job, size=None).to_pylist()[0]["pictures"]
+    wide, shape = pictures[2], (8, 2000, 3)
+    wide |= {"image": "wide.jpg", "pixels": bytes(8 * 2000 * 3), "height": 8, "width": 2000}
+    chunk = pa.table({"start": [0], "pictures": pa.array([pictures], type=pa.list_(_PICTURE))})
+    actor, prompt_inputs = CaptionActor(job), Captioner.prompt_inputs
+
+    def refuses(self: Captioner, images: list[np.ndarray]) -> object:
+        if any(image.shape == shape for image in images):
+            raise ValueError("aspect ratio must be smaller than 200")
+        return prompt_inputs(self, images)
+
+    monkeypatch.setattr(Captioner, "prompt_inputs", refuses)
+    assert actor(chunk)["done"].to_pylist() == [4]
+    (bad,) = job.quarantine.read().to_pylist()
+    assert bad["image"] == "wide.jpg" and "got 2000 x 8 pixels (aspect ratio must be" in bad["reason"]
+    kept = [name for row, name in enumerate(names) if row != 2]
+    expected = Captioner.load(lab.captioner).caption([np.asarray(Image.open(lab.root / name)) for name in kept])
+    found = job.captions.read()
+    assert dict(zip(found["image"].to_pylist(), found["caption"].to_pylist(), strict=True)) == dict(
+        zip(kept, expected, strict=True)
+    )
+
+    def fails(self: Captioner, images: list[np.ndarray]) -> object:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Captioner, "prompt_inputs", fails)
+    other = job_of(lab, tmp_path / "other")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        CaptionActor(other)(chunk)
+    assert not other.quarantine.read().num_rows
 
 
 def test_no_file_stops_a_decoding_task(lab: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

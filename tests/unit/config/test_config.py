@@ -186,6 +186,9 @@ def test_the_file_resolves_to_the_defaults() -> None:
         ("data.heigth=3", "data.heigth", "data.height"),
         ("train.text.epoch=3", "train.text.epoch", "train.text.epochs"),
         ("fidelty=published", "fidelty", "fidelity"),
+        ("p=4", "p", "train.p"),
+        ("lr=1", "lr", "optim.lr"),
+        ("train.epochs=2", "train.epochs", "train.text.epochs"),
         pytest.param("train.bas.epochs=3", "train.bas", "train.base"),
     ],
 )
@@ -400,3 +403,46 @@ def test_a_run_of_an_earlier_version_opens_unless_it_uses_a_removed_key(tmp_path
         ValueError, match=r"gallery.uri: expected a known key, got an unknown one. Did you mean gallery.url"
     ):
         load_config(file)
+
+
+@pytest.mark.parametrize("name", ["20260501", "0042", "2026-05-01", "1e5", "yes", "1.30", "on", "0x1F", "null_1"])
+def test_a_name_is_taken_as_typed(name: str) -> None:
+    assert load_config(None, [f"run.name={name}"]).run.name == name
+    assert load_config(None, [f"run.name='{name}'"]).run.name == name
+    assert load_config(None, [f"run.dir={name}"]).run.dir == Path(name)
+
+
+@pytest.mark.parametrize("text", ["a photo of # one", "a: b", "[person]", "%d", "- x", ""])
+def test_a_prompt_is_taken_as_typed(text: str) -> None:
+    assert load_config(None, [f"caption.visible.prompt={text}"]).caption.visible.prompt == text
+    assert (
+        load_config(None, ["data.root=null"]).data.root is None and load_config(None, ["data.root="]).data.root is None
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("010", 10), ("08", 8), ("10", 10), ("1_0", 10), ("0x8", None), ("1:08", None)]
+)
+def test_a_number_is_decimal_or_refused(text: str, expected: int | None, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"data: {{split: {text}}}")
+    for arguments in ((None, [f"data.split={text}"]), (path, [])):
+        if expected is None:
+            with pytest.raises(ValueError, match=r"^data\.split: .* got '"):
+                load_config(*arguments)
+        else:
+            assert load_config(*arguments).data.split == expected
+    assert load_config(None, ["train.base.milestones=[040,060]"]).train.base.milestones == (40, 60)
+
+
+def test_home_is_expanded_in_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    path = tmp_path / "config.yaml"
+    path.write_text("gallery: {url: ~/gallery}")
+    config = load_config(
+        path, ["run.dir=~/runs", "data.name=folder", "data.root=~/x", "caption.visible.model=~/models/a"]
+    )
+    assert (config.run.dir, config.data.root) == (Path("/home/somebody/runs"), Path("/home/somebody/x"))
+    assert config.gallery.url == "/home/somebody/gallery" and config.caption.visible.model == "/home/somebody/models/a"
+    assert load_config(None, ["run.dir=~"]).run.dir == Path("/home/somebody")
+    assert load_config(None, ["run.dir=a~/b"]).run.dir == Path("a~/b")

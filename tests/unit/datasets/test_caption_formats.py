@@ -338,3 +338,16 @@ def test_writing_and_reading_is_the_identity(sysu: tuple[pa.Table, pa.Table], tm
     manifest, captions = sysu
     write_published(tmp_path / "Text", captions, manifest, key_root="/anywhere/SYSU-MM01/")
     assert read_published(tmp_path, manifest).equals(captions)
+
+
+def test_caption_files_of_other_encodings_are_read_or_named_with_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "caption_dict_x.json"
+    text = json.dumps(
+        {"a.jpg": {"description": "a man"}, "b.jpg": {"description": "\u7ea2\u8272"}}, indent=1, ensure_ascii=False
+    )
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        path.write_bytes(text.replace("\n", "\r\n").encode(encoding))
+        assert read_caption_dict(path)["caption"].to_pylist() == ["a man", "\u7ea2\u8272"]
+    path.write_bytes(text.encode("gbk"))
+    with pytest.raises(ValueError, match=r"caption_dict_x.json:6: expected UTF-8, got .* \(likely GBK\)"):
+        read_caption_dict(path)

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from cluster.cli.data import app
 from tvilfm.config import DataSection, load_config, to_yaml
-from tvilfm.data.manifest import select
+from tvilfm.data.manifest import CAPTION_SCHEMA, select
 from tvilfm.data.pixels import decode
 from tvilfm.datasets import read_dataset
-from tvilfm.datasets.check import SYNTHETIC_MARK, Fault, Findings, check_dataset
+from tvilfm.datasets.caption_files import read_captions
+from tvilfm.datasets.check import SYNTHETIC_MARK, check_dataset
+from tvilfm.datasets.findings import Fault, Findings
 from tvilfm.datasets.readers import DATASETS
 from tvilfm.datasets.synthetic.layouts import Layout, Size, write_layout
 from tvilfm.evaluation.features import FeatureTable
@@ -200,8 +207,154 @@ def test_the_commands_make_and_check_every_layout(layout: Layout, tmp_path: Path
     assert made.exit_code == 0 and f"2 + 1 + 2 identities, layout {layout}, seed 0" in made.output
     config = tmp_path / "config.yaml"
     config.write_text("{}")
-    checked = runner.invoke(app, ["check", "--config", str(config), f"data.name={layout}", f"data.root={root}"])
+    dataset = [f"data.name={layout}", f"data.root={root}"]
+    checked = runner.invoke(app, ["check", "--config", str(config), *dataset, "train.p=2"])
     assert checked.exit_code == 0 and "no problems found" in checked.output
+
+
+@pytest.fixture
+def own(rendered: dict[Layout, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(rendered["folder"], tmp_path / "own"))
+
+
+def deepen(source: Path, root: Path, images: list[str], counts: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Write gray images of another folder as 16-bit PNG files of the same name."""
+    for image in images:
+        gray = np.asarray(Image.open(source / image).convert("L")).astype(np.uint16)
+        Image.fromarray(counts(gray).astype(np.uint16)).save(root / image, "PNG")
+
+
+def test_radiometric_images_are_found_with_their_window(rendered: dict[Layout, Path], own: Path) -> None:
+    images = select(read_dataset("folder", own), modality="infrared")["image"].to_pylist()
+    deepen(rendered["folder"], own, images, lambda gray: 7000 + 8 * gray)
+    findings = check_dataset(section("folder"), own)
+    found = fault(findings, "deep images whose pixels are all between")
+    assert set(found.where) == set(images) and not findings.sound
+    (window,) = re.findall(r"data.depth_range=(\[\d+,\d+\])", found.fix)
+    low, high = json.loads(window)
+    assert 7000 <= low < high <= 7000 + 8 * 255
+    assert not check_dataset(section("folder", depth_range=(low, high)), own).faults
+    assert not check_dataset(section("folder", depth_range="percentiles"), own).faults
+    deepen(rendered["folder"], own, images, lambda gray: gray * 257)
+    assert not check_dataset(section("folder"), own).faults
+
+
+def test_images_of_one_value_and_several_pages_are_found(own: Path) -> None:
+    images = select(read_dataset("folder", own), modality="infrared")["image"].to_pylist()
+    Image.new("RGB", (20, 40), (255, 255, 255)).save(own / images[0])
+    findings = check_dataset(section("folder"), own)
+    assert fault(findings, f"1 of {len(images)} infrared images have one single value").where == (images[0],)
+    assert findings.sound
+    for image in images:
+        Image.new("RGB", (20, 40), (255, 255, 255)).save(own / image)
+    assert not check_dataset(section("folder"), own).sound
+    shutil.rmtree(own)
+    pages = [Image.effect_noise((20, 40), 50) for _ in range(2)]
+    image = "visible/1/1/a.tif"
+    (own / image).parent.mkdir(parents=True)
+    pages[0].save(own / image, save_all=True, append_images=pages[1:])
+    (own / "infrared/1/4").mkdir(parents=True)
+    pages[0].save(own / "infrared/1/4/a.png")
+    assert fault(check_dataset(section("folder"), own), "1 files with several pages").where == (image,)
+
+
+def test_files_that_are_not_read_are_counted_by_place_and_suffix(own: Path) -> None:
+    manifest = read_dataset("folder", own)
+    first = manifest["image"][0].as_py()
+    for name in ("visible/1/loose.jpg", "visible/1/1/track/x.jpg", "visible/1/1/track/y.JPG", "visible/1/1/a.gif"):
+        (own / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(own / first, own / name)
+    for system in ("visible/1/1/._a.jpg", "visible/1/Thumbs.db", "visible/1/1/notes.txt"):
+        (own / system).write_bytes(b"x")
+    (own / "visible/latest").symlink_to("1")
+    findings = check_dataset(section("folder"), own)
+    assert fault(findings, "3 images that are not read").where == (
+        "2 x visible/*/*/*/*.jpg, such as visible/1/1/track/x.jpg",
+        "1 x visible/*/*.jpg, such as visible/1/loose.jpg",
+    )
+    assert fault(findings, "1 files that are skipped because of their suffix").where == (
+        "1 x visible/*/*/*.gif, such as visible/1/1/a.gif",
+    )
+    assert findings.sound and len(findings.faults) == 2
+
+
+def test_a_camera_whose_suffix_is_not_read_is_counted(tmp_path: Path) -> None:
+    root = tmp_path / "sysu"
+    write_layout(root, SIZE, seed=2, layout="sysu_mm01")
+    files = list((root / "cam2").rglob("*.jpg"))
+    for file in files:
+        file.rename(file.with_suffix(".gif"))
+    found = fault(check_dataset(section("sysu_mm01"), root, images=False), "files that are skipped because of their")
+    assert found.where[0].startswith(f"{len(files)} x cam2/*/*.gif, such as cam2/")
+
+
+def as_table(own: Path, change: Callable[[str, str], object], keys: Callable[[str], str] = str) -> DataSection:
+    """The captions of the folder as a Parquet table with changed texts or keys, and the section that reads it."""
+    captions = read_captions(read_dataset("folder", own), own)
+    rows = [{**row, "caption": change(row["image"], row["caption"])} for row in captions.to_pylist()]
+    rows = [{**row, "image": keys(row["image"])} for row in rows]
+    path = own.parent / "captions.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return section("folder", captions=path)
+
+
+def test_captions_without_words_are_counted_in_every_format(own: Path) -> None:
+    images = read_dataset("folder", own)["image"].to_pylist()
+    holes = dict(zip(images, ["", "  ", "nan", "NaN", None, "\u200b", "null"], strict=False))
+    table = as_table(own, lambda image, text: holes.get(image, text))
+    found = fault(check_dataset(table, own, images=False), "7 captions without words")
+    assert found.where == tuple(holes) and found.serious
+    for path in (own / "Text").rglob("caption*.json"):
+        entries = json.loads(path.read_text())
+        for key, entry in entries.items():
+            hole = next((text for image, text in holes.items() if key.endswith(image)), entry["description"])
+            entry["description"] = hole or ""
+        path.write_text(json.dumps(entries))
+    assert fault(check_dataset(section("folder"), own, images=False), "captions without words").where == tuple(holes)
+
+
+@pytest.mark.parametrize("prefix", ["D:\\data\\crops\\", "/home/somebody/crops/", "./", ""])
+def test_keys_of_a_caption_table_are_matched_as_those_of_json(own: Path, prefix: str) -> None:
+    expected = read_captions(read_dataset("folder", own), own)
+    table = as_table(
+        own, lambda _, text: text, lambda image: prefix + (image.replace("/", "\\") if "\\" in prefix else image)
+    )
+    assert table.captions is not None
+    assert not check_dataset(table, own, images=False).faults
+    found = read_captions(read_dataset("folder", own), own, table.captions)
+    assert found["image"].equals(expected["image"]) and found["caption"].equals(expected["caption"])
+
+
+def test_a_caption_table_with_stray_missing_or_contradicting_rows_is_found(own: Path) -> None:
+    images = read_dataset("folder", own)["image"].to_pylist()
+    table = as_table(own, lambda _, text: text, lambda image: "stray.jpg" if image == images[3] else image)
+    findings = check_dataset(table, own, images=False)
+    assert fault(findings, "images without a caption").where == (images[3],)
+    assert fault(findings, "captions without an image, in captions.parquet").where == ("stray.jpg",)
+    assert not findings.sound
+    table = as_table(own, lambda _, text: text, lambda image: images[0] if image == images[3] else image)
+    (found,) = [one for one in check_dataset(table, own, images=False).faults if "one caption per image" in one.what]
+    assert f"got two of {images[0]}" in found.what and "(row 1)" in found.what and "(row 4)" in found.what
+
+
+def test_keys_of_this_machine_are_not_matched_by_their_end(tmp_path: Path) -> None:
+    images = ["a.jpg", "1/a.jpg", "2/1/a.jpg"]
+    rows = [{"image": image, "caption": f"caption of {image}"} for image in images]
+    pq.write_table(pa.Table.from_pylist(rows, schema=CAPTION_SCHEMA), tmp_path / "captions.parquet")
+    for kept in (images, images[:1], images[1:2]):
+        found = read_captions(pa.table({"image": kept}), tmp_path, tmp_path / "captions.parquet")
+        assert found["caption"].to_pylist() == [f"caption of {image}" for image in kept]
+
+
+def test_captions_that_differ_beyond_the_towers_end_are_a_fault(own: Path) -> None:
+    images = read_dataset("folder", own)["image"].to_pylist()
+    table = as_table(own, lambda image, text: "word " * 90 + text if image in images[:5] else text)
+    found = fault(check_dataset(table, own, images=False), "5 captions longer than the text tower's 77 tokens")
+    assert found.where == tuple(images[:5]) and found.serious and "different sentences become 1" in found.what
+    table = as_table(own, lambda image, text: text + " word" * 90 if image == images[0] else text)
+    assert not fault(check_dataset(table, own, images=False), "1 captions longer than").serious
+    table = as_table(own, lambda image, text: "\u4e00\u4e2a\u7537\u4eba" if image == images[0] else text)
+    assert not fault(check_dataset(table, own, images=False), "in a script other than Latin").serious
 
 
 def test_the_check_command_fails_with_a_table_of_faults(regdb: Path, tmp_path: Path) -> None:

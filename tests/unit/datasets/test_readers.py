@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
 from tvilfm.config import load_config
 from tvilfm.data.manifest import MANIFEST_SCHEMA, column, select
+from tvilfm.data.people import people_of
 from tvilfm.data.splits import held_out
 from tvilfm.data.tri_modal import TrainingRows
 from tvilfm.datasets import read_dataset
@@ -273,6 +275,126 @@ def test_a_table_gives_the_same_manifest_as_the_tree(own: Path, tmp_path: Path, 
     assert read_dataset("folder", own, table=elsewhere).equals(manifest)
 
 
+def renamed(own: Path, names: dict[int, str]) -> pa.Table:
+    """The dataset as a table whose identities are written as given, read again."""
+    manifest = read_dataset("folder", own)
+    column = pa.array([names[pid] for pid in manifest["pid"].to_pylist()])
+    write(manifest.set_column(1, "pid", column), own / "manifest.csv")
+    return read_dataset("folder", own)
+
+
+def test_identities_may_be_text_whose_original_is_kept(own: Path) -> None:
+    manifest = read_dataset("folder", own)
+    pids_of = sorted(set(manifest["pid"].to_pylist()))
+    names = {pid: f"{'pq'[place % 2]}{place:d}" for place, pid in enumerate(pids_of)} | {pids_of[0]: "alice"}
+    found = renamed(own, names)
+    people = people_of(found)
+    assert [people[pid] for pid in found["pid"].to_pylist()] == [names[pid] for pid in manifest["pid"].to_pylist()]
+    assert sorted(people) == list(range(1, len(pids_of) + 1))
+    for name in ("image", "camid", "modality", "split"):
+        assert found[name].equals(manifest[name])
+    (own / "manifest.csv").unlink()
+    pid = pids_of[1]
+    for modality in ("visible", "infrared"):
+        (folder,) = [path for path in (own / modality).iterdir() if int(path.name) == pid]
+        folder.rename(folder.with_name("99999999999999999999"))
+    edit(own / "splits.csv", f"\n{pid},", "\n99999999999999999999,")
+    tree = read_dataset("folder", own)
+    assert "99999999999999999999" in people_of(tree).values() and tree.num_rows == manifest.num_rows
+
+
+def test_nobody_is_left_out_or_kept_in_the_gallery(own: Path) -> None:
+    manifest = read_dataset("folder", own)
+    nobody = min(pids(manifest, "test"))
+    found = renamed(own, {pid: "-1" if pid == nobody else str(pid) for pid in manifest["pid"].to_pylist()})
+    assert found.equals(manifest.filter(pc.not_equal(manifest["pid"], nobody)))
+    kept = read_dataset("folder", own, distractors=True)
+    strangers = kept.filter(pc.less(kept["pid"], 0))
+    shown = select(manifest.filter(pc.equal(manifest["pid"], nobody)), modality="visible")
+    assert strangers["image"].equals(shown["image"]) and set(strangers["split"].to_pylist()) == {"gallery"}
+    protocol = get_protocol("folder/infrared-visible")
+    query, gallery = select_query(kept, protocol), select_gallery(kept, protocol, trial=0)
+    assert min(query["pid"].to_pylist()) >= 0
+    assert gallery.num_rows == select_gallery(found, protocol, trial=0).num_rows + shown.num_rows
+
+
+def test_query_and_gallery_of_a_table_take_part_as_they_say(own: Path) -> None:
+    manifest = read_dataset("folder", own)
+    splits = [
+        row["split"] if row["split"] != "test" else {"visible": "gallery", "infrared": "query"}[row["modality"]]
+        for row in manifest.to_pylist()
+    ]
+    written = manifest.set_column(4, "split", pa.array(splits))
+    write(written, own / "manifest.csv")
+    found, protocol = read_dataset("folder", own), get_protocol("folder/infrared-visible")
+    for one in (manifest, found):
+        assert set(select_query(one, protocol)["image"].to_pylist()) == set(
+            select(manifest, split="test", modality="infrared")["image"].to_pylist()
+        )
+        assert set(select_gallery(one, protocol, trial=0)["image"].to_pylist()) == set(
+            select(manifest, split="test", modality="visible")["image"].to_pylist()
+        )
+    # Half of the gallery as "test", half as "gallery": all of it is ranked.
+    mixed = [split if row % 2 or split != "gallery" else "test" for row, split in enumerate(splits)]
+    write(manifest.set_column(4, "split", pa.array(mixed)), own / "manifest.csv")
+    half = select_gallery(read_dataset("folder", own), protocol, trial=0)
+    assert half.num_rows == select(manifest, split="test", modality="visible").num_rows
+    write(written.set_column(4, "split", pa.array(["query"] * len(splits))), own / "manifest.csv")
+    with pytest.raises(ValueError, match=r"got the visible image .* \(row \d+\) in query. Write test instead"):
+        read_dataset("folder", own)
+
+
+def test_a_table_that_contradicts_itself_is_refused_with_both_rows(own: Path) -> None:
+    manifest = read_dataset("folder", own)
+    write(pa.concat_tables([manifest, manifest.slice(0, 1)]), own / "manifest.csv")
+    assert read_dataset("folder", own).equals(manifest)  # the same row twice says nothing new
+    other = changed(manifest, "camid", 9).slice(0, 1)
+    write(pa.concat_tables([manifest, other.cast(manifest.schema)]), own / "manifest.csv")
+    with pytest.raises(ValueError, match=rf"camid {manifest['camid'][0]} \(row 2\) and 9 \(row {len(manifest) + 2}\)"):
+        read_dataset("folder", own)
+    (own / "manifest.csv").unlink()
+    pid, path = min(pids(manifest, "train")), own / "splits.csv"
+    path.write_text(f"{path.read_text().rstrip()}\n0{pid},test\n")
+    with pytest.raises(ValueError, match=rf"got 0{pid} in train \(line \d+\) and in test \(line {SIZE.train + 9}\)"):
+        read_dataset("folder", own)
+
+
+def test_a_table_from_windows_is_read(own: Path) -> None:
+    manifest = read_dataset("folder", own)
+    images = [f"D:\\data\\crops\\{image}".replace("/", "\\") for image in manifest["image"].to_pylist()]
+    for written in (images, [image.removeprefix("D:\\data\\crops\\") for image in images]):
+        write(manifest.set_column(0, "image", pa.array(written)), own / "manifest.csv")
+        text = (own / "manifest.csv").read_text()
+        for content in (text.encode(), text.replace("\n", "\r\n").encode("utf-8-sig"), text.encode("utf-16")):
+            (own / "manifest.csv").write_bytes(content)
+            assert read_dataset("folder", own).equals(manifest)
+    (own / manifest["image"][0].as_py()).unlink()
+    with pytest.raises(ValueError, match=r"manifest.csv: .* got 'visible.* no end of this path is a file"):
+        read_dataset("folder", own)
+
+
+@pytest.mark.parametrize(("encoding", "likely"), [("gbk", "GBK"), ("latin-1", "ISO-8859-1")])
+def test_a_table_of_another_encoding_is_named_with_its_line(own: Path, encoding: str, likely: str) -> None:
+    write(read_dataset("folder", own), own / "manifest.csv")
+    lines = (own / "manifest.csv").read_text().splitlines()
+    lines[4] = lines[4].replace("visible", {"gbk": "\u53ef\u89c1\u5149", "latin-1": "gr\xfcn"}[encoding])
+    (own / "manifest.csv").write_bytes("\n".join(lines).encode(encoding))
+    with pytest.raises(ValueError, match=rf"manifest.csv:5: expected UTF-8, got .* \(likely {likely}\)"):
+        read_dataset("folder", own)
+
+
+@pytest.mark.parametrize("prefix", ["C:\\RegDB\\", "/home/somebody/regdb/", ".\\", "./"])
+def test_lists_of_regdb_and_llcm_from_other_machines_are_read(regdb: Path, llcm: Path, prefix: str) -> None:
+    before = read_dataset("regdb", regdb), read_dataset("llcm", llcm)
+    for path in (*(regdb / "idx").glob("*.txt"), *(llcm / "idx").glob("t*_[vn]i*.txt")):
+        lines = [
+            prefix + (line.replace("/", "\\") if "\\" in prefix else line) for line in path.read_text().splitlines()
+        ]
+        path.write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    (llcm / "idx/test_id.txt").write_bytes((llcm / "idx/test_id.txt").read_text().encode("utf-8-sig"))
+    assert read_dataset("regdb", regdb).equals(before[0]) and read_dataset("llcm", llcm).equals(before[1])
+
+
 def write(table: pa.Table, path: Path) -> None:
     pq.write_table(table, path) if path.suffix == ".parquet" else pyarrow.csv.write_csv(table, path)
 
@@ -290,7 +412,8 @@ def changed(table: pa.Table, name: str, value: object) -> pa.Table:
     [
         ("modality", "thermal", r"expected modality among visible, infrared, got 'thermal'"),
         ("split", "training", r"expected split among train, val, query, gallery, test, got 'training'"),
-        ("pid", "anna", r"expected integers in pid and camid"),
+        ("camid", "left", r"expected integers in camid"),
+        ("image", "  ", r"expected a value in every row of image, got an empty one in row 2"),
         ("image", "/etc/passwd", r"expected image paths relative to data.root, got '/etc/passwd'"),
         ("image", "../secret.jpg", r"expected image paths relative to data.root"),
         ("image", "visible/nobody.jpg", r"1 of \d+ missing, the first visible/nobody.jpg"),
@@ -312,16 +435,60 @@ def test_a_table_without_a_column_or_without_table_form_is_refused(own: Path) ->
         read_dataset("folder", own)
 
 
-@pytest.mark.parametrize("name", ["visible/anna", "visible/7/left", "visible/7/loose.jpg"])
-def test_a_wrong_folder_layout_is_named(own: Path, name: str) -> None:
-    path = own / name
-    if path.suffix:
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"")
-    else:
-        path.mkdir(parents=True)
-    with pytest.raises(ValueError, match=rf"<modality>/<pid>/<camid>/<image> with numbers .* got {name}"):
+def test_a_camera_without_a_number_is_named(own: Path) -> None:
+    (own / "visible/7/left").mkdir(parents=True)
+    (own / "visible/7/left/a.JPG").touch()
+    with pytest.raises(ValueError, match=r"with a number for camid, got visible/7/left in"):
         read_dataset("folder", own)
+
+
+def test_images_at_another_depth_are_described(own: Path) -> None:
+    for modality in ("visible", "infrared"):
+        for camera in (own / modality).glob("*/*"):
+            files = list(camera.iterdir())
+            (camera / "track").mkdir()
+            for file in files:
+                file.rename(camera / "track" / file.name)
+    count = len(list((own / "visible").rglob("*.jpg")))
+    with pytest.raises(ValueError, match=rf"got .*{count} in visible/\*/\*/\*/\*.jpg, such as infrared/.*track"):
+        read_dataset("folder", own)
+
+
+def test_system_files_are_ignored_and_every_suffix_is_read(own: Path) -> None:
+    manifest = read_dataset("folder", own)
+    first = own / manifest["image"][0].as_py()
+    person = first.parents[1]
+    for stray in (person / "Thumbs.db", first.with_name(f"._{first.name}"), first.with_name("desktop.ini")):
+        stray.write_bytes(b"system")
+    (own / "visible/__MACOSX/1").mkdir(parents=True)
+    shutil.copy(first, own / "visible/__MACOSX/1/a.jpg")
+    first.rename(first.with_suffix(".TIF"))
+    found = read_dataset("folder", own)
+    assert sorted(found["image"].to_pylist()) == sorted(
+        image.replace(".jpg", ".TIF") if row == 0 else image for row, image in enumerate(manifest["image"].to_pylist())
+    )
+
+
+@pytest.mark.parametrize("suffix", [".jpeg", ".JPEG", ".tif", ".TIFF", ".webp", ".PNG", ".bmp"])
+def test_a_camera_of_sysu_or_llcm_may_use_any_suffix(llcm: Path, tmp_path: Path, suffix: str) -> None:
+    sysu = tmp_path / "sysu"
+    write_layout(sysu, SIZE, seed=5, layout="sysu_mm01")
+    before = read_dataset("sysu_mm01", sysu), read_dataset("llcm", llcm)
+    for camera in (sysu / "cam2", llcm / "test_vis/cam2"):
+        for file in list(camera.rglob("*.jpg")):
+            file.rename(file.with_suffix(suffix))
+    after = read_dataset("sysu_mm01", sysu), read_dataset("llcm", llcm)
+    for one, other in zip(before, after, strict=True):
+        assert one.num_rows == other.num_rows and one["pid"].equals(other["pid"])
+
+
+def test_a_link_adds_no_second_row_and_a_loop_ends(own: Path) -> None:
+    manifest = read_dataset("folder", own)
+    pid = manifest["pid"][0].as_py()
+    (own / "visible" / "latest").symlink_to(own / "visible" / str(manifest["image"][0].as_py()).split("/")[1])
+    (own / "visible" / "up").symlink_to("..")
+    (own / "loop").symlink_to(".")
+    assert read_dataset("folder", own).equals(manifest) and pid >= 0
 
 
 def test_a_folder_of_one_modality_is_refused(own: Path) -> None:

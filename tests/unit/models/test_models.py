@@ -128,13 +128,25 @@ def test_weights_that_do_not_fit_are_refused_by_key(tmp_path: Path) -> None:
         load_imagenet(DualStemResNet("resnet50"), "resnet50", str(tmp_path / "nowhere.pth"))
 
 
+@pytest.mark.parametrize("prefix", ["module.", "module._orig_mod."])
+def test_weights_of_a_wrapped_network_are_read_and_said(
+    tmp_path: Path, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = {"a.weight": torch.arange(3.0), "b": torch.ones(1)}
+    path = tmp_path / "w.pth"
+    torch.save({"state_dict": {f"{prefix}{key}": value for key, value in state.items()}}, path)
+    found = read_state_dict(str(path), "model.weights")
+    assert found.keys() == state.keys() and all(torch.equal(found[key], state[key]) for key in state)
+    assert f"the prefix '{prefix}' was removed" in caplog.text and "read from 'state_dict'" in caplog.text
+
+
 def test_state_dicts_are_read_from_both_formats_and_nothing_else(tmp_path: Path) -> None:
     state = {"a": torch.arange(3.0)}
     torch.save(state, tmp_path / "s.pth")
     save_file(state, tmp_path / "s.safetensors")
     for name in ("s.pth", "s.safetensors"):
         assert torch.equal(read_state_dict(str(tmp_path / name), "key")["a"], state["a"])
-    for number, content in enumerate(([torch.zeros(1)], {"model": state}, {"epoch": 3})):
+    for number, content in enumerate(([torch.zeros(1)], {"network": state}, {"epoch": 3})):
         torch.save(content, tmp_path / f"{number}.pth")
         with pytest.raises(ValueError, match="key: expected a plain state dict"):
             read_state_dict(str(tmp_path / f"{number}.pth"), "key")

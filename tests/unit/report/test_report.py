@@ -129,7 +129,7 @@ def make_example(
         )
     return RankedExample(
         image=make_image(pid, infrared=True),
-        pid=pid,
+        person=str(pid),
         query_text=text,
         filter_text="a person in a jacket and trousers carrying a bag",
         rankings=rankings,
@@ -379,6 +379,21 @@ def test_verdict_says_when_a_step_is_within_the_spread() -> None:
 def test_verdict_says_when_text_alone_does_as_well() -> None:
     assert "text alone already reaches" not in tables.verdict(make_results()).sentence
     assert "text alone already reaches 55.10%" in tables.verdict(make_results(0.2, 0.5, 0.6)).sentence
+
+
+def test_verdict_compares_with_chance() -> None:
+    results = make_results(0.2, 0.5, 0.6)  # text alone at 55.1 %
+    at = {share: replace(results, chance={results.default_protocol: share}) for share in (0.2, 0.551, 0.7)}
+    assert "may carry the result by itself" in tables.verdict(at[0.2]).sentence
+    told = tables.verdict(at[0.551])
+    assert told.outcome == "holds" and "The text alone reaches 55.10%, which is no better than chance." in told.sentence
+    nothing = tables.verdict(at[0.7])
+    assert nothing.outcome == "incomplete" and nothing.sentence.startswith("No query is better than chance")
+    assert "holds in this run" not in nothing.sentence and "carry" not in nothing.sentence
+    # Above chance, but by less than the standard deviation over trials.
+    rows = [replace(row, std={**row.std, "rank1": 0.2}) for row in results.rows]
+    within = tables.verdict(replace(results, rows=rows, chance={results.default_protocol: 0.45}))
+    assert within.outcome == "incomplete" and "text alone already" not in within.sentence
 
 
 def test_verdict_of_infrared_only_claims_nothing_about_text() -> None:

@@ -118,6 +118,13 @@ def test_ranks_as_direct_similarity_does(loose: Loose, kind: str) -> None:
     assert any("No --infrared-caption" in line for line in remarks) == (kind == "both")
 
 
+def test_a_text_that_is_cut_is_remarked(loose: Loose) -> None:
+    opened = open_model(loose.run)
+    for sentence, cut in ((SENTENCE, False), ("long " * 76, True)):
+        _, remarks = find(opened, loose.folder, sentence=sentence)
+        assert any("longer than 77 tokens" in line for line in remarks) == cut
+
+
 def test_ranks_as_the_evaluation_does(untrained_run: UntrainedRun, loose: Loose, tmp_path: Path) -> None:
     rankings = list(evaluated_rankings(untrained_run.config, untrained_run.evaluator))
     asked = rankings[:2] + [one for one in rankings if one.sentence][:2]

@@ -220,6 +220,50 @@ def test_a_batch_answers_as_searches_alone_do(service: Service, infrared: str) -
     assert service.client.post("/v1/search/batch", json={"queries": queries * 2}).status_code == 422
 
 
+def test_images_that_clients_send_are_read_or_the_accepted_formats_are_named(service: Service, infrared: str) -> None:
+    def ask(image: str) -> httpx.Response:
+        return service.client.post("/v1/search", json={"image": image})
+
+    plain = ask(infrared)
+    assert plain.status_code == 200
+    assert ask(f"data:image/jpeg;base64,{infrared}").json() == plain.json()
+    tiff = ask(text(encoded(Image.new("RGB", (20, 40)), "TIFF")))
+    assert tiff.status_code == 422
+    assert tiff.json()["error"].startswith("image: expected an image as JPEG, PNG, WEBP, BMP, got a file that begins")
+    assert "BytesIO" not in tiff.text and "Restore" not in tiff.text
+
+
+def test_a_16_bit_query_is_scaled_as_the_run_scaled_its_images(service: Service) -> None:
+    gray = np.random.default_rng(0).integers(0, 256, (40, 20), dtype=np.uint8)
+
+    def ask(values: npt.NDArray[np.uint16]) -> list[tuple[str, float]]:
+        hits = service.client.post("/v1/search", json={"image": text(encoded(Image.fromarray(values)))}).json()["hits"]
+        return [(hit["id"], round(hit["score"], 5)) for hit in hits]
+
+    expected = ask(gray)
+    assert ask(gray.astype(np.uint16) * 257) == expected != ask(gray.T.copy())
+    service.backend.facts = service.backend.facts.model_copy(update={"depth_range": (7000, 7000 + 8 * 255)})
+    assert ask(7000 + 8 * gray.astype(np.uint16)) == expected
+    assert service.client.get("/v1/status").json()["depth_range"] == [7000, 9040]
+
+
+def test_a_sentence_that_is_cut_is_said(service: Service, infrared: str) -> None:
+    def cut(**query: object) -> bool:
+        return service.client.post("/v1/search", json=query).json()["sentence_cut"]
+
+    assert not cut(sentence="a man " + "with a long blue coat and a bag " * 8)  # 66 tokens
+    assert cut(sentence="a man " + "with a long blue coat and a bag " * 10)
+    assert cut(image=infrared, sentence="a man", infrared_caption="coat " * 80)
+    assert not cut(image=infrared)
+
+
+@pytest.mark.parametrize("blank", [" ", "\t\n", "\u200b\u200d", "\ufeff", "\u2003 \u00ad"])
+def test_a_blank_sentence_is_refused(service: Service, infrared: str, blank: str) -> None:
+    for query in ({"sentence": blank}, {"image": infrared, "sentence": "a man", "infrared_caption": blank}):
+        answer = service.client.post("/v1/search", json=query)
+        assert answer.status_code == 422 and "expected words, got blank text" in answer.json()["error"]
+
+
 def test_a_written_picture_is_found_shown_replaced_and_removed(service: Service, untrained_run: UntrainedRun) -> None:
     own = (untrained_run.root / service.names[0]).read_bytes()
     id = "camera 9/é?x=1#b.jpg"
