@@ -55,6 +55,19 @@ def _unlike_the_evaluation(section: EvaluateSection) -> str | None:
     return None
 
 
+def _facts(config: Config, run: FinishedRun, model: TVILFM, space: str) -> ModelFacts:
+    return ModelFacts(
+        model=config.run.name,
+        space_id=space,
+        dim=model.spec.dim,
+        width=model.spec.image_dim,
+        depth_range=run.config.data.depth_range,
+        text=model.text is not None,
+        captioner=config.serve.captioner is not None,
+        weights=Weights(**run.config.evaluate.ensemble.weights),
+    )
+
+
 def application(args: dict[str, Any]) -> serve.Application:
     """Return the Serve application, for `tvilfm serve` and for Serve's config files.
 
@@ -77,16 +90,6 @@ def application(args: dict[str, Any]) -> serve.Application:
     space = space_id(model, height=run.config.data.height, width=run.config.data.width)
     check_reachable(config)
     Gallery.open(config.gallery_url, space_id=space).close()
-    facts = ModelFacts(
-        model=config.run.name,
-        space_id=space,
-        dim=model.spec.dim,
-        width=model.spec.image_dim,
-        depth_range=run.config.data.depth_range,
-        text=model.text is not None,
-        captioner=section.captioner is not None,
-        weights=Weights(**run.config.evaluate.ensemble.weights),
-    )
 
     def part(of: type, cpus: float, *, gpus: float = 0, **scale: Any) -> serve.Deployment:
         deployment: serve.Deployment = serve.deployment(
@@ -115,4 +118,4 @@ def application(args: dict[str, Any]) -> serve.Application:
         max_ongoing_requests=UNDER_WAY,
         health_check_period_s=HEALTH_S,
     )(serve.ingress()(Ingress))
-    return ingress.bind(config, facts, encoder, searcher)
+    return ingress.bind(config, _facts(config, run, model, space), encoder, searcher)

@@ -8,6 +8,9 @@ Readers keep a copy in memory and follow the database. Each row notes the transa
 which rows were replaced or deleted. `changes` compares these transactions with the reader's last snapshot, so a
 transaction that commits late is not missed.
 
+The class is long because all its methods are transactions on the same partition; conversions of rows are in `records`,
+the index in `hnsw`, and copies in `transfer`.
+
 Shapes: N rows, D feature.
 """
 
