@@ -144,7 +144,7 @@ class HitMessage(Message):
 
 class SearchAnswer(Message):
     hits: list[HitMessage] = Field(description="best first")
-    version: int = Field(description="gallery version that was searched")
+    version: int = Field(description="gallery version that was searched; each write of the database raises it")
     modalities: list[str] = Field(description="modalities that voted")
     filter_text: FilterTextSource = Field(
         description="source of the text that fusion subtracted; none = nothing was subtracted"

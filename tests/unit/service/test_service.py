@@ -226,7 +226,7 @@ def test_images_that_clients_send_are_read_or_the_accepted_formats_are_named(ser
 
     plain = ask(infrared)
     assert plain.status_code == 200
-    assert ask(f"data:image/jpeg;base64,{infrared}").json() == plain.json()
+    assert ask(f"data:image/jpeg;base64,{infrared}").json()["hits"] == plain.json()["hits"]
     tiff = ask(text(encoded(Image.new("RGB", (20, 40)), "TIFF")))
     assert tiff.status_code == 422
     assert tiff.json()["error"].startswith("image: expected an image as JPEG, PNG, WEBP, BMP, got a file that begins")
