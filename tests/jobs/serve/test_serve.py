@@ -140,7 +140,8 @@ def test_weights_are_the_runs_and_what_its_evaluation_does_besides_is_said(
 
     monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)
     assert config.evaluate.ensemble.text == 1.0
-    assert served() == {"infrared": 1.0, "text": 2.0, "fusion": 1.0} and caplog.text == ""
+    assert served() == {"infrared": 1.0, "text": 2.0, "fusion": 1.0}
+    assert [record.message for record in caplog.records if record.name == "ray.serve"] == []
     served("evaluate.rerank.method=k_reciprocal")
     assert "evaluate.rerank.method: expected none to rank as the evaluation does, got k_reciprocal" in caplog.text
     served("evaluate.ensemble.temperature=0.1")
