@@ -138,7 +138,10 @@ def test_weights_are_the_runs_and_what_its_evaluation_does_besides_is_said(
         app = application({"config": config.model_dump(mode="json")})
         return dict(app._bound_deployment.init_args[1].weights)
 
-    monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)
+    logger = logging.getLogger("ray.serve")
+    caplog.set_level(logging.WARNING, logger=logger.name)
+    for name, value in (("propagate", True), ("disabled", False)):  # libraries of earlier tests may have disabled it
+        monkeypatch.setattr(logger, name, value)
     assert config.evaluate.ensemble.text == 1.0
     assert served() == {"infrared": 1.0, "text": 2.0, "fusion": 1.0}
     assert [record.message for record in caplog.records if record.name == "ray.serve"] == []
