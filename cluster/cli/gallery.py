@@ -130,10 +130,11 @@ def import_command(
     overrides: Overrides = None,
 ) -> None:
     """Write the rows of an exported file into the gallery of the run's model; existing ids are replaced."""
-    from cluster.tables.indexing import gallery_of
+    from cluster.tables.indexing import finished_run, gallery_of
     from tvilfm.retrieval.transfer import import_gallery
 
-    gallery = gallery_of(described(config, size, overrides))
+    settings = described(config, size, overrides)
+    gallery = gallery_of(finished_run(settings), settings)
     count = import_gallery(gallery, file)
     gallery.publish()
     typer.echo(f"gallery: {count} rows written, {gallery.count()} in total")
@@ -142,11 +143,11 @@ def import_command(
 @app.command("migrate")
 def migrate_command(config: ConfigOption = None, size: SizeOption = None, overrides: Overrides = None) -> None:
     """Move the gallery in use to the run's model, if both models share a backbone. Needs no images."""
-    from cluster.tables.indexing import gallery_of
+    from cluster.tables.indexing import finished_run, gallery_of
     from tvilfm.retrieval.transfer import migrate_gallery
 
     settings = described(config, size, overrides)
-    old, new = _open(settings), gallery_of(settings)
+    old, new = _open(settings), gallery_of(finished_run(settings), settings)
     if old.space_id == new.space_id:
         raise ValueError(f"gallery: expected a gallery of another model, got {old.space_id}, which is the run's model.")
     written, left = migrate_gallery(old, new)

@@ -171,9 +171,8 @@ def check_reachable(config: Config) -> None:
         )
 
 
-def gallery_of(config: Config) -> Gallery:
+def gallery_of(run: FinishedRun, config: Config) -> Gallery:
     """Open the gallery of the model of a finished run; create an empty one if it is missing."""
-    run = finished_run(config)
     return open_gallery(TVILFM.from_pretrained(run.here(run.model)).eval(), run, config)
 
 
@@ -219,7 +218,7 @@ def index(
         rows, root = _listed(images, camid) if manifest is None else _described_by(manifest, images), images
     with session(config.cluster), plain_errors():
         check_reachable(config)
-        gallery = gallery_of(config)
+        gallery = gallery_of(run, config)
         known = np.zeros(rows.num_rows, dtype=bool) if again else gallery.contains(rows["id"].to_pylist())
         missing = rows.filter(pa.array(~known))
         # Equal scores rank in the order of the rows, however fast each worker is.
@@ -358,13 +357,14 @@ class GalleryFiller:
         faults = [str(fault) for fault in batch["fault"][~readable]]
         batch = {name: column[readable] for name, column in batch.items()}
         if readable.any():
-            raw = np.stack(list(batch["raw"])) if "raw" in batch else self._features(batch["pixels"])
+            raw = (
+                np.stack(list(batch["raw"]))
+                if "raw" in batch
+                else encode_pixels(self._model, batch["pixels"], "visible")
+            )
             columns = {name: pa.array(batch[name]) for name in ("id", "camid", "image", "thumbnail")}
             columns["pid"] = pa.array(batch["pid"], pa.int64(), from_pandas=True)  # NaN = identity not known
             columns["time"] = pa.array(batch["time"], TIME, from_pandas=True)
             table = pa.table(columns | {"raw": vector_column(raw)})
             self._gallery.upsert(table, space_id=self._gallery.space_id, position=batch["position"])
         return pa.table({"written": [int(readable.sum())], "faults": [faults]}, schema=_REPORT)
-
-    def _features(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        return encode_pixels(self._model, pixels, "visible")

@@ -14,7 +14,7 @@ import psycopg
 from pgvector.psycopg import register_vector
 from psycopg import errors
 from psycopg.conninfo import conninfo_to_dict
-from psycopg_pool import ConnectionPool, PoolTimeout
+from psycopg_pool import ConnectionPool
 
 from tvilfm.retrieval.store import Unavailable
 
@@ -26,8 +26,6 @@ INSTALL_PGVECTOR = (
     "Install it on the database server: apt install postgresql-18-pgvector (Debian, Ubuntu), dnf install pgvector_18 "
     "(Fedora, RHEL), brew install pgvector (macOS); managed services have it as an extension"
 )
-# A second attempt may succeed: the connection was lost, or two writes waited for each other.
-PASSING = (psycopg.OperationalError, PoolTimeout, errors.DeadlockDetected, errors.SerializationFailure)
 
 T = TypeVar("T")
 Connection = psycopg.Connection[Any]
@@ -101,19 +99,13 @@ class Database:
             try:
                 with self._pool.connection(timeout=PATIENCE_S if is_last else FIRST_S) as connection:
                     return work(connection)
-            except PASSING as error:
+            except psycopg.OperationalError as error:  # lost, locked in a circle, or out of room
                 if is_last:
                     raise Unavailable(
                         f"gallery: expected an answer from the database, got: {_first_line(error)}. Retry."
                     ) from None
                 if not is_server(self.url):
                     _started(self.url)  # it may have been killed
-            except errors.Error as error:
-                if (error.sqlstate or "").startswith("53"):  # disk full, out of memory, too many connections
-                    raise Unavailable(
-                        f"gallery: expected room in the database, got: {_first_line(error)}. Free some, then retry."
-                    ) from None
-                raise
         raise AssertionError("unreachable")
 
     @contextmanager

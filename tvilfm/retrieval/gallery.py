@@ -30,6 +30,7 @@ import psycopg
 import pyarrow as pa
 from pgvector import HalfVector
 from psycopg import sql
+from psycopg.rows import dict_row
 
 from tvilfm.config import GallerySection
 from tvilfm.retrieval.database import Connection, Database
@@ -536,8 +537,7 @@ class Gallery:
         self, connection: Connection, where: sql.Composable, values: dict[str, Any], *, pages: bool = False
     ) -> pa.Table:
         """Return the columns `rows.STORED` of rows; `pages` limits the memory that many rows take at once."""
-        names = READ
-        query = sql.SQL("SELECT {} FROM image WHERE {}").format(sql.SQL(", ").join(map(sql.Identifier, names)), where)
+        query = sql.SQL("SELECT {} FROM image WHERE {}").format(sql.SQL(", ").join(map(sql.Identifier, READ)), where)
         if not pages:
             with connection.cursor(binary=True) as client:
                 return table_of(client.execute(query, values).fetchall(), self.heads)
@@ -564,8 +564,7 @@ class _Row:
 
 def _galleries(connection: Connection) -> list[_Row]:
     query = "SELECT number, space, dim, width, encoder, heads, in_use FROM gallery ORDER BY number"
-    names = ("number", "space", "dim", "width", "encoder", "heads", "in_use")
-    rows = [dict(zip(names, row, strict=True)) for row in connection.execute(query)]
+    rows = connection.cursor(row_factory=dict_row).execute(query).fetchall()
     return [_Row(**(row | {"heads": Heads.from_bytes(row["heads"])})) for row in rows]
 
 

@@ -132,8 +132,8 @@ def measure_recall(gallery: Gallery, *, queries: int, seed: int = 0) -> Recall:
     """Compare the database's nearest rows with those of an exact comparison with all rows.
 
     Args:
-        gallery: the gallery. Its rows are read once, batch by batch.
-        queries: number of rows that serve as queries, each without itself.
+        gallery: the gallery. Its rows are read twice, batch by batch.
+        queries: number of rows that serve as queries; each finds itself.
         seed: of the draw of queries.
     """
     total = gallery.count()
