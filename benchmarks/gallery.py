@@ -51,7 +51,7 @@ QUERIES, CLIENTS = 100, 16
 def filled(rows: int, *, exact_limit: int, seed: int = 0) -> Iterator[tuple[Gallery, Tensor, float]]:
     """Provide a gallery in an embedded server, its vectors (N, D), and the rate at which it was filled."""
     section = GallerySection(exact_limit=exact_limit, build_mb=8192)
-    head_4D = torch.tensor([[0.0], [1.0], [1.0], [0.0]]).expand(4, DIM).contiguous()
+    head_4D = np.repeat(np.array([[0.0], [1.0], [1.0], [0.0]], dtype=np.float32), DIM, axis=1)
     heads = Heads(current_4D=head_4D, base_4D=head_4D, eps=0.0, width=DIM)
     vectors_ND = drawn(rows, seed)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:

@@ -1,8 +1,8 @@
-"""Digests of file contents, by which a copied or re-downloaded dataset is recognized as the same dataset.
+"""Digests of arrays, and of the contents of files, by which a copied dataset is recognized as the same dataset.
 
-Reading all files on every start would take minutes, so digests are cached by path, size and modification time. The
-cache is an SQLite file outside the dataset, because the dataset may be read-only. It only saves time: if it is missing
-or cannot be written, files are read again.
+Reading all files on every start would take minutes, so digests of files are cached by path, size and modification time.
+The cache is an SQLite file outside the dataset, because the dataset may be read-only. It only saves time: if it is
+missing or cannot be written, files are read again.
 """
 
 from __future__ import annotations
@@ -10,10 +10,14 @@ from __future__ import annotations
 import hashlib
 import os
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 State = tuple[int, int]  # size, modification time in nanoseconds
 
@@ -28,6 +32,15 @@ CREATE TABLE IF NOT EXISTS content (
 def cache_folder() -> Path:
     """Return the user's cache folder: `TVILFM_CACHE`, by default `~/.cache/tvilfm`."""
     return Path(os.environ.get("TVILFM_CACHE") or Path.home() / ".cache" / "tvilfm")
+
+
+def digest_of_arrays(arrays: Mapping[str, npt.NDArray[Any]]) -> str:
+    """Return a hash of named arrays (16 hexadecimal digits); equal digests mean equal names and contents."""
+    digest = hashlib.sha256()
+    for name, value in sorted(arrays.items()):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(value).data)
+    return digest.hexdigest()[:16]
 
 
 def content_digests(root: Path, files: Sequence[str], *, cache: Path | None = None) -> list[bytes]:

@@ -130,7 +130,7 @@ def import_command(
     overrides: Overrides = None,
 ) -> None:
     """Write the rows of an exported file into the gallery of the run's model; existing ids are replaced."""
-    from cluster.tables.indexing import finished_run, gallery_of
+    from cluster.places.finished import finished_run, gallery_of
     from tvilfm.retrieval.transfer import import_gallery
 
     settings = described(config, size, overrides)
@@ -143,7 +143,7 @@ def import_command(
 @app.command("migrate")
 def migrate_command(config: ConfigOption = None, size: SizeOption = None, overrides: Overrides = None) -> None:
     """Move the gallery in use to the run's model, if both models share a backbone. Needs no images."""
-    from cluster.tables.indexing import finished_run, gallery_of
+    from cluster.places.finished import finished_run, gallery_of
     from tvilfm.retrieval.transfer import migrate_gallery
 
     settings = described(config, size, overrides)

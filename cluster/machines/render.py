@@ -18,12 +18,8 @@ from cluster.machines.documents import Document, to_text
 from cluster.machines.kubernetes import CONFIG_PATH, kuberay_cluster, kuberay_job, kuberay_service
 from cluster.machines.launcher import ray_up_aws, ray_up_gcp, ray_up_onprem
 from cluster.places.check import absolute_paths, storage_folder
-from tvilfm.config import Config, ServeSection, resolve, to_yaml
-
-REQUEST_S = 120.0  # timeout of a request to the service: above that of its replicas, which answer 503
-# If a proxy dies, a replica that was answering it through Ray blocks all its requests until the head notices (Ray 2.60:
-# its event loop waits in `WaitAllObjectsReported`). With gRPC it does not block. gRPC's default message limit is 4 MB.
-SERVE_ENV = {"RAY_SERVE_PROXY_USE_GRPC": "1", "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1)}
+from cluster.serve.environment import http_options, serve_environment
+from tvilfm.config import Config, resolve, to_yaml
 
 
 def render(target: str, config: Config, *, command: str = "run") -> str:
@@ -42,21 +38,13 @@ def render(target: str, config: Config, *, command: str = "run") -> str:
     return TARGETS[target](config, command)
 
 
-def http_options(section: ServeSection) -> Document:
-    """Return the host, port, timeout and TLS files of Serve, in the form of `HTTPOptions` and of its config files."""
-    options = {"host": section.host, "port": section.port, "request_timeout_s": REQUEST_S}
-    if section.tls_cert is not None:
-        options |= {"ssl_certfile": str(section.tls_cert), "ssl_keyfile": str(section.tls_key)}
-    return options
-
-
 def serve_config(config: Config) -> Document:
     """Return the Serve config of the retrieval service, for `serve deploy` and for a RayService."""
     config = _on_the_cluster(config)
     return {
         "proxy_location": "EveryNode",
         "http_options": http_options(config.serve),
-        "controller_options": {"runtime_env": {"env_vars": dict(SERVE_ENV)}},  # proxies and replicas inherit them
+        "controller_options": {"runtime_env": {"env_vars": serve_environment(config.serve)}},
         "logging_config": {"encoding": "JSON"},
         "applications": [
             {

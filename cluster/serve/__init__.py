@@ -1,9 +1,11 @@
-"""The retrieval service on Ray Serve, one file per kind of replica.
+"""The retrieval service on Ray Serve.
 
-    ingress (HTTP, keys, limits)  ->  encoder (model, dynamic batches, scales with load)
-                                  ->  searchers (each has the whole gallery in memory and follows the database)
-                                  ->  PostgreSQL (holds the gallery; a write is on disk before it is acknowledged)
+    HAProxy  ->  replicas (HTTP, keys, limits; encode, search and write)  ->  PostgreSQL (holds the gallery)
 
-Serve replaces a replica that dies. The ingress repeats the call that was in progress once, which is harmless because
-every call can be repeated.
+A replica answers a whole request in one process: it has the model, and a copy of the gallery that follows the database.
+Where replicas share a GPU, encoders are replicas of their own (`serve.shared_encoders`); where the gallery is larger
+than the memory of one machine, its rows are divided over shards (`serve.shards`).
+
+Serve replaces a replica that dies. HAProxy repeats the request that was in progress on another replica, which is
+harmless because every request can be repeated.
 """

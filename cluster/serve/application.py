@@ -7,22 +7,18 @@ from typing import Any
 
 from ray import serve
 
-from cluster.serve.encoder import Encoder
-from cluster.serve.ingress import Ingress
-from cluster.serve.replicas import HEALTH_S
-from cluster.serve.searcher import SearcherReplica
-from cluster.tables.indexing import FinishedRun, check_reachable, finished_run
+from cluster.places.finished import FinishedRun, check_reachable, finished_run, spaces_of
+from cluster.serve.common import HEALTH_S
+from cluster.serve.replica import Replica
 from tvilfm.config import CaptionerSection, Config, EvaluateSection
-from tvilfm.models import TVILFM
 from tvilfm.retrieval.gallery import Gallery
-from tvilfm.retrieval.spaces import space_id
+from tvilfm.retrieval.spaces import ModelSpaces
 from tvilfm.service.keys import KeyFile
 from tvilfm.service.messages import ModelFacts, Weights
 
-# CPUs that a replica of each deployment reserves. One of each fits on two CPUs; compute threads are not reserved.
-INGRESS_CPUS, ENCODER_CPUS, SEARCHER_CPUS = 0.2, 1.0, 0.2
-UNDER_WAY = 1000  # concurrent requests of an ingress; the replicas behind it reject excess load
-AT_A_PART = 32  # minimum for the other replicas; the router backs off longer and longer from a full one
+REPLICA_CPUS, ENCODER_CPUS, SHARD_CPUS = 0.8, 0.8, 0.4  # two replicas fit on two CPUs
+UNDER_WAY = 1000  # concurrent requests of a replica, which itself refuses those above serve.max_queued
+AT_A_PART = 32  # minimum for encoders and shards; the router backs off longer and longer from a full one
 
 
 def filter_captioner(config: Config, run: FinishedRun) -> CaptionerSection | None:
@@ -42,6 +38,16 @@ def filter_captioner(config: Config, run: FinishedRun) -> CaptionerSection | Non
     return run.config.caption.infrared.model_copy(update={"model": str(run.captioner), "revision": None})
 
 
+def resources(config: Config) -> dict[str, float]:
+    """Return the CPUs and GPUs that the service reserves without load."""
+    section = config.serve
+    searchers = section.shards if section.shards > 1 else section.replicas
+    encoders = section.shared_encoders or section.replicas
+    cpus = section.replicas * REPLICA_CPUS + section.shared_encoders * ENCODER_CPUS
+    cpus += section.shards * SHARD_CPUS * (section.shards > 1)
+    return {"CPU": cpus, "GPU": encoders * config.cluster.gpus_per_worker + searchers * section.searcher_gpus}
+
+
 def _unlike_the_evaluation(section: EvaluateSection) -> str | None:
     """Return why the service, which sums plain similarities, ranks differently from the evaluation, or None."""
     for key, plain, given in (
@@ -55,14 +61,14 @@ def _unlike_the_evaluation(section: EvaluateSection) -> str | None:
     return None
 
 
-def _facts(config: Config, run: FinishedRun, model: TVILFM, space: str) -> ModelFacts:
+def _facts(config: Config, run: FinishedRun, spaces: ModelSpaces) -> ModelFacts:
     return ModelFacts(
         model=config.run.name,
-        space_id=space,
-        dim=model.spec.dim,
-        width=model.spec.image_dim,
+        space_id=spaces.id,
+        dim=spaces.heads.dim,
+        width=spaces.heads.width,
         depth_range=run.config.data.depth_range,
-        text=model.text is not None,
+        text=spaces.text,
         captioner=config.serve.captioner is not None,
         weights=Weights(**run.config.evaluate.ensemble.weights),
     )
@@ -82,40 +88,52 @@ def application(args: dict[str, Any]) -> serve.Application:
     run = finished_run(config)
     if (difference := _unlike_the_evaluation(run.config.evaluate)) is not None:
         logging.getLogger("ray.serve").warning(difference)
-    section = config.serve
+    section, gpus = config.serve, config.cluster.gpus_per_worker
     captioner = filter_captioner(config, run)
     if section.keys is not None:
         KeyFile(section.keys)
-    model = TVILFM.from_pretrained(run.here(run.model))
-    space = space_id(model, height=run.config.data.height, width=run.config.data.width)
+    facts = _facts(config, run, spaces_of(run))
     check_reachable(config)
-    Gallery.open(config.gallery_url, space_id=space).close()
+    Gallery.open(config.gallery_url, space_id=facts.space_id).close()
+    encoder, shards = None, []
+    if section.shared_encoders:
+        from cluster.serve.encoder import Encoder
 
-    def part(of: type, cpus: float, *, gpus: float = 0, **scale: Any) -> serve.Deployment:
-        deployment: serve.Deployment = serve.deployment(
-            name=of.__name__,
-            ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
-            max_queued_requests=section.max_queued,
-            max_ongoing_requests=max(2 * section.batch, AT_A_PART),
-            health_check_period_s=HEALTH_S,
-            graceful_shutdown_timeout_s=5,
-            **scale,
-        )(of)
-        return deployment
+        encoder = _part(config, Encoder, ENCODER_CPUS, gpus, section.shared_encoders).bind(config, run, captioner)
+        gpus = 0
+    if section.shards > 1:
+        from cluster.serve.searcher import GallerySearcher
 
-    load = {
-        "min_replicas": section.encoders,
-        "max_replicas": section.max_encoders,
-        "target_ongoing_requests": section.batch,
-    }
-    gpus = config.cluster.gpus_per_worker
-    encoder = part(Encoder, ENCODER_CPUS, gpus=gpus, autoscaling_config=load).bind(config, run, captioner)
-    searchers = part(SearcherReplica, SEARCHER_CPUS, gpus=section.searcher_gpus, num_replicas=section.searchers)
-    searcher = searchers.bind(config, space)
-    ingress = serve.deployment(
-        name="Ingress",
-        ray_actor_options={"num_cpus": INGRESS_CPUS},
+        for shard in range(section.shards):
+            part = _part(config, GallerySearcher, SHARD_CPUS, section.searcher_gpus, 1, name=f"Shard{shard}")
+            shards.append(part.bind(config, facts.space_id, shard))
+    else:
+        gpus += section.searcher_gpus
+    replica = serve.deployment(
+        name="Replica",
+        ray_actor_options={"num_cpus": REPLICA_CPUS, "num_gpus": gpus},
         max_ongoing_requests=UNDER_WAY,
         health_check_period_s=HEALTH_S,
-    )(serve.ingress()(Ingress))
-    return ingress.bind(config, _facts(config, run, model, space), encoder, searcher)
+        graceful_shutdown_timeout_s=5,
+        autoscaling_config={
+            "min_replicas": section.replicas,
+            "max_replicas": section.max_replicas,
+            "target_ongoing_requests": section.batch,
+        },
+    )(serve.ingress()(Replica))
+    return replica.bind(config, facts, run, captioner, encoder, shards)
+
+
+def _part(
+    config: Config, of: type, cpus: float, gpus: float, replicas: int, *, name: str | None = None
+) -> serve.Deployment:
+    deployment: serve.Deployment = serve.deployment(
+        name=name or of.__name__,
+        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
+        num_replicas=replicas,
+        max_queued_requests=config.serve.max_queued,
+        max_ongoing_requests=max(2 * config.serve.batch, AT_A_PART),
+        health_check_period_s=HEALTH_S,
+        graceful_shutdown_timeout_s=5,
+    )(of)
+    return deployment

@@ -1,4 +1,4 @@
-"""The encoder replica: encode queries and visible images, with requests batched together."""
+"""Encode queries and visible images, with the queries of several requests in one batch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from ray import serve
 
-from cluster.serve.replicas import in_batches
-from cluster.tables.indexing import FinishedRun
+from cluster.places.finished import FinishedRun
+from cluster.serve.common import in_batches
 from tvilfm.captioning.captioner import Captioner
 from tvilfm.captioning.colors import remove_colors
 from tvilfm.config import CaptionerSection, Config
@@ -22,11 +22,11 @@ from tvilfm.retrieval.query import Query, QueryEncoder, Question
 
 
 class Encoder:
-    """Replica that encodes images and sentences; it batches the queries of several requests."""
+    """Encoder of images and sentences, in a replica's process or, if replicas share it, in its own."""
 
     def __init__(self, config: Config, run: FinishedRun, captioner: CaptionerSection | None) -> None:
         device = "cuda" if config.cluster.gpus_per_worker > 0 else "cpu"
-        self._model = TVILFM.from_pretrained(run.here(run.model)).to(device).eval()
+        self._model = TVILFM.from_pretrained(run.here(run.model), mapped=True).to(device).eval()
         self._captioner = None
         if captioner is not None:
             model = str(run.here(Path(captioner.model)))
@@ -51,7 +51,7 @@ class Encoder:
         return [[next(queries) for _ in group] for group in groups]
 
     async def ready(self) -> None:
-        """Return once a replica is ready."""
+        """Return once the encoder is ready."""
 
     def _caption(self, pictures: Sequence[Pixels]) -> list[str]:
         """Return captions of infrared images, without colour words."""

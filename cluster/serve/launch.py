@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import signal
+import tempfile
 import threading
 import webbrowser
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import ray
@@ -16,11 +17,10 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import LoggingConfig
 from rich.console import Console
 
-from cluster.machines.render import http_options
 from cluster.places.check import absolute_paths
-from cluster.serve.application import ENCODER_CPUS, INGRESS_CPUS, SEARCHER_CPUS, application
+from cluster.serve.application import application, resources
+from cluster.serve.environment import http_options, local_environment
 from cluster.session import address_of, session
-from cluster.tables.indexing import index
 from tvilfm.config import Config, ServeSection, resolve
 from tvilfm.retrieval.gallery import Gallery
 
@@ -42,15 +42,20 @@ def serving(config: Config) -> Iterator[str]:
     # Replicas do not run in the current folder, so relative paths are made absolute.
     config = resolve(config.model_dump(mode="json"), absolute_paths(config, Path.cwd()))
     if config.gallery.url is None and not _has_gallery(config):
+        from cluster.tables.indexing import index  # imports torch
+
         index(config)
     section = config.serve
-    with session(config.cluster):
+    with ExitStack() as stack:
+        stack.enter_context(session(config.cluster))
         _check_room(config, ray.cluster_resources())
         app = application({"config": config.model_dump(mode="json")})
         options = HTTPOptions(**http_options(section))
         joined = _get_global_client(raise_if_no_controller_running=False)
         if joined is None:
-            serve.start(http_options=options, logging_config=QUIET)
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tvi-", ignore_cleanup_errors=True)))
+            variables = {"env_vars": local_environment(section, folder)}
+            serve.start(http_options=options, logging_config=QUIET, controller_options={"runtime_env": variables})
         else:
             _check_listens_so(joined.http_config, options)
         try:
@@ -74,26 +79,23 @@ def _has_gallery(config: Config) -> bool:
     return True
 
 
-def _check_room(config: Config, resources: Mapping[str, float]) -> None:
+def _check_room(config: Config, existing: Mapping[str, float]) -> None:
     """Check that the cluster has the resources that the replicas reserve. Ray would wait for them forever, silently.
 
     Args:
         config: sections `serve` and `cluster`.
-        resources: name -> amount, of all machines.
+        existing: name -> amount, of all machines.
 
     Raises:
         ValueError: Ray runs only on this machine, and resources are missing. On a cluster, machines may be added later,
             so missing resources are only printed.
     """
-    section = config.serve
-    cpus = INGRESS_CPUS + section.encoders * ENCODER_CPUS + section.searchers * SEARCHER_CPUS
-    gpus = section.encoders * config.cluster.gpus_per_worker + section.searchers * section.searcher_gpus
-    for name, amount in (("CPU", cpus), ("GPU", gpus)):
-        has = resources.get(name, 0.0)
+    for name, amount in resources(config).items():
+        has = existing.get(name, 0.0)
         if round(amount, 4) <= has:
             continue
         lack = f"expected {amount:g} {name}s for its replicas, got {has:g}"
-        fix = "Lower serve.encoders, serve.searchers, serve.searcher_gpus or cluster.gpus_per_worker"
+        fix = "Lower serve.replicas, serve.searcher_gpus or cluster.gpus_per_worker"
         if address_of(config.cluster) == "local":
             raise ValueError(f"serve: {lack}. {fix}.")
         Console(stderr=True).print(f"service: {lack}. {fix}, unless machines are added on demand.", highlight=False)

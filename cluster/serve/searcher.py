@@ -1,4 +1,4 @@
-"""The searcher replica: hold the whole gallery in memory and follow the database."""
+"""Search the gallery: hold it, or a share of it, in memory, and follow the database."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from ray import serve
 
-from cluster.serve.replicas import in_batches, keep_going
+from cluster.serve.common import in_batches, keep_going
 from tvilfm.config import Config
 from tvilfm.retrieval.gallery import Gallery
 from tvilfm.retrieval.query import Query
@@ -19,11 +19,18 @@ from tvilfm.retrieval.search import Answer, Request, Searcher
 RETRY_S = 1.0  # after a failure of the database; until then, the loaded rows are searched
 
 
-class SearcherReplica:
-    """Replica that holds the gallery in memory and follows the database."""
+class GallerySearcher:
+    """Searcher in a replica's process or, with `serve.shards`, of a share of the rows in its own.
 
-    def __init__(self, config: Config, space: str) -> None:
-        self._gallery = Gallery.open(config.gallery_url, section=config.gallery, space_id=space)
+    Args:
+        config: sections `gallery` and `serve`.
+        space: space of the model that is served.
+        shard: number of the share; None = all rows.
+    """
+
+    def __init__(self, config: Config, space: str, shard: int | None = None) -> None:
+        share = None if shard is None else (shard, config.serve.shards)
+        self._gallery = Gallery.open(config.gallery_url, section=config.gallery, space_id=space, share=share)
         device = "cuda" if config.serve.searcher_gpus > 0 else "cpu"
         self._searcher = Searcher(self._gallery, config.gallery, device=device)
         self._batch = config.serve.batch
@@ -45,7 +52,7 @@ class SearcherReplica:
         return await asyncio.to_thread(self._facts)
 
     async def ready(self) -> None:
-        """Return once a replica is ready."""
+        """Return once the rows are loaded."""
 
     def _search(self, queries: Sequence[Query], requests: Sequence[Request], versions: set[int]) -> list[Answer]:
         if not all(self._searcher.snapshot.includes(version) for version in versions):

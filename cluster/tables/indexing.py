@@ -7,12 +7,10 @@ job continues where it stopped. The gallery is put in use when all rows are writ
 
 from __future__ import annotations
 
-import json
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,108 +23,27 @@ import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 import ray
 
-from cluster.places.depot import Depot, runs_depot, stages_depot
+from cluster.places.finished import FinishedRun, check_reachable, finished_run, gallery_of
 from cluster.progress import ProgressFile, watch
 from cluster.session import plain_errors, session
 from cluster.tables.captioning import list_images
 from cluster.tables.images import read_pictures, reference
-from tvilfm.config import Config, load_config
+from tvilfm.config import Config
 from tvilfm.data.manifest import select
 from tvilfm.data.splits import TEST_SPLITS
 from tvilfm.data.text_files import decode_text
-from tvilfm.evaluation.features import IMAGES_FILE, FeatureTable
+from tvilfm.evaluation.features import FeatureTable
 from tvilfm.evaluation.protocols import get_protocol
 from tvilfm.models import TVILFM
 from tvilfm.models.encode import encode_pixels
-from tvilfm.models.tvilfm import parameter_digest
 from tvilfm.place import Place
-from tvilfm.retrieval.database import is_server
 from tvilfm.retrieval.gallery import Gallery
 from tvilfm.retrieval.rows import TIME, vector_column
-from tvilfm.retrieval.spaces import Heads, space_id
 from tvilfm.terms import MAX_ID, is_id
 
-KEPT = "kept"  # in a run folder: files of a run from another machine, fetched from storage
 MANIFEST_COLUMNS = ("path", "camera", "id", "person", "time")  # of --manifest; the first two are required
 SHOWN_FAULTS = 5
 _REPORT = pa.schema([("written", pa.int64()), ("faults", pa.list_(pa.string()))])
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinishedRun:
-    """The files of a finished run that the service needs.
-
-    Attributes:
-        config: config of the run.
-        model: folder of `save_pretrained`.
-        features: Parquet file with raw features of the test images.
-        manifest: Parquet file with the manifest of the dataset.
-        captioner: transformers folder of the fine-tuned infrared captioner; None = the run has none.
-        stages: folder that contains these files.
-        kept: copies of this folder, for machines that lack it; None = there are no copies.
-    """
-
-    config: Config
-    model: Path
-    features: Path
-    manifest: Path
-    captioner: Path | None
-    stages: Path
-    kept: Depot | None
-
-    def here(self, part: Path) -> Path:
-        """Return the path of a file on this machine, after copying it outside the stages folder if it is missing."""
-        if part.exists() or self.kept is None or not part.is_relative_to(self.stages):
-            return part
-        copy = self.kept.root / part.relative_to(self.stages)
-        if not copy.exists():
-            self.kept.pull(copy)
-        return copy
-
-
-def finished_run(config: Config) -> FinishedRun:
-    """Return the files of a finished run: from its folder or, for a run on another machine, from storage.
-
-    Args:
-        config: sections `run` (the run) and `cluster` (`cluster.storage`).
-
-    Raises:
-        ValueError: the run is not finished.
-    """
-    path, runs, stages = config.run.path.absolute(), runs_depot(config), stages_depot(config)
-    if runs is not None and stages is not None:
-        stages = replace(stages, root=path / KEPT / "stages")
-        if not (path / "run.json").is_file():
-            with suppress(FileNotFoundError):
-                path = _described(path, runs)
-    if not (path / "run.json").is_file():
-        raise ValueError(f"run.name: expected a finished run in {path}, got none. Run `tvilfm run` first.")
-    noted = json.loads((path / "run.json").read_text())["stages"]
-    folders = {name: Path(os.path.normpath(config.run.path.absolute() / folder)) for name, folder in noted.items()}
-    network = "text" if "text" in folders else "trained"
-    run = FinishedRun(
-        config=load_config(path / "config.yaml"),
-        model=folders[network] / "model",
-        features=folders["features"] / IMAGES_FILE,
-        manifest=folders["pixels"] / "manifest.parquet",
-        captioner=folders["captioner_infrared"] / "captioner" if "captioner_infrared" in folders else None,
-        stages=folders[network].parent,
-        kept=stages,
-    )
-    for part in (run.model, run.features, run.manifest):
-        with suppress(FileNotFoundError):
-            part = run.here(part)
-        if not part.exists():
-            raise ValueError(f"run.name: expected a finished run in {path}, got no {part}. Finish it with tvilfm run.")
-    return run
-
-
-def _described(path: Path, runs: Depot) -> Path:
-    """Fetch the description of a run from storage, even if it was fetched before, because the run may have changed."""
-    kept = path / KEPT / "run"
-    for name in ("config.yaml", "run.json"):
-        replace(runs, uri=runs.uri_of(path), root=kept).pull(kept / name)
-    return kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,39 +70,6 @@ class Indexed:
             lines += [f"  {fault}" for fault in self.faults[:SHOWN_FAULTS]]
             lines += ["  ..."] * (len(self.faults) > SHOWN_FAULTS)
         return lines
-
-
-def check_reachable(config: Config) -> None:
-    """Check that every machine of the cluster reaches the gallery.
-
-    Raises:
-        ValueError: the gallery is embedded, and the cluster has several machines.
-    """
-    if is_server(config.gallery_url) or not ray.is_initialized():
-        return
-    machines = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
-    if len(machines) > 1:
-        raise ValueError(
-            f"gallery.url: expected postgresql://... on a cluster of {len(machines)} machines, got "
-            f"{config.gallery_url}, which only this machine reaches. Set it to a PostgreSQL server with pgvector."
-        )
-
-
-def gallery_of(run: FinishedRun, config: Config) -> Gallery:
-    """Open the gallery of the model of a finished run; create an empty one if it is missing."""
-    return open_gallery(TVILFM.from_pretrained(run.here(run.model)).eval(), run, config)
-
-
-def open_gallery(model: TVILFM, run: FinishedRun, config: Config) -> Gallery:
-    """Open the gallery of a run's model; create an empty one if it is missing."""
-    data = run.config.data
-    return Gallery.prepare(
-        config.gallery_url,
-        space_id=space_id(model, height=data.height, width=data.width),
-        heads=Heads.of(model),
-        encoder=f"{parameter_digest(model.backbone)}-{parameter_digest(model.pool)}-{data.height}x{data.width}",
-        section=config.gallery,
-    )
 
 
 def index(
@@ -350,7 +234,7 @@ class GalleryFiller:
     def __init__(self, run: FinishedRun, config: Config) -> None:
         device = "cuda" if config.cluster.gpus_per_worker > 0 else "cpu"
         self._model = TVILFM.from_pretrained(run.here(run.model)).to(device).eval()
-        self._gallery = open_gallery(self._model, run, config)
+        self._gallery = gallery_of(run, config)
 
     def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> pa.Table:
         readable = batch["fault"] == ""

@@ -108,6 +108,9 @@ FORMER_DEFAULTS: dict[str, Any] = {
     "gallery.sub_vectors": 128,
     "gallery.probes": 32,
     "serve.audit": None,
+    "serve.encoders": 1,
+    "serve.max_encoders": 1,
+    "serve.searchers": 2,
 }
 
 

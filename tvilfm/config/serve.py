@@ -64,12 +64,19 @@ class ServeSection(Section):
         None,
         description="used when a client sends no infrared caption: null = none, run = the run's, or a model",
     )
-    encoders: int = Field(1, ge=1, description="encoder replicas without load (minimum)")
-    max_encoders: int = Field(1, ge=1, description="encoder replicas under load (maximum)")
-    searchers: int = Field(2, ge=1, description="searcher replicas; each one holds the gallery in memory")
-    searcher_gpus: float = Field(0, ge=0, description="GPUs per searcher; 0.2 = five searchers share one GPU, 0 = CPU")
+    replicas: int = Field(2, ge=1, description="replicas without load (minimum); each encodes and searches")
+    max_replicas: int = Field(2, ge=1, description="replicas under load (maximum)")
+    shared_encoders: int = Field(
+        0, ge=0, description="encoders that all replicas share, for GPUs; 0 = each replica encodes itself"
+    )
+    shards: int = Field(
+        1, ge=1, description="processes that the rows of the gallery are divided over; 1 = each replica holds all rows"
+    )
+    searcher_gpus: float = Field(
+        0, ge=0, description="GPUs for the search, per replica or shard; 0.2 = five share one GPU, 0 = CPU"
+    )
     batch: int = Field(16, ge=1, description="maximum queries that are encoded or searched in one batch")
-    batch_wait_ms: float = Field(2.0, ge=0, description="time that a batch waits for more queries, milliseconds")
+    batch_wait_ms: float = Field(0.0, ge=0, description="time that a batch waits for more queries, milliseconds")
     follow_s: float = Field(1.0, gt=0, description="longest time until searchers see a change of the gallery, seconds")
     max_body_mb: float = Field(16.0, gt=0, description="maximum size of a request body, megabytes (413)")
     max_pixels: int = Field(
@@ -78,7 +85,7 @@ class ServeSection(Section):
     max_batch: int = Field(
         64, ge=1, le=MAX_BATCH, description="maximum queries of a batch search, and rows of a bulk write (422)"
     )
-    max_queued: int = Field(128, ge=1, description="maximum requests that wait for a replica (429)")
+    max_queued: int = Field(128, ge=1, description="maximum requests that a replica works on or keeps waiting (429)")
     audit_days: int | None = Field(None, ge=1, description="days to keep the audit trail; null = forever")
     retention_days: int | None = Field(
         None, ge=1, description="days after which rows are deleted from the gallery; null = never"
@@ -93,8 +100,8 @@ class ServeSection(Section):
             )
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_key: expected both tls_cert and tls_key or neither, got one. Set the other one too.")
-        if self.max_encoders < self.encoders:
-            raise ValueError(f"max_encoders: expected at least encoders = {self.encoders}, got {self.max_encoders}.")
+        if self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas: expected at least replicas = {self.replicas}, got {self.max_replicas}.")
         return self
 
 

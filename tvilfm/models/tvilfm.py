@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tvilfm.config import ModelSection, TextModelSection
+from tvilfm.files import digest_of_arrays
 from tvilfm.models.backbone import ARCHITECTURES, DualStemResNet, load_imagenet
 from tvilfm.models.bn_neck import BNNeck
 from tvilfm.models.gem import GeMPool
@@ -183,12 +184,14 @@ class TVILFM(nn.Module):
         (folder / "config.json").write_text(json.dumps({"model_type": "tvilfm", **asdict(self.spec)}, indent=2))
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> TVILFM:
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None, mapped: bool = False) -> TVILFM:
         """Read a folder of `save_pretrained`, strictly.
 
         Args:
             name: local folder, or a repository `owner/model` of the Hugging Face hub or its local cache.
             revision: branch, tag or commit of a repository.
+            mapped: whether the weights stay in the file, as pages that all processes of a machine share. The file must
+                not be overwritten meanwhile.
 
         Raises:
             ValueError: there is no such folder or reachable repository, a file is missing, or the weights do not fit
@@ -211,13 +214,19 @@ class TVILFM(nn.Module):
         if values.pop("model_type", None) != "tvilfm":
             raise ValueError(f"{config_path}: expected model_type tvilfm. This folder holds another model.")
         try:
-            model = cls(ModelSpec(**values))
+            with torch.device("meta"):  # no time for random weights
+                model = cls(ModelSpec(**values))
         except (TypeError, KeyError) as error:
             raise ValueError(f"{config_path}: expected a config of save_pretrained, got {error}.") from None
         try:
-            model.load_state_dict(load_file(weights_path), strict=True)
+            weights = load_file(weights_path)
+            if not mapped:
+                weights = {key: value.clone() for key, value in weights.items()}
+            model.load_state_dict(weights, strict=True, assign=True)
         except (RuntimeError, SafetensorError) as error:
             raise ValueError(f"{weights_path}: expected the weights of {config_path}, got {error}") from None
+        if model.text is not None:
+            model.text.tower.attn_mask = model.text.tower.build_causal_mask()  # not a weight
         return model
 
 
@@ -255,10 +264,4 @@ def load_text_weights(model: TVILFM, section: ModelSection) -> None:
 @torch.no_grad()
 def parameter_digest(model: nn.Module) -> str:
     """Return a hash of all weights; equal digests mean equal models."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return digest_of_arrays({name: value.detach().cpu().numpy() for name, value in model.state_dict().items()})

@@ -56,7 +56,7 @@ MERGE = """
         current = excluded.current, base = excluded.base, added = now()
 """
 CHANGED = """
-    gallery = %(gallery)s AND written >= %(low)s::text::xid8
+    written >= %(low)s::text::xid8
     AND NOT pg_visible_in_snapshot(written, %(seen)s::pg_snapshot)
 """
 
@@ -93,22 +93,33 @@ class Gallery:
         database: the database.
         section: settings of the index.
         facts: row of the table `gallery`.
+        share: (i, n) = searchers see the i-th of n shares of the rows; None = all rows.
     """
 
-    def __init__(self, database: Database, section: GallerySection, facts: _Row) -> None:
-        self.database, self._section = database, section
+    def __init__(
+        self, database: Database, section: GallerySection, facts: _Row, share: tuple[int, int] | None = None
+    ) -> None:
+        self.database, self._section, self._share = database, section, share
         self.number, self.space_id, self.dim = facts.number, facts.space, facts.dim
         self.encoder, self.heads = facts.encoder, facts.heads
         self._schema = row_schema(self.dim, facts.width)
 
     @classmethod
-    def open(cls, url: str, *, section: GallerySection | None = None, space_id: str | None = None) -> Gallery:
+    def open(
+        cls,
+        url: str,
+        *,
+        section: GallerySection | None = None,
+        space_id: str | None = None,
+        share: tuple[int, int] | None = None,
+    ) -> Gallery:
         """Open the gallery in use or the gallery of one model.
 
         Args:
             url: `postgresql://...`, or a folder with an embedded server.
             section: settings of the index.
             space_id: space of the gallery to open, in use or not; None = the gallery in use.
+            share: share of the rows that `changes`, `nearest` and `count` see; see `Gallery`.
 
         Raises:
             ValueError: the database or its gallery of that space does not exist.
@@ -126,7 +137,7 @@ class Gallery:
             raise ValueError(
                 f"gallery.url: expected a gallery, got {url}, which has none. Create one with tvilfm index."
             )
-        return cls(database, section or GallerySection(), match[0])
+        return cls(database, section or GallerySection(), match[0], share)
 
     @classmethod
     def prepare(
@@ -267,6 +278,15 @@ class Gallery:
 
     # Reads
 
+    @property
+    def _rows(self) -> sql.Composed:
+        """The rows that searchers see, as SQL with the value `gallery`."""
+        rows = sql.SQL("gallery = %(gallery)s")
+        if self._share is None:
+            return sql.Composed([rows])
+        part, parts = map(sql.Literal, self._share)
+        return sql.SQL("{} AND stamp %% {} = {}").format(rows, parts, part)
+
     def picture(self, id: str) -> tuple[str | None, bytes | None] | None:
         """Return a row's image reference and thumbnail (each None if missing), or None if the row does not exist."""
         query = "SELECT image, thumbnail FROM image WHERE gallery = %s AND id = %s"
@@ -294,13 +314,13 @@ class Gallery:
 
         def read(connection: Connection) -> Changes:
             connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-            snapshot, where = _snapshot(connection), sql.SQL("gallery = %(gallery)s")
+            snapshot, where = _snapshot(connection), self._rows
             values: dict[str, Any] = {"gallery": self.number}
             removed: list[tuple[int]] = []
             is_complete = since is None or snapshot.version < since.version  # the database was restored from a backup
             if since is not None and not is_complete:
-                where = sql.SQL(CHANGED)
                 values |= {"low": str(since.oldest_running), "seen": since.text}
+                where = sql.SQL("{} AND {}").format(where, sql.SQL(CHANGED))
                 removed = connection.execute(
                     sql.SQL("SELECT stamp FROM removed WHERE {}").format(where), values
                 ).fetchall()
@@ -319,7 +339,7 @@ class Gallery:
         wanted = count * self._section.refine
         condition, values = condition_of(where)
         values |= {"gallery": self.number, "vector": HalfVector(vector_D / np.linalg.norm(vector_D)), "count": wanted}
-        condition = sql.SQL("gallery = %(gallery)s AND {}").format(condition)
+        condition = sql.SQL("{} AND {}").format(self._rows, condition)
 
         def read(connection: Connection) -> pa.Table:
             # The index reads only so many rows that do not match, so it is no help with a filter that few rows match.
@@ -385,8 +405,8 @@ class Gallery:
 
     def count(self, limit: int | None = None) -> int:
         """Return the number of rows, or `limit` if there are more."""
-        condition, values = sql.SQL("gallery = %(gallery)s"), {"gallery": self.number}
-        return self.database.run(lambda connection: self._count(connection, condition, values, limit))
+        values = {"gallery": self.number}
+        return self.database.run(lambda connection: self._count(connection, self._rows, values, limit))
 
     @property
     def in_use(self) -> bool:

@@ -53,6 +53,7 @@ class Hit:
     Attributes:
         score: similarity; for an ensemble, the weighted sum of the similarities of its modalities.
         shares: modality -> its contribution to the score, weight included.
+        position: order of equal scores.
     """
 
     id: str
@@ -62,6 +63,7 @@ class Hit:
     camid: int
     time: datetime | None
     image: str | None
+    position: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,17 @@ class Answer:
 
     hits: list[Hit]
     version: int
+
+
+def merged(answers: Sequence[Answer], request: Request) -> Answer:
+    """Return the answer of a gallery from the answers of its shares, all to the same request."""
+    hits = sorted((hit for answer in answers for hit in answer.hits), key=lambda hit: (-hit.score, hit.position))
+    if request.by_identity:
+        first: dict[object, Hit] = {}
+        for hit in hits:
+            first.setdefault(hit.id if hit.pid is None else hit.pid, hit)
+        hits = list(first.values())
+    return Answer(hits=hits[: request.k], version=min(answer.version for answer in answers))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +217,7 @@ def _hits(ranked: Ranked, query: Query, weights: Mapping[str, float]) -> list[Hi
             camid=facts["camid"],
             time=facts["time"],
             image=facts["image"],
+            position=facts["position"],
         )
         for row, facts in enumerate(ranked.facts.to_pylist())
     ]

@@ -318,7 +318,7 @@ def _request(query: SearchQuery, weights: messages.Weights) -> search.Request:
 def _answer(query: Query, answer: search.Answer, asked: search.Request) -> SearchAnswer:
     voted = query.parts if len(query.parts) == 1 else [name for name in query.parts if asked.weights[name]]
     return SearchAnswer(
-        hits=[messages.HitMessage(**vars(hit)) for hit in answer.hits],
+        hits=[messages.HitMessage.model_validate(hit) for hit in answer.hits],
         version=answer.version,
         modalities=list(voted),
         filter_text=query.filter_text_source,

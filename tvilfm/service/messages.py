@@ -133,6 +133,8 @@ class SearchBatch(Message):
 class HitMessage(Message):
     """A ranked row of the gallery."""
 
+    model_config = ConfigDict(from_attributes=True)
+
     id: str
     score: float = Field(description="similarity; for an ensemble, the weighted sum over its modalities")
     shares: dict[str, float] = Field(description="contribution of each modality to the score, weight included")

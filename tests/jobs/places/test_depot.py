@@ -16,10 +16,10 @@ import torch
 from pyarrow import fs
 
 from cluster.places.depot import COMPLETE, Depot, fetched
+from cluster.places.finished import finished_run
 from cluster.run import run
 from cluster.stages.registry import stages_of
 from cluster.stages.store import StageStore
-from cluster.tables.indexing import finished_run
 from tests.paths import REPOSITORY
 from tests.processes import kill, kill_tree
 from tvilfm.config import Config, load_config

@@ -132,7 +132,7 @@ def kill_server(folder: Path) -> None:
 @pytest.mark.timeout(500)
 def test_no_acknowledged_write_is_lost_or_doubled_whatever_is_killed(tmp_path: Path) -> None:
     folder = tmp_path / "gallery"
-    head_4D = torch.ones(4, DIM)
+    head_4D = np.ones((4, DIM), dtype=np.float32)
     heads = Heads(current_4D=head_4D, base_4D=head_4D, eps=1e-5, width=DIM)
     gallery = Gallery.prepare(str(folder), space_id=SPACE, heads=heads, encoder="none")
     gallery.publish()

@@ -36,17 +36,11 @@ from tvilfm.service.client import Client, as_json
 
 BINARIES = Path(sys.executable).parent
 REDIS = shutil.which("redis-server")
-PARTS = ("Ingress", "Encoder", "SearcherReplica")
 PROXY = b"ray::ProxyActor"
 RECONNECT_S = 60  # that workers wait for a head; Ray's own
 GRPC_BYTES = 4 * 2**20  # the largest message that gRPC takes unless told otherwise
 ADDRESS = "127.0.0.2"  # Ray takes another one of this machine where it reads 127.0.0.1
 RETRIES = 2  # the client's default
-
-
-def parts_on(machine: subprocess.Popen[bytes]) -> set[str]:
-    """Parts of the service that a machine runs."""
-    return {part for part in PARTS if named(machine.pid, f"ray::ServeReplica:tvilfm:{part}".encode())}
 
 
 def replicas(machine: subprocess.Popen[bytes]) -> set[int]:
@@ -256,14 +250,14 @@ def test_the_machine_with_every_part_of_the_service_goes_and_no_client_sees_an_e
     busy = machines.start_worker()
     machines.deploy(config)
     wait_for(answers(f"{address}/readyz"), "the service does not start", seconds=240)
-    assert parts_on(busy) == set(PARTS)
+    assert len(replicas(busy)) == config.serve.replicas
     spare = machines.start_worker()
     load = Load(untrained_run, address, retries=RETRIES)
     try:
         wait_for(load.goes_on(), "nobody is served")
         kill_tree(busy)
         wait_for(load.goes_on(), "the service does not answer again", seconds=240)
-        wait_for(lambda: parts_on(spare) == set(PARTS), "a part is not replaced")
+        wait_for(lambda: len(replicas(spare)) == config.serve.replicas, "a replica is not replaced")
     finally:
         load.end()
     assert load.errors == []

@@ -30,11 +30,12 @@ from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from cluster import machines
+from cluster.places.finished import finished_run
 from cluster.serve.application import application, filter_captioner
-from cluster.serve.ingress import Ingress
 from cluster.serve.launch import _check_room, serving
-from cluster.serve.searcher import SearcherReplica
-from cluster.tables.indexing import finished_run, index
+from cluster.serve.replica import Replica
+from cluster.serve.searcher import GallerySearcher
+from cluster.tables.indexing import index
 from tests.processes import command_line, descendants, until
 from tests.unit.service.test_service import hostile
 from tests.untrained_run import Ranking, UntrainedRun, evaluated_rankings
@@ -48,7 +49,8 @@ from tvilfm.retrieval.query import Query
 from tvilfm.retrieval.rows import vector_column
 from tvilfm.retrieval.search import Answer, Request, Searcher
 from tvilfm.retrieval.spaces import Heads
-from tvilfm.retrieval.store import Change, Unavailable
+from tvilfm.retrieval.store import Unavailable
+from tvilfm.service.backend import Busy
 from tvilfm.service.client import Client, as_json
 from tvilfm.service.messages import SearchAnswer
 
@@ -189,15 +191,15 @@ def test_a_machine_that_is_too_small_is_refused_and_a_cluster_may_grow(
         _check_room(config.model_copy(update=changes), resources)
 
     check(0, 0, CPU=2)
-    check(1, 0, CPU=2, GPU=1)
-    check(0.6, 0.2, CPU=2, GPU=1)
-    with pytest.raises(ValueError, match="serve: expected 3 GPUs for its replicas, got 1"):
-        check(1, 1, CPU=2, GPU=1)
+    check(0.5, 0, CPU=2, GPU=1)
+    check(0.3, 0.2, CPU=2, GPU=1)
+    with pytest.raises(ValueError, match="serve: expected 2 GPUs for its replicas, got 1"):
+        check(0, 1, CPU=2, GPU=1)
     with pytest.raises(ValueError, match=r"serve: expected 1\.6 CPUs for its replicas, got 1"):
         check(0, 0, CPU=1)
     assert capsys.readouterr().err == ""
     check(1, 0, address="auto", CPU=2)
-    assert "expected 1 GPUs for its replicas, got 0" in capsys.readouterr().err
+    assert "expected 2 GPUs for its replicas, got 0" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -307,11 +309,11 @@ def test_parts_are_killed_under_load_and_nobody_who_tries_twice_sees_it(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
             "WHERE datname = current_database() AND pid <> pg_backend_pid()"
         )
-    for part in ("SearcherReplica", "Encoder"):
+    for _ in range(2):
         both_go_on()
-        pid = replicas(part)[0]
+        (pid, *_) = before = replicas()
         os.kill(pid, signal.SIGKILL)
-        until(lambda pid=pid, part=part: pid not in replicas(part) and replicas(part))
+        until(lambda pid=pid, before=before: pid not in replicas() and len(replicas()) == len(before))
     both_go_on()
     stop.set()
     for worker in workers:
@@ -321,15 +323,14 @@ def test_parts_are_killed_under_load_and_nobody_who_tries_twice_sees_it(
     assert len(acknowledged) == len(set(acknowledged)) > 20
 
 
-def replicas(part: str) -> list[int]:
-    """Processes of a part of the service."""
-    title = f"ServeReplica:tvilfm:{part}".encode()
-    return [pid for pid in descendants(os.getpid()) if title in command_line(pid)]
+def replicas() -> list[int]:
+    """Processes of the service."""
+    return [pid for pid in descendants(os.getpid()) if b"ServeReplica:tvilfm:Replica" in command_line(pid)]
 
 
 def small_gallery(config: Config, url: str, **serve: object) -> Config:
     """How a gallery of three rows is served."""
-    head_4D = torch.ones(4, 4)
+    head_4D = np.ones((4, 4), dtype=np.float32)
     heads = Heads(current_4D=head_4D, base_4D=head_4D, eps=1e-5, width=4)
     gallery = Gallery.prepare(url, space_id="space", heads=heads, encoder="none")
     vector = vector_column(np.eye(4, dtype=np.float32)[:3])
@@ -348,7 +349,7 @@ def test_a_batch_counts_questions_and_not_the_requests_that_bring_them(
     untrained_run: UntrainedRun, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small_gallery(untrained_run.config, database, batch=3)
-    replica, sizes, search = SearcherReplica(config, "space"), [], Searcher.search
+    replica, sizes, search = GallerySearcher(config, "space"), [], Searcher.search
 
     def counted(self: Searcher, queries: Sequence[Query], requests: Sequence[Request]) -> list[Answer]:
         sizes.append(len(queries))
@@ -364,7 +365,7 @@ def test_a_batch_counts_questions_and_not_the_requests_that_bring_them(
 def test_a_searcher_sees_a_write_at_once_if_asked_for_its_version_and_else_soon(
     untrained_run: UntrainedRun, database: str
 ) -> None:
-    replica = SearcherReplica(small_gallery(untrained_run.config, database, follow_s=3600), "space")
+    replica = GallerySearcher(small_gallery(untrained_run.config, database, follow_s=3600), "space")
     gallery = Gallery.open(database)
     asked = Query(parts={"text": torch.eye(4)[1]}, base=False, space_id="space", filter_text_source="none")
     version = gallery.delete(["b"]).version
@@ -381,52 +382,64 @@ def test_expired_rows_leave_when_the_service_starts(untrained_run: UntrainedRun,
     with psycopg.connect(database) as connection:
         connection.execute("UPDATE image SET added = now() - interval '31 days' WHERE id <> 'b'")
     gallery = Gallery.open(database)
-    ingress(config)
+    replica_of(config, Part())
     until(lambda: gallery.count() == 1)
     assert gallery.contains(["b"]).all()
 
 
 class Part:
-    """A method of a part of the service, that answers after a while or fails."""
+    """A deployment whose methods answer or fail."""
 
-    def __init__(self, seconds: float = 0.0, error: Exception | None = None) -> None:
-        self.seconds, self.error, self.calls = seconds, error, 0
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error, self.calls = error, 0
+        self.ready = self.encode = self
 
-    async def remote(self, *arguments: object) -> Change:
+    async def remote(self, *arguments: object) -> list[object]:
         self.calls += 1
-        await asyncio.sleep(self.seconds)
+        await asyncio.sleep(0.01)
         if self.error is not None:
             raise self.error
-        return Change(version=1, count=1)
+        return []
 
 
-def ingress(config: Config, *, encoder: Part | None = None, searcher: Part | None = None) -> Ingress:
+def replica_of(config: Config, encoder: Part, *shards: Part) -> Replica:
+    """A replica whose encoder and shards are deployments of their own."""
     facts = SimpleNamespace(space_id="space")
-    parts = [SimpleNamespace(ready=part, encode=part) for part in (encoder or Part(), searcher or Part())]
-    return Ingress(config, facts, *parts)  # type: ignore[arg-type]
+    return Replica(config, facts, None, None, encoder, shards or (Part(),))  # type: ignore[arg-type]
 
 
 def test_an_answer_that_went_with_its_machine_is_asked_for_again(untrained_run: UntrainedRun, database: str) -> None:
     part = Part(error=OwnerDiedError("0" * 56, None, ""))
     with pytest.raises(Unavailable):
-        asyncio.run(ingress(small_gallery(untrained_run.config, database), encoder=part).encode([]))
+        asyncio.run(replica_of(small_gallery(untrained_run.config, database), part).encode([]))
     assert part.calls == 2
 
 
 def test_the_service_is_ready_when_every_part_answers(
     untrained_run: UntrainedRun, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, encoder, searcher = small_gallery(untrained_run.config, database), Part(), Part()
-    service = ingress(config, encoder=encoder, searcher=searcher)
+    config, parts = small_gallery(untrained_run.config, database), [Part() for _ in range(3)]
+    service = replica_of(config, *parts)
     asyncio.run(service.ready())
-    assert (encoder.calls, searcher.calls) == (1, 1)
-    gone = Part(error=DeploymentUnavailableError(DeploymentID("Encoder")))
+    assert [part.calls for part in parts] == [1, 1, 1]
+    gone = Part(error=DeploymentUnavailableError(DeploymentID("Shard1")))
     with pytest.raises(Unavailable):
-        asyncio.run(ingress(config, encoder=gone).ready())
+        asyncio.run(replica_of(config, Part(), Part(), gone).ready())
     monkeypatch.setattr("tvilfm.retrieval.database.PATIENCE_S", 0.1)
     service._gallery.database.close()
     with pytest.raises(Unavailable, match="expected an answer from the database"):
         asyncio.run(service.ready())
+
+
+def test_a_replica_refuses_more_than_max_queued_requests(untrained_run: UntrainedRun, database: str) -> None:
+    service = replica_of(small_gallery(untrained_run.config, database, max_queued=2), Part())
+
+    async def three() -> list[object]:
+        return await asyncio.gather(*(service.encode([]) for _ in range(3)), return_exceptions=True)
+
+    *answers, refusal = asyncio.run(three())
+    assert answers == [[], []] and isinstance(refusal, Busy)
+    assert asyncio.run(service.encode([])) == []  # the places are free again
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cluster.cli.app import main
-from cluster.tables.indexing import finished_run
+from cluster.places.finished import finished_run
 from tests.untrained_run import UntrainedRun
 from tvilfm.config import load_run
 from tvilfm.datasets.synthetic.layouts import Size, write_layout

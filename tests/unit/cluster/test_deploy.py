@@ -17,11 +17,11 @@ import pytest
 import yaml
 from pydantic import ValidationError
 from ray.autoscaler._private.util import prepare_config, validate_config
-from ray.serve._private import constants
 from ray.serve.schema import ServeDeploySchema
 
-from cluster.machines.render import CONFIG_PATH, REQUEST_S, SERVE_ENV, TARGETS, render
+from cluster.machines.render import CONFIG_PATH, TARGETS, render
 from cluster.places.check import excluded
+from cluster.serve.environment import REQUEST_S, serve_environment
 from tests.paths import REPOSITORY
 from tvilfm.config import Config, load_config
 
@@ -208,9 +208,8 @@ def test_the_service_passes_serves_validation_and_names_an_application_that_ther
     module, _, name = application.import_path.partition(":")
     source = ast.parse((REPOSITORY / f"{module.replace('.', '/')}.py").read_text())
     assert name in {node.name for node in source.body if isinstance(node, ast.FunctionDef)}
-    assert schema.controller_options is not None and schema.controller_options.runtime_env == {"env_vars": SERVE_ENV}
-    for name in SERVE_ENV:  # no other release has to know them
-        assert hasattr(constants, name)
+    variables = {"env_vars": serve_environment(config.serve)}
+    assert schema.controller_options is not None and schema.controller_options.runtime_env == variables
     with pytest.raises(ValidationError):
         ServeDeploySchema.model_validate(document | {"applications": [{"name": "tvilfm"}]})
 

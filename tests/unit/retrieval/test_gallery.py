@@ -34,8 +34,7 @@ SPACE, OTHER, DIM = "feed-96x48", "beef-96x48", 8
 
 def heads(dim: int = DIM, *, seed: int = 0) -> Heads:
     """Heads of a model with drawn statistics."""
-    generator = torch.Generator().manual_seed(seed)
-    current, base = torch.rand(2, 4, dim, generator=generator) + 0.5
+    current, base = np.random.default_rng(seed).random((2, 4, dim), dtype=np.float32) + np.float32(0.5)
     return Heads(current_4D=current, base_4D=base, eps=1e-5, width=dim)
 
 

@@ -30,7 +30,7 @@ from tvilfm.retrieval.exact import ExactIndex
 from tvilfm.retrieval.gallery import Gallery
 from tvilfm.retrieval.query import Query, QueryEncoder, Question
 from tvilfm.retrieval.rows import Where, vector_column
-from tvilfm.retrieval.search import Answer, Request, Searcher
+from tvilfm.retrieval.search import Answer, Request, Searcher, merged
 from tvilfm.retrieval.spaces import Heads, space_id
 from tvilfm.retrieval.store import Changes, Snapshot
 
@@ -60,7 +60,7 @@ def gallery_rows(numbers: Sequence[int], *, seed: int = 0) -> pa.Table:
 
 
 def empty(url: str) -> Gallery:
-    head_4D = torch.ones(4, DIM)
+    head_4D = np.ones((4, DIM), dtype=np.float32)
     heads = Heads(current_4D=head_4D, base_4D=head_4D, eps=1e-5, width=DIM)
     gallery = Gallery.prepare(url, space_id=SPACE, heads=heads, encoder="none")
     gallery.publish()
@@ -143,7 +143,31 @@ def test_chunks_do_not_change_an_answer(gallery: Gallery, monkeypatch: pytest.Mo
     whole = searcher(gallery).search(queries, requests)
     monkeypatch.setattr(exact, "CHUNK_ROWS", 64)
     for mine, theirs in zip(searcher(gallery).search(queries, requests), whole, strict=True):
-        assert mine == theirs
+        assert mine.hits == theirs.hits
+
+
+@pytest.mark.parametrize("exact_limit", [NUM_ROWS, 0])
+@pytest.mark.parametrize("by_identity", [False, True])
+def test_shares_of_the_rows_give_together_the_answer_of_the_whole(
+    gallery: Gallery, exact_limit: int, by_identity: bool
+) -> None:
+    section = GallerySection(exact_limit=exact_limit)
+    shares = [Searcher(Gallery.open(gallery.url, section=section, share=(part, 3)), section) for part in range(3)]
+    counts = [one.gallery.count() for one in shares]
+    assert sum(counts) == NUM_ROWS and min(counts) > NUM_ROWS // 4
+    queries = [query(vector, base=row == 0) for row, vector in enumerate(unit(np.random.default_rng(8), 3))]
+    requests = [Request(weights={}, k=k, by_identity=by_identity) for k in (5, 40, NUM_ROWS)]
+    for _ in range(2):
+        whole = searcher(gallery).search(queries, requests)
+        parts = zip(*(one.search(queries, requests) for one in shares), strict=True)
+        assert [ids(merged(part, request)) for part, request in zip(parts, requests, strict=True)] == list(
+            map(ids, whole)
+        )
+        # A row that is written again gets a new stamp, and so another share.
+        gallery.upsert(gallery_rows(range(0, NUM_ROWS, 3)), space_id=SPACE)
+        gallery.delete([hit.id for hit in whole[0].hits])
+        for one in shares:
+            one.refresh()
 
 
 def test_queries_of_one_batch_do_not_touch_each_other(gallery: Gallery) -> None:

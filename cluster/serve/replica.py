@@ -1,51 +1,73 @@
-"""The ingress replica: the HTTP service, and the `Backend` that calls the other replicas."""
+"""The replica: the HTTP service and its `Backend` in one process.
+
+The command `tvilfm serve` imports this module, so torch is imported only where a replica starts.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from fastapi import FastAPI
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Counter, Histogram
 
-from cluster.serve.replicas import PATIENCE_S, keep_going
-from tvilfm.config import Config
-from tvilfm.data.images import Pixels
+from cluster.places.finished import FinishedRun
+from cluster.serve.common import keep_going
+from tvilfm.config import CaptionerSection, Config
 from tvilfm.retrieval.gallery import Gallery
-from tvilfm.retrieval.query import Query, Question
-from tvilfm.retrieval.search import Answer, Request
 from tvilfm.retrieval.store import Change, Unavailable
-from tvilfm.service.app import create_app
 from tvilfm.service.backend import Busy
 from tvilfm.service.messages import ModelFacts, Status
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from tvilfm.data.images import Pixels
+    from tvilfm.retrieval.query import Query, Question
+    from tvilfm.retrieval.search import Answer, Request
 
 RETENTION_S = 3600.0  # interval of the deletion of expired rows
 BOUNDARIES_S = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
 
 
-class Ingress:
-    """Replica that is the HTTP service and its `Backend`."""
+class Replica:
+    """Replica that answers whole requests.
+
+    Args:
+        config: sections `serve`, `gallery` and `cluster`.
+        facts: facts about the model.
+        run: the run whose model is served.
+        captioner: see `application.filter_captioner`.
+        encoder: encoders that all replicas share; None = this process encodes.
+        shards: searchers that each hold a share of the rows; none = this process searches.
+    """
 
     def __init__(
         self,
         config: Config,
         facts: ModelFacts,
-        encoder: DeploymentHandle[Any],
-        searcher: DeploymentHandle[Any],
+        run: FinishedRun,
+        captioner: CaptionerSection | None,
+        encoder: DeploymentHandle[Any] | None = None,
+        shards: Sequence[DeploymentHandle[Any]] = (),
     ) -> None:
+        from cluster.serve.encoder import Encoder
+        from cluster.serve.remote import RemoteEncoder, Shards
+        from cluster.serve.searcher import GallerySearcher
+
         self._config = config
-        self._encoder, self._searcher = encoder, searcher
         self.facts = facts
         self._gallery = Gallery.open(config.gallery_url, space_id=facts.space_id)
+        self._encoder = Encoder(config, run, captioner) if encoder is None else RemoteEncoder(encoder)
+        self._searcher = Shards(shards) if shards else GallerySearcher(config, facts.space_id)
+        self._under_way = 0
         threading.Thread(target=self._expire, daemon=True).start()
         self._seconds = Histogram(
             "tvilfm_stage_seconds", "Duration of a stage of a request, in seconds.", BOUNDARIES_S, tag_keys=("stage",)
@@ -53,6 +75,8 @@ class Ingress:
         self._refusals = Counter("tvilfm_refused", "Requests that a replica could not accept.", tag_keys=("why",))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
+        from tvilfm.service.app import create_app
+
         config = self._config
         return create_app(
             self,
@@ -62,16 +86,18 @@ class Ingress:
         )
 
     async def encode(self, questions: Sequence[Question]) -> list[Query]:
-        return await self._call(self._encoder.encode, questions)
+        with self._place():
+            return await self._encoder.encode(questions)
 
     async def encode_visible(self, pictures: Sequence[Pixels]) -> npt.NDArray[np.float32]:
-        features: npt.NDArray[np.float32] = await self._call(self._encoder.encode_visible, pictures)
-        return features
+        with self._place():
+            return await self._encoder.encode_visible(pictures)
 
     async def search(
         self, queries: Sequence[Query], requests: Sequence[Request], *, min_version: int = 0
     ) -> list[Answer]:
-        return await self._call(self._searcher.search, (queries, requests, min_version))
+        with self._place():
+            return await self._searcher.search((queries, requests, min_version))
 
     async def upsert(self, rows: pa.Table, *, space_id: str, by: str | None) -> Change:
         return await asyncio.to_thread(self._gallery.upsert, rows, space_id=space_id, by=by)
@@ -91,11 +117,28 @@ class Ingress:
         return None if picture is None else picture[1]
 
     async def ready(self) -> None:
-        parts = (self._call(part.ready) for part in (self._encoder, self._searcher))
-        await asyncio.gather(*parts, asyncio.to_thread(self._gallery.snapshot))
+        with self._place():
+            database = asyncio.to_thread(self._gallery.snapshot)
+            await asyncio.gather(self._encoder.ready(), self._searcher.ready(), database)
 
     async def status(self) -> Status:
-        return Status(**dict(self.facts), **await self._call(self._searcher.facts))
+        with self._place():
+            return Status(**dict(self.facts), **await self._searcher.facts())
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        """Count a request that is being worked on, and the requests that are refused."""
+        limit = self._config.serve.max_queued
+        self._under_way += 1
+        try:
+            if self._under_way > limit:
+                raise Busy(f"service: expected at most {limit} requests at once, got one more. Retry later.")
+            yield
+        except (Busy, Unavailable) as error:
+            self._refusals.inc(tags={"why": "busy" if isinstance(error, Busy) else "unavailable"})
+            raise
+        finally:
+            self._under_way -= 1
 
     def _expire(self) -> None:
         """Delete what is older than the retention allows, at the start and then each hour."""
@@ -104,25 +147,3 @@ class Ingress:
             with keep_going("expired rows could not be removed"):
                 self._gallery.expire(rows_days=section.retention_days, audit_days=section.audit_days)
             time.sleep(RETENTION_S)
-
-    async def _call(self, method: DeploymentHandle[Any], *arguments: Any) -> Any:
-        """Call a replica and return its result. Retry once if it dies or the timeout passes."""
-        for last in (False, True):
-            try:
-                async with asyncio.timeout(PATIENCE_S):
-                    return await method.remote(*arguments)
-            except BackPressureError:
-                self._refusals.inc(tags={"why": "busy"})
-                raise Busy("service: expected room for one more request, got a full queue. Retry later.") from None
-            except (RayActorError, ObjectLostError, DeploymentUnavailableError, TimeoutError):
-                if last:
-                    self._refusals.inc(tags={"why": "unavailable"})
-                    raise Unavailable(
-                        "service: expected an answer, got none while a replica is replaced. Retry."
-                    ) from None
-            except RayTaskError as error:
-                if isinstance(error.cause, Unavailable):
-                    self._refusals.inc(tags={"why": "unavailable"})
-                if isinstance(error.cause, (ValueError, Unavailable)):
-                    raise error.cause from None
-                raise

@@ -1,4 +1,4 @@
-"""Shared by the replicas of the service: timeouts, batches, and background threads that survive a failing store."""
+"""Shared by the parts of the service: timeouts, batches, and background threads that survive a failing store."""
 
 from __future__ import annotations
 
