@@ -1,18 +1,19 @@
-"""The service under load: requests a second, latencies and errors, with dynamic batching and without.
+"""The service under load, beside the same work in one process.
 
-    make demo && python -m benchmarks.serve_load
+    make demo && python -m benchmarks.serve_load [--before CHECKOUT]
 
-Starts `tvilfm serve` on the demo's run as a process of its own, with and without in turn, several times each, as one
-start differs from the next by more than a request from another. Asks it over the loopback from this process with 1, 8
-and 32 clients that each wait for an answer before they ask again. Every request is an infrared picture, a sentence and
-the infrared caption. Writes `benchmarks/results/serve_load.json` and `.md`. On two cores the clients, the
-proxy, the ingress, the encoder and the searchers share them. Not part of `make bench`: it takes six minutes.
+Starts `tvilfm serve` on the demo's run as a process of its own, in turn as it is by default and with a shared encoder,
+which costs each request one call between processes of Serve. With `--before`, another checkout of this project is
+measured in the same run. Sends an infrared image, a sentence and the infrared caption per request, over the loopback,
+from 1, 8 and 32 clients that wait for an answer before they ask again. Writes `benchmarks/results/serve_load.json` and
+`.md`. Clients, proxy, replicas and database share the cores. Not part of `make bench`: it takes six minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import http.client
 import json
 import os
 import platform
@@ -30,105 +31,153 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
+import torch
 
+from cluster.places.finished import finished_run, gallery_of
 from cluster.run import evaluator_of
 from tvilfm.config import Config, load_config
+from tvilfm.data.pixels import decode
 from tvilfm.evaluation.protocols import get_protocol
-from tvilfm.service.client import Client, ServiceError, as_json
+from tvilfm.models import TVILFM
+from tvilfm.retrieval.query import QueryEncoder, Question
+from tvilfm.retrieval.search import Request, Searcher
+from tvilfm.service.client import as_json
 from tvilfm.versions import version_of
 
 RESULTS = Path(__file__).parent / "results"
 CLIENTS = (1, 8, 32)
 WARM_UP_S = 3.0
+Row = dict[str, Any]
 
 
 def main() -> None:
     """Measure, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="small", help="recipe of the run that is served")
-    parser.add_argument("--seconds", type=float, default=10.0, help="that each number of clients is measured for")
-    parser.add_argument("--starts", type=int, default=3, help="of the service with batching, and without")
+    parser.add_argument("--seconds", type=float, default=10.0, help="duration per number of clients")
+    parser.add_argument("--starts", type=int, default=2, help="starts of each variant of the service")
+    parser.add_argument(
+        "--before",
+        type=Path,
+        help="another checkout of this project, measured in the same run; the run is to be one that it made",
+    )
     arguments = parser.parse_args()
     config = load_config(Path("ray_config.yaml"), size=arguments.size)
-    bodies = _bodies(config)
-    rows = []
-    for batch in (config.serve.batch, 1) * arguments.starts:
-        with _served(arguments.size, f"serve.batch={batch}") as address:
-            with Client(address) as client:
-                images = client.status().images
-            for clients in CLIENTS:
-                row = {"batch": batch, "clients": clients, **_load(address, bodies, clients, arguments.seconds)}
-                print(row, flush=True)
-                rows.append(row)
+    queries = _queries(config)
+    alone_ms, images = _alone(config, queries)
+    bodies = [json.dumps(as_json(**query)).encode() for query in queries]
+    variants = {"default": (Path.cwd(), []), "shared encoder": (Path.cwd(), ["serve.shared_encoders=1"])}
+    variants["shared encoder"][1].append("serve.replicas=1")
+    if arguments.before is not None:
+        variants["before"] = (arguments.before, [])
+    rows: list[Row] = []
+    for _ in range(arguments.starts):
+        for name, (checkout, overrides) in variants.items():
+            with _served(checkout, config, overrides) as (port, facts):
+                for clients in CLIENTS:
+                    load = _load(port, bodies, clients, arguments.seconds)
+                    rows.append({"variant": name, "clients": clients, **facts, **load})
+                    print(rows[-1], flush=True)
     record = {
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, clients on the same machine",
         "versions": {name: version_of(name) for name in ("ray", "torch", "tvilfm")},
         "gallery": images,
         "seconds": arguments.seconds,
+        "one_process_ms": alone_ms,
         "rows": rows,
     }
     (RESULTS / "serve_load.json").write_text(json.dumps(record, indent=1) + "\n")
     (RESULTS / "serve_load.md").write_text(_markdown(record))
 
 
-def _bodies(config: Config) -> list[dict[str, Any]]:
-    """Requests: every query of the first protocol with its witness text."""
+def _queries(config: Config) -> list[dict[str, Any]]:
+    """Return every query of the first protocol with its witness text."""
     evaluator = evaluator_of(config)
     protocol = get_protocol(config.evaluate.protocols[0])
-    asking = evaluator.query(protocol)["image"].to_pylist()
+    names = evaluator.query(protocol)["image"].to_pylist()
     texts = evaluator.texts(protocol, "witness")
     assert texts is not None
     rows = zip(texts.kept, texts.texts, texts.filter_texts, strict=True)
     return [
-        as_json(image=(config.data_root / asking[row]).read_bytes(), sentence=text, infrared_caption=own)
-        for row, text, own in rows
+        {"image": (config.data_root / names[row]).read_bytes(), "sentence": text, "infrared_caption": caption}
+        for row, text, caption in rows
     ]
 
 
+def _alone(config: Config, queries: Sequence[dict[str, Any]]) -> tuple[float, int]:
+    """Return the median time (ms) of decode, encode and search in this process, and the size of the gallery."""
+    run = finished_run(config)
+    data, gallery = run.config.data, gallery_of(run, config)
+    torch.set_num_threads(1)
+    model = TVILFM.from_pretrained(run.here(run.model)).eval()
+    encoder = QueryEncoder(model, height=data.height, width=data.width, filter_text=run.config.loss.filter_text)
+    searcher = Searcher(gallery, config.gallery)
+    request = Request(weights=run.config.evaluate.ensemble.weights)
+    times = []
+    for query in [*queries[:20], *queries[:200]]:
+        started = time.perf_counter()
+        image = decode(query["image"], height=None, width=None, name="")
+        question = Question(infrared=image, sentence=query["sentence"], infrared_caption=query["infrared_caption"])
+        searcher.search(encoder.encode([question]), [request])
+        times.append(1000 * (time.perf_counter() - started))
+    return round(statistics.median(times[20:]), 2), gallery.count()
+
+
 @contextmanager
-def _served(size: str, override: str) -> Iterator[str]:
+def _served(checkout: Path, config: Config, overrides: Sequence[str]) -> Iterator[tuple[int, Row]]:
+    """Run the service of a checkout; yield its port, and its start-up time and memory."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
-    command = [sys.executable, "-m", "cluster", "serve", "--size", size, override, f"serve.port={port}"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    address = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "cluster", "serve", str(config.run.path.absolute()), *overrides]
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [*command, f"serve.port={port}"], cwd=checkout, env=environment, stderr=subprocess.DEVNULL
+    )
     try:
-        while not _is_ready(address):
+        while not _is_ready(port):
             assert process.poll() is None, "the service ended; run it by hand to see why"
-            time.sleep(0.5)
-        yield address
+            time.sleep(0.2)
+        ready_s = time.perf_counter() - started
+        memory = sum(one.memory_full_info().pss for one in _with_children(process.pid))
+        yield port, {"ready_s": round(ready_s, 1), "memory_gb": round(memory / 1e9, 2)}
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        process.wait(120)
 
 
-def _is_ready(address: str) -> bool:
+def _with_children(pid: int) -> list[psutil.Process]:
+    parent = psutil.Process(pid)
+    return [parent, *parent.children(recursive=True)]
+
+
+def _is_ready(port: int) -> bool:
     with suppress(httpx.TransportError):
-        return httpx.get(f"{address}/readyz", trust_env=False).is_success
+        return httpx.get(f"http://127.0.0.1:{port}/readyz", trust_env=False).is_success
     return False
 
 
-def _load(address: str, bodies: Sequence[dict[str, Any]], clients: int, seconds: float) -> dict[str, float | int]:
+def _load(port: int, bodies: Sequence[bytes], clients: int, seconds: float) -> Row:
     latencies: list[float] = []
-    errors: list[str] = []
+    errors: list[int] = []
     started = time.perf_counter()
     begin, end = started + WARM_UP_S, started + WARM_UP_S + seconds
 
     def ask(worker: int) -> None:
-        with Client(address, retries=0) as client:
-            number = worker
-            while (asked := time.perf_counter()) < end:
-                body = bodies[number % len(bodies)]
-                number += clients
-                try:
-                    client.search_batch([body])
-                except (ServiceError, httpx.TransportError) as error:
-                    errors.append(str(error))
-                    continue
-                if asked > begin:
-                    latencies.append(time.perf_counter() - asked)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        number = worker
+        while (asked := time.perf_counter()) < end:
+            connection.request("POST", "/v1/search", bodies[number % len(bodies)], {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            answer.read()
+            number += clients
+            if answer.status != 200:
+                errors.append(answer.status)
+            elif asked > begin:
+                latencies.append(time.perf_counter() - asked)
 
     threads = [threading.Thread(target=ask, args=(worker,)) for worker in range(clients)]
     for thread in threads:
@@ -144,26 +193,30 @@ def _load(address: str, bodies: Sequence[dict[str, Any]], clients: int, seconds:
     }
 
 
-def _markdown(record: dict[str, Any]) -> str:
+def _markdown(record: Row) -> str:
+    alone = record["one_process_ms"]
     lines = [
         f"`python -m benchmarks.serve_load`, {record['date']}, {record['machine']}; {record['gallery']} images in the "
-        f"gallery, {record['seconds']:g} s a row. Every request: an infrared picture, a sentence, a caption. Medians "
-        "of several starts of the service; in brackets the lowest and the highest.",
+        f"gallery, {record['seconds']:g} s per row. Every request: an infrared image, a sentence, a caption. Decoding, "
+        f"encoding and search of one request take {alone} ms in one process with one thread. Medians of all starts.",
         "",
-        "| batch at most | clients | requests/s | p50 ms | p99 ms | errors |",
-        "|---:|---:|---:|---:|---:|---:|",
+        "| service | clients | requests/s | p50 ms | p50 / one process | p99 ms | errors | ready s | memory GB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    starts: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, int], list[Row]] = {}
     for row in record["rows"]:
-        starts.setdefault((row["batch"], row["clients"]), []).append(row)
-    for (batch, clients), rows in starts.items():
-        shown = " | ".join(_spread([row[name] for row in rows]) for name in ("requests_s", "p50_ms", "p99_ms"))
-        lines.append(f"| {batch} | {clients} | {shown} | {sum(row['errors'] for row in rows)} |")
+        groups.setdefault((row["variant"], row["clients"]), []).append(row)
+    for (variant, clients), rows in groups.items():
+        middle = {
+            name: statistics.median(row[name] for row in rows)
+            for name in ("requests_s", "p50_ms", "p99_ms", "ready_s", "memory_gb")
+        }
+        lines.append(
+            f"| {variant} | {clients} | {middle['requests_s']:.0f} | {middle['p50_ms']:.1f} "
+            f"| {middle['p50_ms'] / alone:.1f} | {middle['p99_ms']:.0f} | {sum(row['errors'] for row in rows)} "
+            f"| {middle['ready_s']:.0f} | {middle['memory_gb']:.1f} |"
+        )
     return "\n".join(lines) + "\n"
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.0f} ({min(values):.0f}-{max(values):.0f})"
 
 
 if __name__ == "__main__":

@@ -58,6 +58,11 @@ class Encoder:
         assert self._captioner is not None
         return [remove_colors(sentence) for sentence in self._captioner.caption(pictures)]
 
+    async def caption(self, picture: Pixels) -> str:
+        """Return the caption of an infrared image, without color words."""
+        (sentence,) = await asyncio.to_thread(self._caption, [picture])
+        return sentence
+
     async def encode_visible(self, pictures: Sequence[Pixels]) -> npt.NDArray[np.float32]:
         """Return the raw features of visible images."""
         return await asyncio.to_thread(self._encode_visible, pictures)

@@ -39,6 +39,10 @@ class RemoteEncoder:
         features: npt.NDArray[np.float32] = await _call(self._handle.encode_visible, pictures)
         return features
 
+    async def caption(self, picture: Pixels) -> str:
+        sentence: str = await _call(self._handle.caption, picture)
+        return sentence
+
     async def ready(self) -> None:
         await _call(self._handle.ready)
 

@@ -93,6 +93,21 @@ class Replica:
         with self._place():
             return await self._encoder.encode_visible(pictures)
 
+    async def caption(self, picture: Pixels) -> str:
+        with self._place():
+            return await self._encoder.caption(picture)
+
+    async def like(self, id: str) -> Query | None:
+        import torch
+
+        from tvilfm.retrieval.query import Query
+
+        vector_D = await asyncio.to_thread(self._gallery.vector, id)
+        if vector_D is None:
+            return None
+        parts = {"visible": torch.from_numpy(vector_D.copy())}
+        return Query(parts=parts, base=False, space_id=self.facts.space_id, filter_text_source="none")
+
     async def search(
         self, queries: Sequence[Query], requests: Sequence[Request], *, min_version: int = 0
     ) -> list[Answer]:

@@ -36,7 +36,7 @@ from tvilfm.config import GallerySection
 from tvilfm.retrieval.database import Connection, Database
 from tvilfm.retrieval.hnsw import build_indexes, unindexed
 from tvilfm.retrieval.records import INCOMING, INCOMING_TYPES, READ, condition_of, records_of, table_of
-from tvilfm.retrieval.rows import Where, checked, row_schema
+from tvilfm.retrieval.rows import Where, checked, row_schema, vectors_of
 from tvilfm.retrieval.spaces import Heads
 from tvilfm.retrieval.store import Change, Changes, Snapshot
 from tvilfm.terms import SearchKind
@@ -291,6 +291,13 @@ class Gallery:
         """Return a row's image reference and thumbnail (each None if missing), or None if the row does not exist."""
         query = "SELECT image, thumbnail FROM image WHERE gallery = %s AND id = %s"
         return self.database.run(lambda connection: connection.execute(query, (self.number, id)).fetchone())
+
+    def vector(self, id: str) -> npt.NDArray[np.float32] | None:
+        """Return a row's (D,) unit vector from the current head, or None if the row does not exist."""
+        where = sql.SQL("gallery = %(gallery)s AND id = %(id)s")
+        values = {"gallery": self.number, "id": id}
+        rows = self.database.run(lambda connection: self._fetch(connection, where, values, pages=False))
+        return vectors_of(rows["vector"])[0] if rows.num_rows else None
 
     def contains(self, ids: Sequence[str]) -> npt.NDArray[np.bool_]:
         """Return for each id whether a row has it."""

@@ -51,10 +51,12 @@ class Query:
 
     Attributes:
         parts: modality -> (D,) float32 unit vector on the CPU. Keys are `infrared`, `text` and `fusion` if the question
-            has an image and a sentence, otherwise only `infrared` or only `text`.
+            has an image and a sentence, otherwise only `infrared`, only `text`, or `visible` for an image of the
+            gallery.
         base: whether the vectors are compared through the base stage's head; true for infrared alone.
         space_id: space of the model that encoded the question.
         filter_text_source: source of the filter text that fusion subtracts; "none" also if nothing is fused.
+        filter_text: the filter text; None = nothing is subtracted.
         sentence_cut: whether the text tower did not read the end of the sentence or of the given caption.
     """
 
@@ -62,6 +64,7 @@ class Query:
     base: bool
     space_id: str
     filter_text_source: FilterTextSource
+    filter_text: str | None = None
     sentence_cut: bool = False
 
 
@@ -133,7 +136,14 @@ class QueryEncoder:
             base = text_D is None
             cut = any(is_cut(text) for text in (question.sentence, filter_text) if text)
             queries.append(
-                Query(parts=parts, base=base, space_id=self.space_id, filter_text_source=source, sentence_cut=cut)
+                Query(
+                    parts=parts,
+                    base=base,
+                    space_id=self.space_id,
+                    filter_text_source=source,
+                    filter_text=filter_text,
+                    sentence_cut=cut,
+                )
             )
         return queries
 

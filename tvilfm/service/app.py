@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from importlib.resources import files
 from typing import Annotated, Any, TypeVar
@@ -20,12 +20,11 @@ import numpy.typing as npt
 import pyarrow as pa
 from fastapi import Depends, FastAPI, HTTPException, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse
 from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tvilfm.config import ServeSection
 from tvilfm.data.images import Pixels, thumbnail
@@ -34,9 +33,10 @@ from tvilfm.retrieval import search
 from tvilfm.retrieval.query import Query, Question
 from tvilfm.retrieval.rows import VECTORS, Where, row_schema
 from tvilfm.retrieval.store import Change, Unavailable
-from tvilfm.service import keys, messages
+from tvilfm.service import errors, keys, messages
+from tvilfm.service.access import BodyLimit, guarded, needs
 from tvilfm.service.backend import Backend, Busy
-from tvilfm.service.messages import HEADER, RETRY_S, Bulk, SearchAnswer, SearchBatch, SearchQuery, Status, Written
+from tvilfm.service.messages import HEADER, Bulk, SearchAnswer, SearchBatch, SearchQuery, Status, Written
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MIN_SIDE = 8  # pixels; smaller images cannot show a person
@@ -79,7 +79,7 @@ def create_app(
     )
     handlers = _Handlers(backend, section, thumbnail_height, observe)
     key_file = None if section.keys is None else keys.KeyFile(section.keys)
-    read, write, admin = (_guarded(_needs(scope, key_file)) for scope in keys.SCOPES)
+    read, write, admin = (guarded(needs(scope, key_file)) for scope in keys.SCOPES)
     documented = [] if key_file is None else [Depends(APIKeyHeader(name=HEADER, auto_error=False))]
 
     def route(path: str, handler: Callable[..., Awaitable[Any]], method: str, who: type[APIRoute], **more: Any) -> None:
@@ -88,6 +88,7 @@ def create_app(
 
     route("/v1/search", handlers.search, "POST", read, response_model=SearchAnswer)
     route("/v1/search/batch", handlers.search_batch, "POST", read, response_model=messages.BatchAnswer)
+    route("/v1/caption", handlers.caption, "POST", read, response_model=messages.Caption)
     route("/v1/status", handlers.status, "GET", read, response_model=Status)
     route("/v1/gallery/bulk", handlers.bulk, "POST", write, response_model=Written)
     route("/v1/people/{pid}", handlers.delete_person, "DELETE", admin, response_model=Written)
@@ -98,12 +99,12 @@ def create_app(
     app.add_api_route("/readyz", handlers.readyz, methods=["GET"], responses={503: PROBLEMS[503]})
     app.add_api_route("/", page, methods=["GET"], response_class=HTMLResponse, include_in_schema=False)
 
-    app.add_exception_handler(RequestValidationError, _not_understood)
-    app.add_exception_handler(StarletteHTTPException, _refused)
-    app.add_exception_handler(Busy, partial(_try_again, 429))
-    app.add_exception_handler(Unavailable, partial(_try_again, 503))
-    app.add_exception_handler(Exception, _fault)
-    app.add_middleware(_BodyLimit, max_bytes=int(section.max_body_mb * 1e6))
+    app.add_exception_handler(RequestValidationError, errors.not_understood)
+    app.add_exception_handler(StarletteHTTPException, errors.refused)
+    app.add_exception_handler(Busy, partial(errors.try_again, 429))
+    app.add_exception_handler(Unavailable, partial(errors.try_again, 503))
+    app.add_exception_handler(Exception, errors.fault)
+    app.add_middleware(BodyLimit, max_bytes=int(section.max_body_mb * 1e6))
     if key_file is None:
         # Without keys, every program on this machine may send requests. This blocks pages in a browser on this machine
         # that reach the service under another host name (DNS rebinding).
@@ -132,6 +133,14 @@ class _Handlers:
         """Search for several people; each answer equals that of a separate search."""
         self._check_count("queries", len(batch.queries))
         return messages.BatchAnswer(answers=await self._answers(request, batch.queries))
+
+    async def caption(self, picture: messages.Picture) -> messages.Caption:
+        """Describe an infrared image as the captioner does for a search without infrared_caption."""
+        if not self._backend.facts.captioner:
+            raise HTTPException(404, "caption: expected a service with a captioner, got one without (serve.captioner).")
+        async with self._decoded([picture.image]) as (image,):
+            assert image is not None
+            return messages.Caption(caption=await self._timed("caption", self._backend.caption(image)))
 
     async def put(
         self,
@@ -181,7 +190,7 @@ class _Handlers:
     async def _answers(self, request: Request, asked: Sequence[SearchQuery]) -> list[SearchAnswer]:
         if not self._backend.facts.text and any(query.sentence is not None for query in asked):
             raise HTTPException(422, "sentence: expected none, because the served model reads no text, got one.")
-        queries = await self._encoded(asked)
+        queries = await self._queries(asked)
         requests = [_request(query, self._backend.facts.weights) for query in asked]
         min_version = max(query.min_version or 0 for query in asked)
         searching = self._backend.search(queries, requests, min_version=min_version)
@@ -193,6 +202,17 @@ class _Handlers:
                 )
         await self._backend.note_searches(answers, by=request.state.key)
         return [_answer(query, answer, own) for query, answer, own in zip(queries, answers, requests, strict=True)]
+
+    async def _queries(self, asked: Sequence[SearchQuery]) -> list[Query]:
+        similar: dict[str, Query] = {}
+        for id in {query.like for query in asked if query.like is not None}:
+            query = await self._backend.like(id)
+            if query is None:
+                raise HTTPException(404, f"like: expected the id of a gallery image, got {id}.")
+            similar[id] = query
+        new = [query for query in asked if query.like is None]
+        encoded = iter(await self._encoded(new) if new else ())
+        return [next(encoded) if query.like is None else similar[query.like] for query in asked]
 
     async def _encoded(self, asked: Sequence[SearchQuery]) -> list[Query]:
         async with self._decoded([query.image for query in asked]) as images:
@@ -322,55 +342,9 @@ def _answer(query: Query, answer: search.Answer, asked: search.Request) -> Searc
         version=answer.version,
         modalities=list(voted),
         filter_text=query.filter_text_source,
+        infrared_caption=query.filter_text,
         sentence_cut=query.sentence_cut,
     )
-
-
-def _guarded(check: Callable[[Request], None]) -> type[APIRoute]:
-    """Return a route class that runs `check` before the body is read. FastAPI runs dependencies only after that."""
-
-    class Guarded(APIRoute):
-        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-            handle = super().get_route_handler()
-
-            async def checked(request: Request) -> Response:
-                await asyncio.to_thread(check, request)
-                return await handle(request)
-
-            return checked
-
-    return Guarded
-
-
-def _needs(scope: keys.Scope, key_file: keys.KeyFile | None) -> Callable[[Request], None]:
-    """Return a check that rejects requests without the scope."""
-    if key_file is None:
-
-        def anybody(request: Request) -> None:
-            if request.method != "GET" and _is_of_another_site(request):
-                raise HTTPException(403, "Origin: expected the service's own page or none, got another site's.")
-            request.state.key = None
-
-        return anybody
-
-    def check(request: Request) -> None:
-        token = request.headers.get(HEADER)
-        key = key_file.find(token) if token else None
-        if key is None:
-            got = "a wrong one" if token else "none"
-            raise HTTPException(401, f"{HEADER}: expected an API key, got {got}. Ask an operator for one.")
-        if scope not in key.scopes:
-            raise HTTPException(403, f"{HEADER}: expected a key with scope {scope}, got one with {list(key.scopes)}.")
-        request.state.key = key.name
-
-    return check
-
-
-def _is_of_another_site(request: Request) -> bool:
-    """Return whether the browser's headers say that a page of another site sent the request (cross-site forgery)."""
-    origin, fetched = request.headers.get("Origin"), request.headers.get("Sec-Fetch-Site", "none")
-    own = origin is None or origin.partition("://")[2] == request.headers.get("Host")
-    return not own or fetched not in ("same-origin", "none")
 
 
 async def healthz() -> dict[str, str]:
@@ -383,64 +357,3 @@ async def page() -> HTMLResponse:
     content = files("tvilfm.service").joinpath("page.html").read_text()
     headers = {"Content-Security-Policy": CONTENT_SECURITY, "Referrer-Policy": "no-referrer"}
     return HTMLResponse(content, headers=headers)
-
-
-class _BodyLimit:
-    """Reject a body above the size limit before it is in memory, with or without a Content-Length header."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app, self._max = app, max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        length = 0
-        with suppress(ValueError):
-            length = int(declared)
-        if length > self._max:
-            await _problem(413, self._told())(scope, receive, send)
-            return
-        seen = 0
-
-        async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self._max:
-                raise HTTPException(413, self._told())
-            return message
-
-        await self._app(scope, counted, send)
-
-    def _told(self) -> str:
-        return f"body: expected at most {self._max} bytes, got more. Send smaller images, or fewer per request."
-
-
-def _problem(status: int, error: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"error": error}, status_code=status, headers=headers)
-
-
-async def _not_understood(request: Request, error: Exception) -> Response:
-    """Describe validation errors without the invalid input, which may be large or an image of a person."""
-    assert isinstance(error, RequestValidationError)
-    faults = []
-    for fault in error.errors()[:10]:
-        where = ".".join(str(part) for part in fault["loc"] if part != "body") or "body"
-        faults.append(f"{where}: {fault['msg']}")
-    text = "; ".join(faults) + ". See /openapi.json."
-    return _problem(422, text.encode("utf-8", "replace").decode())
-
-
-async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, StarletteHTTPException)
-    return _problem(error.status_code, str(error.detail), dict(error.headers or {}))
-
-
-async def _try_again(status: int, request: Request, error: Exception) -> Response:
-    return _problem(status, str(error), {"Retry-After": str(RETRY_S)})
-
-
-async def _fault(request: Request, error: Exception) -> Response:
-    return _problem(500, "service: expected an answer, got an internal error. See the log of the service.")

@@ -35,6 +35,12 @@ class Backend(Protocol):
     async def encode_visible(self, pictures: Sequence[Pixels]) -> npt.NDArray[np.float32]:
         """Encode (H, W, 3) uint8 images of any size, and return their raw features (N, `ModelFacts.width`)."""
 
+    async def caption(self, picture: Pixels) -> str:
+        """Return what an infrared image shows, without colors. Only if `ModelFacts.captioner`."""
+
+    async def like(self, id: str) -> Query | None:
+        """Return a query for images similar to a row of the gallery, or None if the row does not exist."""
+
     async def search(
         self, queries: Sequence[Query], requests: Sequence[Request], *, min_version: int = 0
     ) -> list[Answer]:

@@ -96,13 +96,16 @@ class Weights(Message):
 
 
 class SearchQuery(Message):
-    """A person to search for: an infrared image, a sentence, or both."""
+    """A person to search for: an infrared image, a sentence, or both, or an image of the gallery."""
 
     image: ImageFile | None = Field(None, description="infrared image, a JPEG, PNG, WebP or BMP file in base64")
     sentence: Text | None = Field(None, description="description of the person")
     infrared_caption: Text | None = Field(
         None,
         description="what the infrared image already shows; subtracted before image and sentence are fused",
+    )
+    like: RowId | None = Field(
+        None, description="instead of image and sentence: id of a gallery image to which the hits are similar"
     )
     weights: Weights | None = Field(
         None, description="weights of the modalities; null = the weights of the run's evaluation"
@@ -119,7 +122,9 @@ class SearchQuery(Message):
 
     @model_validator(mode="after")
     def _asks_something(self) -> SearchQuery:
-        if not self.image and self.sentence is None:
+        if self.like is not None and (self.image or self.sentence is not None):
+            raise ValueError("like: expected no image and no sentence beside it, got one")
+        if self.like is None and not self.image and self.sentence is None:
             raise ValueError("expected an image, a sentence, or both, got neither")
         if self.image and self.sentence and self.weights and not any(self.weights.model_dump().values()):
             raise ValueError("weights: expected one above 0, got none")
@@ -128,6 +133,14 @@ class SearchQuery(Message):
 
 class SearchBatch(Message):
     queries: list[SearchQuery] = Field(min_length=1, max_length=MAX_BATCH, fail_fast=True)
+
+
+class Picture(Message):
+    image: ImageFile = Field(description="infrared image, a JPEG, PNG, WebP or BMP file in base64")
+
+
+class Caption(Message):
+    caption: str = Field(description="what the image shows, without colors")
 
 
 class HitMessage(Message):
@@ -151,6 +164,7 @@ class SearchAnswer(Message):
     filter_text: FilterTextSource = Field(
         description="source of the text that fusion subtracted; none = nothing was subtracted"
     )
+    infrared_caption: str | None = Field(None, description="the text that fusion subtracted")
     sentence_cut: bool = Field(False, description="whether a text was longer than 77 tokens, so its end was not read")
 
 

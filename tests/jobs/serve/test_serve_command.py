@@ -139,7 +139,7 @@ def _sign_in_and_search(page: Page, token: str, picture: Path) -> None:
     page.locator("#image").set_input_files(picture)
     page.get_by_label("Description", exact=True).fill("a woman in a red coat with a backpack")
     page.get_by_label("What the infrared image already shows").fill("a woman in a coat with a backpack")
-    page.get_by_role("button", name="Search").click()
+    page.get_by_role("button", name="Search", exact=True).click()
     hits = page.locator("#hits li")
     expect(hits).to_have_count(16)
     expect(page.locator("#told")).to_contain_text("your caption of the image was subtracted")

@@ -23,6 +23,7 @@ import psycopg
 import pyarrow as pa
 import pytest
 import schemathesis
+import torch
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
@@ -36,7 +37,7 @@ from tvilfm.data.pixels import decode
 from tvilfm.models.encode import encode_pixels
 from tvilfm.retrieval.gallery import Gallery
 from tvilfm.retrieval.query import Query, QueryEncoder, Question
-from tvilfm.retrieval.rows import vector_column
+from tvilfm.retrieval.rows import vector_column, vectors_of
 from tvilfm.retrieval.search import Answer, Request, Searcher
 from tvilfm.retrieval.spaces import Heads
 from tvilfm.retrieval.store import Change, Unavailable
@@ -76,6 +77,16 @@ class DirectBackend:
     async def encode_visible(self, pictures: Sequence[Pixels]) -> npt.NDArray[np.float32]:
         pixels = np.stack([resized(picture, **self._size) for picture in pictures])
         return encode_pixels(self._model, pixels, "visible")
+
+    async def caption(self, picture: Pixels) -> str:
+        return f"a person in {picture.shape[0]} rows"
+
+    async def like(self, id: str) -> Query | None:
+        vector_D = self.gallery.vector(id)
+        if vector_D is None:
+            return None
+        parts = {"visible": torch.from_numpy(vector_D.copy())}
+        return Query(parts=parts, base=False, space_id=self.facts.space_id, filter_text_source="none")
 
     async def search(
         self, queries: Sequence[Query], requests: Sequence[Request], *, min_version: int = 0
@@ -759,3 +770,35 @@ def test_the_documented_api_gives_no_fault_to_whoever_tries_it(service: Service)
 
         ask()
     assert len(tried) == len(SCOPE_OF) + 2
+
+
+def test_images_like_one_of_the_gallery_are_ranked_by_the_vectors_of_the_current_head(service: Service) -> None:
+    id = service.names[3]
+    body = {"like": id, "k": 100, "by_identity": False}
+    answer = service.client.post("/v1/search", json=body).json()
+    assert answer["modalities"] == ["visible"] and answer["hits"][0]["id"] == id
+    rows = service.backend.gallery.changes(None).rows
+    vectors = vectors_of(rows["vector"])
+    scores = dict(zip(rows["id"].to_pylist(), vectors @ vectors[rows["id"].to_pylist().index(id)], strict=True))
+    assert [hit["id"] for hit in answer["hits"]] == sorted(scores, key=lambda name: -scores[name])
+    both = [{"like": id}, {"sentence": "a coat"}, {"like": service.names[0]}]
+    batch = service.client.post("/v1/search/batch", json={"queries": both}).json()["answers"]
+    assert [one["modalities"] for one in batch] == [["visible"], ["text"], ["visible"]]
+    assert service.client.post("/v1/search", json={"like": "nowhere"}).status_code == 404
+    assert service.client.post("/v1/search", json={"like": id, "sentence": "a coat"}).status_code == 422
+
+
+def test_an_image_is_described_only_by_a_service_with_a_captioner(service: Service, infrared: str) -> None:
+    refusal = service.client.post("/v1/caption", json={"image": infrared})
+    assert refusal.status_code == 404 and "serve.captioner" in refusal.json()["error"]
+    service.backend.facts = service.backend.facts.model_copy(update={"captioner": True})
+    answer = service.client.post("/v1/caption", json={"image": infrared})
+    assert answer.json() == {"caption": f"a person in {Image.open(io.BytesIO(base64.b64decode(infrared))).height} rows"}
+    assert service.client.post("/v1/caption", json={"image": "bm8="}).status_code == 422
+
+
+def test_an_answer_repeats_the_text_that_was_subtracted(service: Service, infrared: str) -> None:
+    body = {"image": infrared, "sentence": "a red coat", "infrared_caption": "a coat"}
+    assert service.client.post("/v1/search", json=body).json()["infrared_caption"] == "a coat"
+    del body["infrared_caption"]
+    assert service.client.post("/v1/search", json=body).json()["infrared_caption"] is None
