@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import sys
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -40,21 +38,6 @@ app.add_typer(data.app, name="data")
 app.add_typer(gallery.app, name="gallery")
 
 
-def _guard() -> None:
-    """Set an authentication token for a Ray that this command starts, because its ports execute any code they receive.
-
-    Ray reads the token when it is imported. Variables that the user has set are kept, and so is the token that Ray
-    stores in the home folder. A cluster without authentication ignores the token.
-    """
-    settled = any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-    if settled or "ray" in sys.modules:
-        return
-    if Path("~/.ray/auth_token").expanduser().exists():
-        os.environ["RAY_AUTH_MODE"] = "token"
-    elif "RAY_ADDRESS" not in os.environ:
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-
-
 def _bypass_proxy() -> None:
     """Keep requests to this machine away from a proxy: the job server, endpoints and Ray's own services.
 
@@ -67,7 +50,6 @@ def _bypass_proxy() -> None:
 
 def main() -> None:
     """Run the command. Invalid input ends with one message and exit status 2, without a traceback."""
-    _guard()
     _bypass_proxy()
     try:
         app()

@@ -14,6 +14,7 @@ from urllib.parse import urlparse
 
 import aiohttp
 import typer
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
@@ -40,6 +41,8 @@ def connect(section: ClusterSection) -> JobSubmissionClient:
     headers = {}
     if section.token_path is not None:
         headers["Authorization"] = f"Bearer {_token(section.token_path)}"
+    else:
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     address = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or DEFAULT_ADDRESS
     try:
         return JobSubmissionClient(address, headers=headers)
