@@ -18,7 +18,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-import ray
 from ray import tune
 from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
 from ray.tune.execution.placement_groups import PlacementGroupFactory
@@ -26,8 +25,9 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
 
+from cluster.machines.room import largest_room, require_room
 from cluster.run import evaluator_of, learning_of, make_synthetic, run
-from cluster.session import address_of, session
+from cluster.session import session
 from cluster.stages.results import RESULTS_FILES
 from cluster.trackers import check_trackers
 from tvilfm.config import ClusterSection, Config, load_config, to_yaml
@@ -113,6 +113,7 @@ def sweep_space(
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are printed by name and are in the table
     with session(base.cluster):
+        require_room(base.cluster)
         _tuner(sweep, base, resume=resume).fit()
     _check_ended(sweep, _write_records(sweep))
     return folder
@@ -220,7 +221,8 @@ def _tuner(sweep: Sweep, base: Config, *, resume: bool) -> Tuner:
         param_space=param_space,
         tune_config=TuneConfig(
             num_samples=(space.budget.num_samples or 1) if space.searcher == "optuna" else 1,
-            max_concurrent_trials=space.budget.max_concurrent or _room(base.cluster),
+            max_concurrent_trials=space.budget.max_concurrent
+            or largest_room(base.cluster) // base.cluster.train_workers,
             # Reusing processes saves imports of torch. But after an early stop, a process is still busy with the old
             # trial, and Tune would lose the next trial in it.
             reuse_actors=scheduler is None,
@@ -238,6 +240,10 @@ def _tuner(sweep: Sweep, base: Config, *, resume: bool) -> Tuner:
     )
 
 
+def _parallel_trials(section: ClusterSection) -> int:
+    return largest_room(section) // section.train_workers
+
+
 def _domain(parameter: Parameter) -> Any:
     if parameter.range is None:
         return tune.choice(list(parameter.options))
@@ -245,20 +251,6 @@ def _domain(parameter: Parameter) -> Any:
     if kind == "randint":
         return tune.randint(int(low), int(high) + 1)
     return {"uniform": tune.uniform, "loguniform": tune.loguniform}[kind](low, high)
-
-
-def _room(section: ClusterSection) -> int:
-    """Return how many trials can train in parallel on the cluster, at its maximum size if machines can be added."""
-    room = {name: ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU")}
-    if address_of(section) != "local" and section.image is not None:  # the autoscaler starts machines from this image
-        workers = section.workers
-        room["CPU"] = max(room["CPU"], workers.max * workers.cpus)
-        room["GPU"] = max(room["GPU"], workers.max * workers.gpus)
-    needed = {
-        "CPU": section.train_workers * section.cpus_per_train_worker,
-        "GPU": section.train_workers * section.gpus_per_worker,
-    }
-    return max(1, min(int(room[name] // amount) for name, amount in needed.items() if amount))
 
 
 def _trial(params: dict[str, Any], *, sweep: Sweep) -> None:

@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.table import Table
 from rich.text import Text
 
+from cluster.machines.room import described, fitting_workers
 from cluster.places.check import absolute_paths, check_storage, storage_folder
 from cluster.session import session
 from tvilfm.config import Config, resolve
@@ -278,21 +279,16 @@ def _together(config: Config, nodes: int, resources: Mapping[str, Mapping[str, f
     section = config.cluster
     totals = {name: sum(of.get(name, 0) for of in resources.values()) for name in ("CPU", "GPU")}
     yield Finding(where="cluster", what="resources", found=f"{totals['CPU']:g} CPUs, {totals['GPU']:g} GPUs")
-    needed = {
-        "CPU": section.train_workers * section.cpus_per_train_worker,
-        "GPU": section.train_workers * section.gpus_per_worker,
-    }
-    for name, amount in needed.items():
-        if amount > totals[name]:
-            # An autoscaler may add the missing machines on demand.
-            yield Finding(
-                where="cluster",
-                what="training",
-                found=f"needs {amount:g} {name}s, the cluster has {totals[name]:g}",
-                state="note" if section.workers.max else "fault",
-                fix="Lower cluster.train_workers, cpus_per_train_worker or gpus_per_worker, unless machines are added "
-                "on demand.",
-            )
+    if (room := fitting_workers(section, resources.values())) < section.train_workers:
+        # An autoscaler may add the missing machines on demand.
+        yield Finding(
+            where="cluster",
+            what="training",
+            found=f"needs {described(section)}, the cluster has room for {room}",
+            state="note" if section.workers.max else "fault",
+            fix="Lower cluster.train_workers, cpus_per_train_worker or gpus_per_worker, unless machines are added on "
+            "demand.",
+        )
     if nodes > 1 and config.cluster.storage is None and not config.run.dir.is_absolute():
         yield Finding(
             where="cluster",

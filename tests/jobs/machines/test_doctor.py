@@ -95,9 +95,9 @@ def test_machines_that_differ_are_told_which_and_how_many() -> None:
 
 def test_training_that_does_not_fit_is_a_note_where_machines_may_be_added() -> None:
     (note,) = judged(SOUND, overrides=("cluster.train_workers=2", "cluster.gpus_per_worker=1"))
-    assert (note.state, note.found) == ("note", "needs 2 GPUs, the cluster has 0")
+    assert (note.state, note.found) == ("note", "needs 2 workers of 2 CPUs and 1 GPU, the cluster has room for 0")
     (fault,) = judged(SOUND, overrides=("cluster.cpus_per_train_worker=9", "cluster.workers.max=0"))
-    assert (fault.state, fault.found) == ("fault", "needs 9 CPUs, the cluster has 8")
+    assert (fault.state, fault.found) == ("fault", "needs 1 worker of 9 CPUs, the cluster has room for 0")
 
 
 def test_several_machines_without_a_place_of_their_own_are_noted() -> None:
