@@ -110,11 +110,15 @@ def sweep_space(
     make_synthetic(base, Console(stderr=True))
     # Tune's loggers would write every metric a second time, into Tune's folder.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # its own ends a sweep at Ctrl-C as if it were finished
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are printed by name and are in the table
     with session(base.cluster):
         require_room(base.cluster)
-        _tuner(sweep, base, resume=resume).fit()
+        try:
+            _tuner(sweep, base, resume=resume).fit()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("stopped: ended trials are kept; continue with --resume") from None
     _check_ended(sweep, _write_records(sweep))
     return folder
 

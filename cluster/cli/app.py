@@ -21,8 +21,9 @@ class Commands(typer.core.TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            typer.echo("stopped: finished work is kept; run the same command again to continue", err=True)
+        except KeyboardInterrupt as stop:
+            how = str(stop) or "stopped: finished work is kept; run the same command again to continue"
+            typer.echo(how, err=True)
             raise typer.Exit(128 + signal.SIGINT) from None
 
 

@@ -10,6 +10,7 @@ import pytest
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
+from cluster.machines import room
 from cluster.machines.room import awaited, fitting_workers, require_room, worker_resources
 from cluster.progress import noted
 from tests.processes import until
@@ -36,6 +37,25 @@ def test_workers_that_never_fit_are_refused(ray_session: None, monkeypatch: pyte
     with pytest.raises(ValueError, match=r"cluster\.train_workers"):  # Ray on this machine does not grow
         require_room(large.model_copy(update=machines))
     require_room(large.model_copy(update={**machines, "address": "head:6379"}))
+
+
+@pytest.mark.parametrize(
+    ("address", "image", "gpus", "expected"),
+    [
+        (None, "i", 0, 1),
+        ("ray://head:10001", None, 0, 1),
+        ("ray://head:10001", "i", 0, 12),
+        ("ray://head:10001", "i", 1, 3),
+    ],
+)
+def test_machines_that_a_cluster_may_add_have_room(
+    address: str | None, image: str | None, gpus: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(room, "machines", lambda: [{"CPU": 2.0}])  # of the head alone
+    workers = {"max": 3, "cpus": 8, "gpus": 1}
+    described = {"address": address, "image": image, "gpus_per_worker": gpus, "workers": workers}
+    assert room.largest_room(ClusterSection.model_validate(described)) == expected
 
 
 @pytest.fixture
