@@ -179,7 +179,7 @@ def _write_records(sweep: Sweep) -> list[str]:
 def _check_ended(sweep: Sweep, ended: Collection[str]) -> None:
     """Report runs that did not end because they were interrupted or lost: Tune reports neither."""
     # Empty for Optuna, whose names are not known before.
-    missing = [name for name in sweep.runs() if name not in ended]
+    missing = [name for name in sweep.runs if name not in ended]
     total = sweep.num_runs()
     if len(ended) >= total:
         return
@@ -193,16 +193,16 @@ def _check_ended(sweep: Sweep, ended: Collection[str]) -> None:
 
 def _tuner(sweep: Sweep, base: Config, *, resume: bool) -> Tuner:
     space = sweep.space
-    trainable = tune.with_resources(
-        tune.with_parameters(_trial, sweep=sweep), PlacementGroupFactory([{"CPU": 0, "memory": TRIAL_MEMORY}])
-    )
     path = str(sweep.folder / EXPERIMENT)
     param_space: dict[str, Any]
     if space.searcher == "optuna":
         param_space = {key: _domain(parameter) for key, parameter in space.parameters.items()}
     else:
         # Seeds of one setting come first: parallel trials then train different base models and need not wait.
-        param_space = {"trial": tune.grid_search(sorted(sweep.runs()))}
+        param_space = {"trial": tune.grid_search(sorted(sweep.runs))}
+    trainable = tune.with_resources(
+        tune.with_parameters(_trial, sweep=sweep), PlacementGroupFactory([{"CPU": 0, "memory": TRIAL_MEMORY}])
+    )
     if resume:
         # A failed trial keeps its id, by which Optuna knows it, and continues from its finished stages.
         return Tuner.restore(path, trainable, param_space=param_space, resume_errored=True)

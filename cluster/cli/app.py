@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 import typer.core
 
 from cluster.cli import captions, data, description, gallery, jobs, runs, service
+from tvilfm import __version__
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -33,6 +34,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="TVI-LFM on Ray: visible-infrared person re-identification with text.",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"tvilfm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None: ...
+
+
 for group in (runs, captions, service, jobs, description):
     app.add_typer(group.app)
 app.add_typer(data.app, name="data")

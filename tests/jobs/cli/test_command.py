@@ -12,8 +12,10 @@ import pytest
 import yaml
 
 from cluster.cli.app import main
+from cluster.cli.options import complete_key, complete_size, complete_space, complete_target
 from cluster.progress import ProgressFile, watch
 from tests.processes import until
+from tvilfm import __version__
 from tvilfm.config import known_keys, load_config
 
 
@@ -66,6 +68,18 @@ def test_bad_input_ends_in_one_message_and_status_2(
     assert _call(monkeypatch, *arguments) == 2
     printed = capsys.readouterr().err
     assert message in printed and "Traceback" not in printed
+
+
+def test_the_version_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _call(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"tvilfm {__version__}\n"
+
+
+def test_sizes_keys_spaces_and_targets_are_completed() -> None:
+    assert complete_size("t") == ["tiny"]
+    assert complete_key("train.base.ep") == ["train.base.epochs="]
+    assert "ablations" in complete_space("ab")
+    assert complete_target("kuberay-j") == ["kuberay-job"]
 
 
 def test_init_writes_the_annotated_description_once(
