@@ -253,6 +253,23 @@ def tune_command(
     _report(folder, in_json=in_json)
 
 
+@app.command("clean")
+def clean_command(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Delete the folders; without it they are only listed.")] = False,
+) -> None:
+    """List folders of a run that nothing refers to: stages of earlier settings, states of finished trainings."""
+    from cluster.stages.clean import leftovers
+
+    found = leftovers(run)
+    for leftover in found:
+        typer.echo(f"{leftover.bytes / 1e6:.1f} MB  {leftover.path}: {leftover.reason}")
+        if yes:
+            leftover.delete()
+    total = sum(leftover.bytes for leftover in found) / 1e6
+    typer.echo(f"{total:.1f} MB freed" if yes else f"{total:.1f} MB to free; delete with --yes")
+
+
 @app.command("report")
 def report_command(
     folder: Annotated[Path, typer.Argument(help="Folder of a run or a sweep, such as runs/demo or runs/ablations.")],

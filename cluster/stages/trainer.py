@@ -31,6 +31,7 @@ from cluster.machines.room import awaited, worker_resources
 from cluster.places.depot import Depot, fetched
 from cluster.progress import PROGRESS_FILE, ProgressFile, noted
 from cluster.stages.learning import METRICS_FILE, read_records, write_records
+from cluster.stages.store import STATE
 from tvilfm.config import ClusterSection, Config
 from tvilfm.data.pixels import open_pixels
 from tvilfm.models import TVILFM
@@ -152,7 +153,7 @@ def _trainer(
             resources_per_worker=worker_resources(section),
         ),
         run_config=RunConfig(
-            name="train",
+            name=STATE,
             storage_path=path,
             storage_filesystem=filesystem,
             callbacks=[_Epochs(folder / METRICS_FILE)],  # type: ignore[list-item]  # of Train V2
