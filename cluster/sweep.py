@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from importlib.resources import files
@@ -43,7 +44,7 @@ from tvilfm.sweeps.space import Parameter, Space, Trial, written
 from tvilfm.terms import PARTS, Record, Split
 from tvilfm.versions import version_of
 
-TRIAL_MEMORY = 200 * 2**20  # bytes, of a trial's driver process; its stages reserve CPUs themselves
+TRIAL_MEMORY = 1_300_000_000  # bytes, measured, of a trial's driver process; its stages reserve CPUs themselves
 WATCHED = "watched_epoch"  # finished epochs of the stage that ASHA watches
 DONE = "finished"  # marks the last report of a trial; a trial that ASHA stopped never sends it
 TRIALS_FILE = "trials.jsonl"
@@ -239,7 +240,7 @@ def _tuner(sweep: Sweep, base: Config, *, resume: bool) -> Tuner:
             storage_path=str(sweep.folder),
             verbose=0,
             failure_config=FailureConfig(max_failures=base.cluster.max_failures),
-            callbacks=[_Ends(sweep.folder, sweep.num_runs())],
+            callbacks=[_Ends(sweep)],
         ),
     )
 
@@ -347,10 +348,13 @@ def _records(sweep: Sweep, *, name: str, params: dict[str, Any], status: Status,
 
 
 class _Ends(Callback):
-    """Prints one line per event of a run, and records how each run ended."""
+    """Prints one line per event of a run, with the time left and the best run so far; records how each run ended."""
 
-    def __init__(self, folder: Path, total: int) -> None:
-        self._folder, self._total = folder, total
+    def __init__(self, sweep: Sweep) -> None:
+        self._folder, self._total = sweep.folder, sweep.num_runs()
+        self._metric, self._sign = sweep.space.metric, 1 if sweep.space.mode == "max" else -1
+        self._started, self._ended = time.monotonic(), 0  # of this command, which may resume a sweep
+        self._best: tuple[float, str] | None = None
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if not self._error(trial):
@@ -386,7 +390,17 @@ class _Ends(Callback):
         with (self._folder / ENDED_FILE).open("a") as file:
             file.write(json.dumps(end) + "\n")
         left = self._total - 1 - sum(other.is_finished() for other in trials if other is not trial)
-        _say(trial, f"{status}{': ' + reason if reason else ''}; {left} left")
+        _say(trial, f"{status}{': ' + reason if reason else ''}; {left} left{self._summary(trial, left)}")
+
+    def _summary(self, trial: Any, left: int) -> str:
+        """Return the time until the last run ends at the pace so far, and the best run so far."""
+        self._ended += 1
+        minutes = (time.monotonic() - self._started) * left / self._ended / 60
+        value = (trial.last_result or {}).get(self._metric)
+        if value is not None:
+            self._best = max(filter(None, (self._best, (self._sign * value, _name(trial)))))
+        best = f"; best {self._metric} {100 * abs(self._best[0]):.2f} in {self._best[1]}" if self._best else ""
+        return f", about {minutes:.0f} min{best}"
 
 
 def _name(trial: Any) -> str:

@@ -240,6 +240,26 @@ def test_a_sweep_that_ended_early_keeps_its_table_and_does_not_pass_for_a_finish
     assert f"expected 5 runs to end, got {ended}" in capsys.readouterr().err
 
 
+def test_the_line_of_an_ended_run_says_the_time_left_and_the_best_so_far(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 600.0, 1200.0])
+    monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    sweep = _prepared(load_space(SPACES / "ablations.yaml"), tmp_path / "sweep")
+    ends, total, metric = tune._Ends(sweep), sweep.num_runs(), sweep.space.metric
+
+    def ended(name: str, value: float) -> SimpleNamespace:
+        result = {metric: value, tune.DONE: True}
+        return SimpleNamespace(config={"trial": name}, trial_id=name, last_result=result, is_finished=lambda: True)
+
+    first, second = ended("a", 0.5), ended("b", 0.25)
+    for trials in ([first], [first, second]):
+        ends.on_trial_complete(0, trials, trials[-1])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == f"a: done; {total - 1} left, about {10 * (total - 1)} min; best {metric} 50.00 in a"
+    assert lines[1] == f"b: done; {total - 2} left, about {10 * (total - 2)} min; best {metric} 50.00 in a"
+
+
 def test_ctrl_c_ends_a_sweep_and_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt() -> None:
         assert os.environ["TUNE_DISABLE_SIGINT_HANDLER"] == "1"  # else Tune returns as if the sweep were finished
