@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -15,6 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tvilfm.place import write_whole
 
 INTERVAL_S = 0.5
+NOTE_INTERVAL_S = 2.0
+PROGRESS_FILE = "progress.json"  # in the folder of a stage
 PLAIN_INTERVAL_S = 15.0
 
 
@@ -39,6 +41,33 @@ class ProgressFile:
             return
         self._written = now
         write_whole(self._path, json.dumps({"done": done, "total": total, "note": note, "unit": self._unit}))
+
+
+@contextmanager
+def noted(path: Path, note: Callable[[], str]) -> Iterator[None]:
+    """While the block runs and `note` returns text, show it in the progress line; then no worker writes the file.
+
+    Args:
+        path: the file that a `ProgressFile` writes.
+        note: asked every two seconds.
+    """
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.wait(NOTE_INTERVAL_S):
+            if text := note():
+                state = {"done": 0, "total": 0, "unit": None}
+                with suppress(OSError, ValueError):  # no worker has written yet
+                    state = json.loads(path.read_text())
+                write_whole(path, json.dumps({**state, "note": text}))
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 @contextmanager
@@ -116,5 +145,6 @@ class _Display:
             rate = f"{done / seconds:.1f} {unit}/s"
             left = f"{(total - count) * seconds / done:.0f} s left"
         self.bar.update(self._task, completed=count, total=total, rate=rate, note=state["note"])
-        parts = (f"{self._label}: {count}/{total} {unit}", rate, left, state["note"])
+        counted = f" {count}/{total} {unit}" if total else ""
+        parts = (f"{self._label}:{counted}", rate, left, state["note"])
         return "  ".join(str(part) for part in parts if part)

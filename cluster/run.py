@@ -15,6 +15,7 @@ import pyarrow as pa
 from rich.console import Console
 
 from cluster.events import Events
+from cluster.machines.room import require_room
 from cluster.places.depot import runs_depot, stages_depot
 from cluster.progress import watch
 from cluster.session import session
@@ -175,6 +176,8 @@ class _Job:
             require_feasible(self.config, self.manifest, self.caption_files)
         if self.listener or any(not self.store.has(name) for name in wanted):
             with session(self.config.cluster), trackers(self.config, group=self.group) as opened:
+                if any(not self.store.has(name) and STAGES[name].trains for name in wanted):
+                    require_room(self.config.cluster)
 
                 def told(record: Record) -> None:
                     log_record(opened, record)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import secrets
 import signal
 import socket
 import tempfile
@@ -13,11 +14,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import grpc  # type: ignore[import-untyped]
 import ray
+from ray._private.grpc_utils import init_grpc_channel
+from ray._private.services import canonicalize_bootstrap_address_or_die
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+from ray.core.generated.gcs_service_pb2 import CheckAliveRequest  # type: ignore[attr-defined]
+from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+from ray.exceptions import AuthenticationError
 from rich.console import Console
 
 from tvilfm.config import ClusterSection
 
+ANSWER_S = 10.0  # for the head's answer to a call
 PAUSES_S = (5.0, 20.0)  # before the second and the third start of Ray
 
 
@@ -74,7 +83,7 @@ def session(section: ClusterSection) -> Iterator[None]:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         _start()
     else:
-        _join(address)
+        _join(address, section)
     _quiet()
     try:
         with _stopped_by_signals():
@@ -83,8 +92,11 @@ def session(section: ClusterSection) -> Iterator[None]:
         ray.shutdown()
 
 
-def _join(address: str) -> None:
+def _join(address: str, section: ClusterSection) -> None:
     try:
+        if not address.startswith("ray://"):
+            address = canonicalize_bootstrap_address_or_die(address)
+            authenticate(address, section)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
         raise ConnectionError(
@@ -93,8 +105,68 @@ def _join(address: str) -> None:
         ) from None
 
 
+def authenticate(address: str, section: ClusterSection) -> None:
+    """Let this process send a token if the head of a cluster requires one, and only then.
+
+    A process that has a token refuses calls without one. So a driver with a token hangs on a cluster that has none:
+    workers on other machines cannot read the driver's objects.
+
+    Args:
+        address: host:port of the head.
+        section: its `token_path` is preferred to `RAY_AUTH_TOKEN`, `RAY_AUTH_TOKEN_PATH` and `~/.ray/auth_token`.
+
+    Raises:
+        ValueError: the head requires a token, and the token is missing or wrong.
+    """
+    _set_authentication("disabled")
+    if not _is_refused(address):
+        return
+    if section.token_path is not None:
+        os.environ.pop("RAY_AUTH_TOKEN", None)  # it takes precedence
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(section.token_path.absolute())
+    _set_authentication("token")
+    if has_token() and not _is_refused(address):
+        return
+    found = "another" if has_token() else "none"
+    raise ValueError(
+        f"cluster.token_path: expected the token of the cluster at {address}, got {found}. "
+        "Save the token in a file and set cluster.token_path, or set RAY_AUTH_TOKEN."
+    )
+
+
+def has_token() -> bool:
+    """Return whether Ray finds a token: in its two environment variables, or in `~/.ray/auth_token`."""
+    loader = AuthenticationTokenLoader.instance()
+    loader.reset_cache()
+    try:
+        return bool(loader.has_token(ignore_auth_mode=True))
+    except AuthenticationError as error:  # RAY_AUTH_TOKEN_PATH names no readable file
+        raise ValueError(f"{str(error).partition('. Note')[0]}. Create it or change the path.") from None
+
+
+def _set_authentication(mode: str) -> None:
+    os.environ["RAY_AUTH_MODE"] = mode
+    ray._raylet.Config.initialize("")  # type: ignore[attr-defined]  # Ray reads the variable once
+
+
+def _is_refused(address: str) -> bool:
+    """Return whether the head refuses a call with this process's token, or without one if it has none."""
+    with init_grpc_channel(address) as channel:
+        try:
+            NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=ANSWER_S)
+        except grpc.RpcError as error:
+            return bool(error.code() == grpc.StatusCode.UNAUTHENTICATED)
+    return False
+
+
 def _start() -> None:
-    """Start Ray on this machine. On a busy machine Ray gives up after 30 s, so it is started again after a pause."""
+    """Start Ray on this machine. On a busy machine Ray gives up after 30 s, so it is started again after a pause.
+
+    Ray's ports execute any code that they receive, so it requires a token. A token of this session alone is not stored.
+    """
+    if os.environ.get("RAY_AUTH_MODE") != "disabled" and not has_token():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        AuthenticationTokenLoader.instance().reset_cache()
     for pause_s in (*PAUSES_S, None):
         try:
             ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)

@@ -12,13 +12,13 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-import ray
 from ray import tune
 from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
 from ray.tune.execution.placement_groups import PlacementGroupFactory
@@ -26,8 +26,9 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
 
+from cluster.machines.room import largest_room, require_room
 from cluster.run import evaluator_of, learning_of, make_synthetic, run
-from cluster.session import address_of, session
+from cluster.session import session
 from cluster.stages.results import RESULTS_FILES
 from cluster.trackers import check_trackers
 from tvilfm.config import ClusterSection, Config, load_config, to_yaml
@@ -43,7 +44,7 @@ from tvilfm.sweeps.space import Parameter, Space, Trial, written
 from tvilfm.terms import PARTS, Record, Split
 from tvilfm.versions import version_of
 
-TRIAL_MEMORY = 200 * 2**20  # bytes, of a trial's driver process; its stages reserve CPUs themselves
+TRIAL_MEMORY = 1_300_000_000  # bytes, measured, of a trial's driver process; its stages reserve CPUs themselves
 WATCHED = "watched_epoch"  # finished epochs of the stage that ASHA watches
 DONE = "finished"  # marks the last report of a trial; a trial that ASHA stopped never sends it
 TRIALS_FILE = "trials.jsonl"
@@ -110,10 +111,15 @@ def sweep_space(
     make_synthetic(base, Console(stderr=True))
     # Tune's loggers would write every metric a second time, into Tune's folder.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # its own ends a sweep at Ctrl-C as if it were finished
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are printed by name and are in the table
     with session(base.cluster):
-        _tuner(sweep, base, resume=resume).fit()
+        require_room(base.cluster)
+        try:
+            _tuner(sweep, base, resume=resume).fit()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("stopped: ended trials are kept; continue with --resume") from None
     _check_ended(sweep, _write_records(sweep))
     return folder
 
@@ -174,7 +180,7 @@ def _write_records(sweep: Sweep) -> list[str]:
 def _check_ended(sweep: Sweep, ended: Collection[str]) -> None:
     """Report runs that did not end because they were interrupted or lost: Tune reports neither."""
     # Empty for Optuna, whose names are not known before.
-    missing = [name for name in sweep.runs() if name not in ended]
+    missing = [name for name in sweep.runs if name not in ended]
     total = sweep.num_runs()
     if len(ended) >= total:
         return
@@ -188,16 +194,16 @@ def _check_ended(sweep: Sweep, ended: Collection[str]) -> None:
 
 def _tuner(sweep: Sweep, base: Config, *, resume: bool) -> Tuner:
     space = sweep.space
-    trainable = tune.with_resources(
-        tune.with_parameters(_trial, sweep=sweep), PlacementGroupFactory([{"CPU": 0, "memory": TRIAL_MEMORY}])
-    )
     path = str(sweep.folder / EXPERIMENT)
     param_space: dict[str, Any]
     if space.searcher == "optuna":
         param_space = {key: _domain(parameter) for key, parameter in space.parameters.items()}
     else:
         # Seeds of one setting come first: parallel trials then train different base models and need not wait.
-        param_space = {"trial": tune.grid_search(sorted(sweep.runs()))}
+        param_space = {"trial": tune.grid_search(sorted(sweep.runs))}
+    trainable = tune.with_resources(
+        tune.with_parameters(_trial, sweep=sweep), PlacementGroupFactory([{"CPU": 0, "memory": TRIAL_MEMORY}])
+    )
     if resume:
         # A failed trial keeps its id, by which Optuna knows it, and continues from its finished stages.
         return Tuner.restore(path, trainable, param_space=param_space, resume_errored=True)
@@ -220,7 +226,8 @@ def _tuner(sweep: Sweep, base: Config, *, resume: bool) -> Tuner:
         param_space=param_space,
         tune_config=TuneConfig(
             num_samples=(space.budget.num_samples or 1) if space.searcher == "optuna" else 1,
-            max_concurrent_trials=space.budget.max_concurrent or _room(base.cluster),
+            max_concurrent_trials=space.budget.max_concurrent
+            or largest_room(base.cluster) // base.cluster.train_workers,
             # Reusing processes saves imports of torch. But after an early stop, a process is still busy with the old
             # trial, and Tune would lose the next trial in it.
             reuse_actors=scheduler is None,
@@ -233,9 +240,13 @@ def _tuner(sweep: Sweep, base: Config, *, resume: bool) -> Tuner:
             storage_path=str(sweep.folder),
             verbose=0,
             failure_config=FailureConfig(max_failures=base.cluster.max_failures),
-            callbacks=[_Ends(sweep.folder, sweep.num_runs())],
+            callbacks=[_Ends(sweep)],
         ),
     )
+
+
+def _parallel_trials(section: ClusterSection) -> int:
+    return largest_room(section) // section.train_workers
 
 
 def _domain(parameter: Parameter) -> Any:
@@ -245,20 +256,6 @@ def _domain(parameter: Parameter) -> Any:
     if kind == "randint":
         return tune.randint(int(low), int(high) + 1)
     return {"uniform": tune.uniform, "loguniform": tune.loguniform}[kind](low, high)
-
-
-def _room(section: ClusterSection) -> int:
-    """Return how many trials can train in parallel on the cluster, at its maximum size if machines can be added."""
-    room = {name: ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU")}
-    if address_of(section) != "local" and section.image is not None:  # the autoscaler starts machines from this image
-        workers = section.workers
-        room["CPU"] = max(room["CPU"], workers.max * workers.cpus)
-        room["GPU"] = max(room["GPU"], workers.max * workers.gpus)
-    needed = {
-        "CPU": section.train_workers * section.cpus_per_train_worker,
-        "GPU": section.train_workers * section.gpus_per_worker,
-    }
-    return max(1, min(int(room[name] // amount) for name, amount in needed.items() if amount))
 
 
 def _trial(params: dict[str, Any], *, sweep: Sweep) -> None:
@@ -351,10 +348,13 @@ def _records(sweep: Sweep, *, name: str, params: dict[str, Any], status: Status,
 
 
 class _Ends(Callback):
-    """Prints one line per event of a run, and records how each run ended."""
+    """Prints one line per event of a run, with the time left and the best run so far; records how each run ended."""
 
-    def __init__(self, folder: Path, total: int) -> None:
-        self._folder, self._total = folder, total
+    def __init__(self, sweep: Sweep) -> None:
+        self._folder, self._total = sweep.folder, sweep.num_runs()
+        self._metric, self._sign = sweep.space.metric, 1 if sweep.space.mode == "max" else -1
+        self._started, self._ended = time.monotonic(), 0  # of this command, which may resume a sweep
+        self._best: tuple[float, str] | None = None
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if not self._error(trial):
@@ -390,7 +390,17 @@ class _Ends(Callback):
         with (self._folder / ENDED_FILE).open("a") as file:
             file.write(json.dumps(end) + "\n")
         left = self._total - 1 - sum(other.is_finished() for other in trials if other is not trial)
-        _say(trial, f"{status}{': ' + reason if reason else ''}; {left} left")
+        _say(trial, f"{status}{': ' + reason if reason else ''}; {left} left{self._summary(trial, left)}")
+
+    def _summary(self, trial: Any, left: int) -> str:
+        """Return the time until the last run ends at the pace so far, and the best run so far."""
+        self._ended += 1
+        minutes = (time.monotonic() - self._started) * left / self._ended / 60
+        value = (trial.last_result or {}).get(self._metric)
+        if value is not None:
+            self._best = max(filter(None, (self._best, (self._sign * value, _name(trial)))))
+        best = f"; best {self._metric} {100 * abs(self._best[0]):.2f} in {self._best[1]}" if self._best else ""
+        return f", about {minutes:.0f} min{best}"
 
 
 def _name(trial: Any) -> str:

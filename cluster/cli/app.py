@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import sys
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 import typer.core
 
 from cluster.cli import captions, data, description, gallery, jobs, runs, service
+from tvilfm import __version__
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -23,8 +22,9 @@ class Commands(typer.core.TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            typer.echo("stopped: finished work is kept; run the same command again to continue", err=True)
+        except KeyboardInterrupt as stop:
+            how = str(stop) or "stopped: finished work is kept; run the same command again to continue"
+            typer.echo(how, err=True)
             raise typer.Exit(128 + signal.SIGINT) from None
 
 
@@ -34,25 +34,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="TVI-LFM on Ray: visible-infrared person re-identification with text.",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"tvilfm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None: ...
+
+
 for group in (runs, captions, service, jobs, description):
     app.add_typer(group.app)
 app.add_typer(data.app, name="data")
 app.add_typer(gallery.app, name="gallery")
-
-
-def _guard() -> None:
-    """Set an authentication token for a Ray that this command starts, because its ports execute any code they receive.
-
-    Ray reads the token when it is imported. Variables that the user has set are kept, and so is the token that Ray
-    stores in the home folder. A cluster without authentication ignores the token.
-    """
-    settled = any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-    if settled or "ray" in sys.modules:
-        return
-    if Path("~/.ray/auth_token").expanduser().exists():
-        os.environ["RAY_AUTH_MODE"] = "token"
-    elif "RAY_ADDRESS" not in os.environ:
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 def _bypass_proxy() -> None:
@@ -67,7 +68,6 @@ def _bypass_proxy() -> None:
 
 def main() -> None:
     """Run the command. Invalid input ends with one message and exit status 2, without a traceback."""
-    _guard()
     _bypass_proxy()
     try:
         app()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tvilfm.config import DataSection, default_description, load_config
+from cluster.cli.options import JsonOption
+from tvilfm.config import Config, DataSection, default_description, load_config
 from tvilfm.datasets.findings import Findings
 from tvilfm.datasets.naming import write_table
 from tvilfm.datasets.synthetic.layouts import SIZES, Layout, Size, write_layout
@@ -81,6 +83,7 @@ def check(
     every: Annotated[
         bool, typer.Option("--every", help=f"List all files with a problem, not only the first {SHOWN}.")
     ] = False,
+    in_json: JsonOption = False,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="data.name=regdb data.root=/path ...")
     ] = None,
@@ -94,6 +97,15 @@ def check(
     if run is not None:
         trained = load_config(run / "config.yaml").data
     findings = check_config(resolved, images=images, trained=trained)
+    if in_json:
+        typer.echo(json.dumps(asdict(findings), indent=2, default=str))
+    else:
+        _print_findings(resolved, findings, images=images, every=every)
+    if not findings.sound:
+        raise typer.Exit(1)
+
+
+def _print_findings(resolved: Config, findings: Findings, *, images: bool, every: bool) -> None:
     console = Console()
     console.print(f"{resolved.data.name} in {resolved.data_root}", highlight=False)
     if findings.counts:
@@ -104,8 +116,6 @@ def check(
         console.print("no problems found")
     if not images:
         console.print("images were not opened (--no-images)")
-    if not findings.sound:
-        raise typer.Exit(1)
 
 
 @app.command("table")

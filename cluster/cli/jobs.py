@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from cluster.cli.options import ConfigOption, Overrides, SizeOption, described
+from cluster.cli.options import ConfigOption, JsonOption, Overrides, SizeOption, complete_target, described
 from tvilfm.config import default_description
 
 app = typer.Typer()
@@ -25,6 +27,7 @@ def submit_command(
     follow: Annotated[
         bool, typer.Option("--follow", help="Print the job's log and return its exit status; Ctrl-C detaches.")
     ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Send large untracked files without a question.")] = False,
 ) -> None:
     """Run a command as a job on a Ray cluster (cluster.job_address). The current folder is sent with the job."""
     from cluster.cli.app import app as commands
@@ -35,6 +38,13 @@ def submit_command(
     folder = Path.cwd()
     package = submit.package_of(folder, parsed.config)
     package.check(parsed)
+    size = package.untracked_bytes()
+    if size > submit.UNASKED_BYTES and not yes:
+        typer.confirm(
+            f"{folder}: {submit.megabytes(size)} are not tracked by git (.gitignore leaves files out). Send them?",
+            abort=True,
+            err=True,
+        )
     client = jobs.connect(parsed.config.cluster)
     same_machine = jobs.on_this_machine(client.get_address())
     overrides = submit.job_paths(parsed, folder, same_machine=same_machine)
@@ -52,11 +62,15 @@ def submit_command(
 
 
 @jobs_app.command("list")
-def jobs_list(config: ConfigOption = None, overrides: Overrides = None) -> None:
+def jobs_list(in_json: JsonOption = False, config: ConfigOption = None, overrides: Overrides = None) -> None:
     """List the jobs of the cluster, the newest first."""
-    from cluster.machines.jobs import connect, jobs_table
+    from cluster.machines.jobs import connect, jobs_rows, jobs_table
 
-    Console().print(jobs_table(connect(described(config, None, overrides).cluster)))
+    rows = jobs_rows(connect(described(config, None, overrides).cluster))
+    if in_json:
+        typer.echo(json.dumps(rows, indent=2))
+    else:
+        Console().print(jobs_table(rows))
 
 
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job, as printed by `tvilfm jobs list`.")]
@@ -111,7 +125,8 @@ def cluster_render(
         str,
         typer.Option(
             help="Kind of file: ray-up-aws, ray-up-gcp, ray-up-onprem, kuberay-cluster, kuberay-job, kuberay-service, "
-            "serve-config or slurm."
+            "serve-config or slurm.",
+            autocompletion=complete_target,
         ),
     ],
     out: Annotated[
@@ -135,11 +150,16 @@ def cluster_render(
 
 
 @app.command("doctor")
-def doctor_command(config: ConfigOption = None, size: SizeOption = None, overrides: Overrides = None) -> None:
+def doctor_command(
+    in_json: JsonOption = False, config: ConfigOption = None, size: SizeOption = None, overrides: Overrides = None
+) -> None:
     """Check every machine of the cluster as a job would use it, and print how to fix each problem."""
     from cluster.machines.doctor import examine, table_of
 
     findings = examine(described(config, size, overrides))
-    Console().print(table_of(findings))
+    if in_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        Console().print(table_of(findings))
     if any(finding.state == "fault" for finding in findings):
         raise typer.Exit(1)

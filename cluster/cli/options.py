@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
 import typer
+import yaml
 
-from tvilfm.config import Config, default_description, load_config, load_run, run_folder
+from tvilfm.config import Config, default_description, known_keys, load_config, load_run, run_folder
 
+
+def _starting(names: Iterable[str], incomplete: str) -> list[str]:
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def complete_size(incomplete: str) -> list[str]:
+    sizes = yaml.safe_load(default_description().read_text()).get("sizes") or {}
+    return _starting(sizes, incomplete)
+
+
+def complete_key(incomplete: str) -> list[str]:
+    return _starting((f"{key}=" for key in known_keys()), incomplete)
+
+
+def complete_space(incomplete: str) -> list[str]:
+    return _starting(sorted(Path(file.name).stem for file in files("tune_spaces").iterdir()), incomplete)
+
+
+def complete_target(incomplete: str) -> list[str]:
+    from cluster.machines.render import TARGETS
+
+    return _starting(TARGETS, incomplete)
+
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", help="Run description; default: ./ray_config.yaml.", show_default=False)
 ]
@@ -20,6 +48,7 @@ SizeOption = Annotated[
         help="Recipe of the description's `sizes`: tiny, small, large (synthetic); sysu_mm01, regdb, llcm (settings of "
         "the released scripts).",
         show_default=False,
+        autocompletion=complete_size,
     ),
 ]
 Overrides = Annotated[
@@ -28,6 +57,7 @@ Overrides = Annotated[
         metavar="[RUN] [SECTION.KEY=VALUE]...",
         help="Folder of a run, whose description is read instead of --config; then overrides with values in YAML.",
         show_default=False,
+        autocompletion=complete_key,
     ),
 ]
 

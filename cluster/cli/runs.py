@@ -5,13 +5,22 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
-from cluster.cli.options import ConfigOption, Overrides, SizeOption, checked_storage, described
+from cluster.cli.options import (
+    ConfigOption,
+    JsonOption,
+    Overrides,
+    SizeOption,
+    checked_storage,
+    complete_space,
+    described,
+)
 from tvilfm.config import Config, default_description, load_config, load_run
 
 app = typer.Typer()
@@ -38,6 +47,7 @@ def train_command(
 
 @app.command("evaluate")
 def evaluate_command(
+    in_json: JsonOption = False,
     config: ConfigOption = None,
     size: SizeOption = None,
     overrides: Annotated[
@@ -53,13 +63,13 @@ def evaluate_command(
     """Evaluate a run and train its missing stages; with data options, evaluate a trained model on another dataset."""
     arguments = overrides or []
     if not arguments or "=" in arguments[0]:
-        _run(described(config, size, arguments), until="results")
+        _run(described(config, size, arguments), until="results", in_json=in_json)
         return
     model, settings = Path(arguments[0]), arguments[1:]
     if any(setting.startswith("data.") for setting in settings):
-        _run(_on_other_data(model, config, size, settings), until="report")
+        _run(_on_other_data(model, config, size, settings), until="report", in_json=in_json)
     elif (model / "config.yaml").is_file() or not model.exists():
-        _run(described(config, size, arguments), until="results")
+        _run(described(config, size, arguments), until="results", in_json=in_json)
     else:
         raise ValueError(
             f"{model}: expected the dataset to evaluate this model on, got none. Give data.name=... data.root=..."
@@ -89,11 +99,15 @@ def _on_other_data(model: Path, config: Path | None, size: str | None, settings:
     return load_config(source, [f"run.name={model.absolute().stem}-on-{name}", *overrides], size=size)
 
 
-def _run(config: Config, *, until: str) -> None:
+def _run(config: Config, *, until: str, in_json: bool = False) -> None:
     from cluster.run import run
     from tvilfm.report.tables import terminal_table
 
     outcome = run(checked_storage(config), until=until)
+    if in_json:
+        assert outcome.results is not None
+        typer.echo(json.dumps(outcome.results.to_dict(), indent=2))
+        return
     console = Console()
     if outcome.results is not None:
         console.print(terminal_table(outcome.results))
@@ -187,7 +201,12 @@ def export_command(
 
 @app.command("tune")
 def tune_command(
-    space: Annotated[str, typer.Argument(help="Name of a space in tune_spaces/, or the path of a YAML file.")],
+    space: Annotated[
+        str,
+        typer.Argument(
+            help="Name of a space in tune_spaces/, or the path of a YAML file.", autocompletion=complete_space
+        ),
+    ],
     name: Annotated[
         str | None, typer.Option(help="Name of the sweep and of its folder in run.dir; default: the name of the space.")
     ] = None,
@@ -201,6 +220,7 @@ def tune_command(
             "--from", help="Folder of a run whose description and finished stages the trials use.", show_default=False
         ),
     ] = None,
+    in_json: JsonOption = False,
     config: ConfigOption = None,
     size: SizeOption = None,
     overrides: Overrides = None,
@@ -230,7 +250,24 @@ def tune_command(
         size=size,
         resume=resume,
     )
-    _report(folder)
+    _report(folder, in_json=in_json)
+
+
+@app.command("clean")
+def clean_command(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Delete the folders; without it they are only listed.")] = False,
+) -> None:
+    """List folders of a run that nothing refers to: stages of earlier settings, states of finished trainings."""
+    from cluster.stages.clean import leftovers
+
+    found = leftovers(run)
+    for leftover in found:
+        typer.echo(f"{leftover.bytes / 1e6:.1f} MB  {leftover.path}: {leftover.reason}")
+        if yes:
+            leftover.delete()
+    total = sum(leftover.bytes for leftover in found) / 1e6
+    typer.echo(f"{total:.1f} MB freed" if yes else f"{total:.1f} MB to free; delete with --yes")
 
 
 @app.command("report")
@@ -244,9 +281,13 @@ def report_command(
         _report(folder)
 
 
-def _report(folder: Path) -> None:
+def _report(folder: Path, *, in_json: bool = False) -> None:
     from cluster.sweep import report_sweep
     from tvilfm.report.sweep import markdown_table
 
-    typer.echo(markdown_table(report_sweep(folder)))
+    data = report_sweep(folder)
+    if in_json:
+        typer.echo(json.dumps([asdict(record) for record in data.records], indent=2))
+        return
+    typer.echo(markdown_table(data))
     typer.echo(f"report: {folder / 'report' / 'index.html'}")

@@ -6,6 +6,7 @@ machine is judged by the same rules and differences between machines are found.
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import socket
@@ -20,8 +21,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.table import Table
 from rich.text import Text
 
+from cluster.machines.room import described, fitting_workers
+from cluster.machines.sharing import clock_difference, marked, shared_places, unshared, without_locks
 from cluster.places.check import absolute_paths, check_storage, storage_folder
-from cluster.session import session
+from cluster.session import address_of, session
 from tvilfm.config import Config, resolve
 from tvilfm.versions import UNKNOWN, version_of
 
@@ -30,6 +33,7 @@ ANSWER_S = 120.0  # the first task of a node waits until its process has importe
 # Ray spills objects to disk and a run writes checkpoints there; the object store is in shared memory.
 FREE_DISK_GB = 10.0
 FREE_SHARED_GB = 1.0
+CLOCK_S = 5.0  # difference of clocks that is a fault
 
 State = Literal["good", "note", "fault"]
 
@@ -50,6 +54,8 @@ class Facts:
         spill_gb: free disk space where Ray spills objects.
         shared_gb: free shared memory; None = the system has none.
         storage: why `cluster.storage` cannot be used, or None.
+        unshared: places of `shared_places` in which it does not see what the driver wrote.
+        without_locks: shared folders in which it does not see the driver's lock.
     """
 
     host: str
@@ -63,6 +69,8 @@ class Facts:
     spill_gb: float
     shared_gb: float | None
     storage: str | None
+    unshared: Sequence[str] = ()
+    without_locks: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,28 +92,57 @@ def examine(config: Config) -> list[Finding]:
     """
     # Workers do not run in the current folder, so relative paths are made absolute.
     paths = absolute_paths(config, storage_folder(config) or Path.cwd())
-    values = resolve(config.model_dump(mode="json"), paths).model_dump(mode="json")
+    everywhere = resolve(config.model_dump(mode="json"), paths)
+    values = everywhere.model_dump(mode="json")
     with session(config.cluster):
         nodes = ray.nodes()
         address = ray.get_runtime_context().gcs_address
         alive = {node["NodeID"]: node for node in nodes if node["Alive"]}
-        gone = len(nodes) - len(alive)
-        looking = {
-            node: _look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
-                values, node_temp_dir(entry)
-            )
-            for node, entry in alive.items()
-        }
-        ray.wait(list(looking.values()), num_returns=len(looking), timeout=ANSWER_S)
-        facts: dict[str, Facts] = {}
-        silent: list[Finding] = []
-        for node, answer in looking.items():
-            try:
-                facts[node] = Facts(**ray.get(answer, timeout=0.1))
-            except (ray.exceptions.RayError, TimeoutError) as error:
-                silent.append(_silent(alive[node]["NodeManagerAddress"], error))
+        pinned = {node: NodeAffinitySchedulingStrategy(node, soft=False) for node in alive}
+        with marked(shared_places(everywhere)) as markers:
+            looking = {
+                node: _look.options(scheduling_strategy=pinned[node]).remote(values, node_temp_dir(entry), markers)
+                for node, entry in alive.items()
+            }
+            ray.wait(list(looking.values()), num_returns=len(looking), timeout=ANSWER_S)
+            facts, silent = _answers(looking, alive)
+        clocks = {node: clock_difference(pinned[node], ANSWER_S) for node in facts}
+        token = os.environ.get("RAY_AUTH_MODE") == "token"
     resources = {node: entry["Resources"] for node, entry in alive.items()}
-    return [_joined(config, address, len(alive), gone), *silent, *judge(config, facts, resources)]
+    joined = _joined(config, address, len(alive), len(nodes) - len(alive))
+    return [joined, *_protected(config, token), *silent, *judge(config, facts, resources, clocks)]
+
+
+def _answers(
+    looking: Mapping[str, ray.ObjectRef[dict[str, Any]]], alive: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, Facts], list[Finding]]:
+    """Return the facts of machines that answered, and a finding for each that did not."""
+    facts: dict[str, Facts] = {}
+    silent: list[Finding] = []
+    for node, answer in looking.items():
+        try:
+            facts[node] = Facts(**ray.get(answer, timeout=0.1))
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            silent.append(_silent(alive[node]["NodeManagerAddress"], error))
+    return facts, silent
+
+
+def _protected(config: Config, token: bool) -> Iterator[Finding]:
+    """Yield whether the cluster requires a token, and whether others can read the token's file."""
+    if address_of(config.cluster) == "local":
+        return
+    advice = "Restart Ray with RAY_AUTH_MODE=token on every machine; set cluster.token_path for rendered clusters."
+    yield Finding(
+        where="cluster",
+        what="token",
+        found="required" if token else "not required: anyone who reaches its ports can execute code",
+        state="good" if token else "note",
+        fix="" if token else advice,
+    )
+    path = config.cluster.token_path
+    if path is not None and path.exists() and path.stat().st_mode & 0o077:
+        found = f"{path} can be read by other users"
+        yield Finding(where="driver", what="cluster.token_path", found=found, state="fault", fix=f"chmod 600 {path}")
 
 
 def node_temp_dir(entry: Mapping[str, Any]) -> str:
@@ -129,13 +166,19 @@ def _silent(host: str, error: Exception) -> Finding:
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _look(values: dict[str, Any], temporary: str) -> dict[str, Any]:
+def _look(values: dict[str, Any], temporary: str, markers: tuple[list[str], str]) -> dict[str, Any]:
     config = Config.model_validate(values)
-    return asdict(look(config, Path(temporary)))
+    return asdict(look(config, Path(temporary), markers))
 
 
-def look(config: Config, temporary: Path) -> Facts:
-    """Return the facts of this machine."""
+def look(config: Config, temporary: Path, markers: tuple[list[str], str]) -> Facts:
+    """Return the facts of this machine.
+
+    Args:
+        config: run description of the jobs.
+        temporary: folder of the node's Ray session.
+        markers: what `marked` yielded to the driver.
+    """
     gpus: list[str] = []
     problem = None
     try:
@@ -160,6 +203,8 @@ def look(config: Config, temporary: Path) -> Facts:
         spill_gb=_free_gb(temporary),
         shared_gb=_free_gb(shared) if shared.exists() else None,
         storage=None if storage is None else _trouble(storage),
+        unshared=unshared(*markers),
+        without_locks=without_locks(*markers),
     )
 
 
@@ -182,18 +227,25 @@ def _free_gb(path: Path) -> float:
     return shutil.disk_usage(path).free / 1e9
 
 
-def judge(config: Config, facts: Mapping[str, Facts], resources: Mapping[str, Mapping[str, float]]) -> list[Finding]:
+def judge(
+    config: Config,
+    facts: Mapping[str, Facts],
+    resources: Mapping[str, Mapping[str, float]],
+    clocks: Mapping[str, float],
+) -> list[Finding]:
     """Return the findings that follow from the facts of all machines.
 
     Args:
         config: run description of the jobs.
         facts: node -> facts, of every node that answered.
         resources: node -> resources that Ray has registered for it.
+        clocks: node -> seconds by which its clock is ahead of the driver's.
     """
     findings: list[Finding] = []
     names = _names(facts)
     for node, node_facts in facts.items():
         findings += _machine(config, names[node], node_facts, resources[node])
+        findings += _shared(names[node], node_facts, clocks[node])
     return [*findings, *_differences(facts), *_together(config, len(facts), resources)]
 
 
@@ -233,6 +285,29 @@ def _machine(config: Config, where: str, facts: Facts, resources: Mapping[str, f
     if facts.shared_gb is not None:
         fix = "Give the container more: docker run --shm-size=8g; on Kubernetes, mount an emptyDir of medium Memory."
         yield _enough(where, "shared memory", facts.shared_gb, FREE_SHARED_GB, fix)
+
+
+def _shared(where: str, facts: Facts, clock_s: float) -> Iterator[Finding]:
+    for place in facts.unshared:
+        yield Finding(
+            where=where,
+            what="shared storage",
+            found=f"{place} is another folder here than on the driver's machine",
+            state="fault",
+            fix="Mount the same storage there on every machine, or set cluster.storage to an object store.",
+        )
+    for place in facts.without_locks:
+        yield Finding(
+            where=where,
+            what="locks",
+            found=f"{place} is shared, but its locks are not",
+            state="fault",
+            fix="Mount it with locks (NFS: without nolock or local_lock), or start each run on one machine only.",
+        )
+    if abs(clock_s) > CLOCK_S:
+        found = f"{abs(clock_s):.0f} s {'ahead of' if clock_s > 0 else 'behind'} the driver's"
+        fix = "Set it by NTP (timedatectl set-ntp true): stores refuse requests of another time."
+        yield Finding(where=where, what="clock", found=found, state="fault", fix=fix)
 
 
 def _torch(where: str, facts: Facts, resources: Mapping[str, float]) -> Finding:
@@ -278,21 +353,16 @@ def _together(config: Config, nodes: int, resources: Mapping[str, Mapping[str, f
     section = config.cluster
     totals = {name: sum(of.get(name, 0) for of in resources.values()) for name in ("CPU", "GPU")}
     yield Finding(where="cluster", what="resources", found=f"{totals['CPU']:g} CPUs, {totals['GPU']:g} GPUs")
-    needed = {
-        "CPU": section.train_workers * section.cpus_per_train_worker,
-        "GPU": section.train_workers * section.gpus_per_worker,
-    }
-    for name, amount in needed.items():
-        if amount > totals[name]:
-            # An autoscaler may add the missing machines on demand.
-            yield Finding(
-                where="cluster",
-                what="training",
-                found=f"needs {amount:g} {name}s, the cluster has {totals[name]:g}",
-                state="note" if section.workers.max else "fault",
-                fix="Lower cluster.train_workers, cpus_per_train_worker or gpus_per_worker, unless machines are added "
-                "on demand.",
-            )
+    if (room := fitting_workers(section, resources.values())) < section.train_workers:
+        # An autoscaler may add the missing machines on demand.
+        yield Finding(
+            where="cluster",
+            what="training",
+            found=f"needs {described(section)}, the cluster has room for {room}",
+            state="note" if section.workers.max else "fault",
+            fix="Lower cluster.train_workers, cpus_per_train_worker or gpus_per_worker, unless machines are added on "
+            "demand.",
+        )
     if nodes > 1 and config.cluster.storage is None and not config.run.dir.is_absolute():
         yield Finding(
             where="cluster",

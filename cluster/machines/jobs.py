@@ -7,13 +7,15 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import aiohttp
 import typer
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
@@ -40,6 +42,8 @@ def connect(section: ClusterSection) -> JobSubmissionClient:
     headers = {}
     if section.token_path is not None:
         headers["Authorization"] = f"Bearer {_token(section.token_path)}"
+    else:
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     address = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or DEFAULT_ADDRESS
     try:
         return JobSubmissionClient(address, headers=headers)
@@ -180,18 +184,35 @@ def exit_status(details: JobDetails) -> int:
     return details.driver_exit_code if details.driver_exit_code >= 0 else SIGNALS - details.driver_exit_code
 
 
-def jobs_table(client: JobSubmissionClient) -> Table:
-    """Return a table of the submitted jobs of a cluster, the newest first."""
-    table = Table("job", "status", "exit", "started", "minutes", "command")
+def jobs_rows(client: JobSubmissionClient) -> list[dict[str, Any]]:
+    """Return the submitted jobs of a cluster, the newest first: id, status, exit status, start, minutes, command."""
     jobs = [details for details in client.list_jobs() if details.submission_id]
+    rows = []
     for details in sorted(jobs, key=lambda details: -(details.start_time or 0)):
         started, ended = (details.start_time or 0) / 1000, (details.end_time or time.time() * 1000) / 1000
-        table.add_row(
-            details.submission_id,
-            details.status.value.lower(),
-            str(exit_status(details)) if details.status.is_terminal() else "",
-            time.strftime("%Y-%m-%d %H:%M", time.localtime(started)),
-            f"{(ended - started) / 60:.1f}",
-            (details.metadata or {}).get("command", details.entrypoint),
+        rows.append(
+            {
+                "job": details.submission_id,
+                "status": details.status.value.lower(),
+                "exit": exit_status(details) if details.status.is_terminal() else None,
+                "started": time.strftime("%Y-%m-%d %H:%M", time.localtime(started)),
+                "minutes": round((ended - started) / 60, 1),
+                "command": (details.metadata or {}).get("command", details.entrypoint),
+            }
         )
+    return rows
+
+
+def jobs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the jobs of `jobs_rows` as a table for a terminal. Ids are never cut."""
+    table = Table()
+    for name in ("job", "status", "exit", "started", "minutes", "command"):
+        table.add_column(
+            name,
+            overflow="fold",
+            no_wrap=name == "job",
+            min_width=len(rows[0]["job"]) if rows and name == "job" else None,
+        )
+    for row in rows:
+        table.add_row(*("" if value is None else str(value) for value in row.values()))
     return table

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from cluster.machines.documents import Document, given
-from cluster.places.check import excluded
+from cluster.places.check import excluded, storage_folder
 from tvilfm.config import ClusterSection, Config
 
 PROGRAM_FOLDER = "~/tvilfm"
@@ -93,7 +94,7 @@ def _launcher(
 ) -> Document:
     """Return the document with what all providers share; `head` and `worker` are None for your own machines."""
     section = config.cluster
-    docker, mounts, setup = _software(section, cloud=head is not None)
+    docker, mounts, setup = _software(config, cloud=head is not None)
     auth = {"ssh_user": section.provider.ssh_user}
     if section.provider.ssh_key is not None:
         auth["ssh_private_key"] = str(section.provider.ssh_key)
@@ -126,11 +127,17 @@ def _launcher(
     }
 
 
-def _software(section: ClusterSection, *, cloud: bool) -> tuple[Document, dict[str, str], list[str]]:
-    """Return how a machine gets the program: container, mounted files and commands; a cloud needs an image."""
+def _software(config: Config, *, cloud: bool) -> tuple[Document, dict[str, str], list[str]]:
+    """Return how a machine gets the program: container, mounted files and commands; a cloud needs an image.
+
+    A container sees the shared folder of the machine, which has to be mounted there.
+    """
+    section = config.cluster
     if section.image is not None:
+        shared = storage_folder(config)
+        volumes = [] if shared is None else [f"--volume {shlex.quote(f'{shared}:{shared}')}"]
         docker = {"image": section.image, "container_name": section.name, "pull_before_run": True}
-        return docker | {"run_options": ["--ulimit nofile=65536:65536"]}, {}, []
+        return docker | {"run_options": ["--ulimit nofile=65536:65536", *volumes]}, {}, []
     if cloud:
         given(None, "cluster.image", "a container image with tvilfm (see the Dockerfile)")
     setup = [
@@ -158,7 +165,8 @@ def _node_types(section: ClusterSection, head: Document, worker: Document) -> Do
 def _start_commands(section: ClusterSection) -> tuple[str, str]:
     """Return the commands that start Ray on the head and on a worker."""
     environment = "export RAY_AUTH_MODE=token; " if section.token_path is not None else ""
-    redis = f"RAY_REDIS_ADDRESS={section.redis} " if section.redis else ""
+    # Clusters that share a Redis are kept apart by their names.
+    redis = f"RAY_external_storage_namespace={section.name} RAY_REDIS_ADDRESS={section.redis} " if section.redis else ""
     patient = f"RAY_gcs_rpc_server_reconnect_timeout_s={HEAD_AWAY_S} " if section.redis else ""
     ports = section.ports
     start = f"ulimit -n 65536; {environment}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import subprocess
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ DATA_PARAMETERS = (
 )
 PROGRAM_PARAMETERS = ("config", "space")
 LARGEST_SHOWN = 5
+UNASKED_BYTES = 50e6  # of untracked files that are sent without a question
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,12 @@ class Package:
             f"{self.folder}: expected less than Ray's {megabytes(GCS_STORAGE_MAX_SIZE)} to send, got "
             f"{megabytes(total)}. Move files that the job does not need, or list them in .gitignore. Largest: {named}."
         )
+
+    def untracked_bytes(self) -> int:
+        """Return the size of the files that git does not track; of all files if the folder is in no repository."""
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=self.folder, capture_output=True, check=False)
+        tracked = set(os.fsdecode(listed.stdout).split("\0"))
+        return sum(size for path, size in self.sizes.items() if path not in tracked)
 
     def __str__(self) -> str:
         return f"{len(self.sizes)} files, {megabytes(sum(self.sizes.values()))}"

@@ -17,7 +17,9 @@ from tvilfm.place import Place
 EXCLUDED = (
     *(".git", ".venv", "venv", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", "/build", "/dist"),
     *("*.pt", "*.pth", "*.ckpt", "*.safetensors", "*.onnx", "*.gguf", "*.npy"),
-    *(".env", ".env.*", "*.pem", "*.key", "id_rsa", "id_ed25519"),
+    *(".env", ".env.*", "*.pem", "*.key", "*.p12", "*.pfx", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*"),
+    *(".netrc", ".git-credentials", ".pgpass", ".aws", ".kube", ".ssh", ".gnupg", ".docker", ".azure", "gcloud"),
+    *("credentials*.json", "application_default_credentials.json", ".ray"),
 )
 # (text of a store's error, advice); the first match is used.
 ADVICE = (

@@ -18,7 +18,7 @@ from pathlib import Path
 from pyarrow import fs
 
 from tvilfm.config import Config
-from tvilfm.place import Place
+from tvilfm.place import Place, lock
 
 COMPLETE = ".complete"  # folder of markers: a copy without a marker may be incomplete
 UNFINISHED = ".partial"  # suffix of the name of an unfinished folder
@@ -120,9 +120,13 @@ def _depot(config: Config, name: str, root: Path, owner: str) -> Depot | None:
 def fetched(path: Path, depot: Depot | None) -> Path:
     """Return a path that a worker reads, after copying it from the depot if it is missing on the worker's machine.
 
-    A finished stage is copied as a whole, because a part of its folder would be taken for the finished stage.
+    A finished stage is copied as a whole, because a part of its folder would be taken for the finished stage. The
+    workers of a machine wait for the copy of the first one.
     """
     if depot is not None and path.is_relative_to(depot.root) and not path.exists():
         unit = depot.root / path.relative_to(depot.root).parts[0]
-        depot.pull(path if unit.name.endswith(UNFINISHED) else unit)
+        wanted = path if unit.name.endswith(UNFINISHED) else unit
+        with lock(depot.root / ".locks" / f"pull-{wanted.name}"):
+            if not path.exists():
+                depot.pull(wanted)
     return path

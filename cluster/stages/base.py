@@ -28,6 +28,7 @@ class Base(Stage):
         *("optim.lr", "optim.head_lr_factor", "optim.weight_decay", "model.backbone", "model.weights"),
     )
     unit = "steps"
+    trains = True
 
     def applies(self, config: Config) -> bool:
         return config.model.trained is None

@@ -15,6 +15,7 @@ class Captioner(Stage):
     """Fine-tune the captioner of a modality on the training images and their captions from files."""
 
     unit = "steps"
+    trains = True
 
     def __init__(self, modality: Modality) -> None:
         self.modality = modality

@@ -15,7 +15,7 @@ import torch
 
 from cluster.places.depot import Depot, fetched
 from cluster.stages.learning import METRICS_FILE, write_records
-from cluster.stages.trainer import Reporter, fit, last_checkpoint, trainer_of
+from cluster.stages.trainer import Reporter, fit, last_checkpoint
 from tvilfm.captioning.captioner import Captioner
 from tvilfm.captioning.conv_captioner import NAME, build_conv_captioner
 from tvilfm.captioning.finetune import Pairs, caption_pairs, finetune, mean_loss
@@ -72,7 +72,7 @@ def fit_captioner(
         "depot": depot,
     }
     workers = config.cluster.train_workers
-    (records, marks), last = fit(trainer_of(_worker, job, folder, config.cluster, workers=workers, depot=depot))
+    (records, marks), last = fit(_worker, job, folder, config.cluster, workers=workers, depot=depot)
     write_records(folder / METRICS_FILE, records)
     marks.write(folder / "marks.json")
     assert last is not None

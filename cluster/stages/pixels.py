@@ -18,6 +18,8 @@ from tvilfm.config import Config, DataSection
 from tvilfm.data.pixels import create, decode_files
 from tvilfm.terms import DepthRange
 
+BLOCK_IMAGES = 1000
+
 
 class Pixels(Stage):
     """Decode and resize every image once."""
@@ -39,7 +41,8 @@ def decode_dataset(
 ) -> None:
     """Write `manifest.parquet` and `pixels.npy`, whose rows follow the manifest.
 
-    Workers decode and the driver writes, so that training processes on this machine can map the pages that it wrote.
+    Each block of `BLOCK_IMAGES` is a task, so that all CPUs decode and a lost worker costs its blocks only. Workers
+    decode and the driver writes, so that training processes on this machine can map the pages that it wrote.
 
     Args:
         folder: output folder.
@@ -52,7 +55,8 @@ def decode_dataset(
         ValueError: an image cannot be decoded; the message names it.
     """
     rows = pa.table({"row": pa.array(np.arange(manifest.num_rows)), "image": manifest["image"]})
-    decoded = ray.data.from_arrow(rows).map_batches(
+    blocks = [rows.slice(start, BLOCK_IMAGES) for start in range(0, rows.num_rows, BLOCK_IMAGES)]
+    decoded = ray.data.from_arrow(blocks).map_batches(
         partial(
             _decode,
             root=root.absolute(),

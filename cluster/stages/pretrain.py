@@ -14,7 +14,7 @@ from cluster.places.depot import Depot
 from cluster.progress import ProgressFile
 from cluster.stages.pixels import decode_dataset
 from cluster.stages.stage import Stage, StageJob
-from cluster.stages.trainer import fit, read_job, read_pixels, trainer_of
+from cluster.stages.trainer import fit, read_job, read_pixels
 from tvilfm.config import Config
 from tvilfm.data.manifest import select
 from tvilfm.datasets import read_dataset
@@ -63,7 +63,7 @@ def fit_pretrain(folder: Path, config: Config, inputs: dict[str, str], depot: De
         depot: where workers find the inputs that are not on their machine; None = in folders.
     """
     job = {"folder": str(folder), "config": config, "inputs": inputs, "depot": depot}
-    backbone, _ = fit(trainer_of(_worker, job, folder, config.cluster, workers=1, depot=depot))
+    backbone, _ = fit(_worker, job, folder, config.cluster, workers=1, depot=depot)
     (folder / FILE).write_bytes(backbone)
 
 

@@ -117,11 +117,13 @@ class Stage(ABC):
         name: name of the stage and of its folder.
         keys: dotted config keys or whole sections that decide the result, in addition to the inputs.
         unit: unit of the progress line, in plural; empty = no progress line.
+        trains: whether it needs `cluster.train_workers` at the same time.
     """
 
     name: str
     keys: tuple[str, ...]
     unit: str = ""
+    trains: bool = False
 
     def applies(self, config: Config) -> bool:
         """Return whether a run of this config has the stage."""

@@ -9,12 +9,15 @@ trials need the same stage, one computes it and the others wait. The lock of a k
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from cluster.places.depot import UNFINISHED, Depot
 from tvilfm.place import lock
+
+STATE = "train"  # folder of a stage with the checkpoints that an interrupted training continues from
 
 
 class StageStore:
@@ -68,6 +71,7 @@ class StageStore:
                 partial.mkdir(parents=True, exist_ok=True)
                 make(partial)
                 partial.rename(target)
+                shutil.rmtree(target / STATE, ignore_errors=True)  # only an unfinished stage resumes from it
             if self._depot is not None and not self.has(name):
                 self._depot.keep(target)
                 self._depot.drop(self.partial(name))

@@ -30,6 +30,7 @@ class Text(Stage):
         *("loss", "optim", "model.text", "evaluate.witness_draw"),
     )
     unit = "steps"
+    trains = True
 
     def applies(self, config: Config) -> bool:
         return config.model.trained is None

@@ -27,9 +27,11 @@ from ray.train import (
 )
 from ray.train.torch import TorchTrainer
 
+from cluster.machines.room import awaited, worker_resources
 from cluster.places.depot import Depot, fetched
-from cluster.progress import ProgressFile
+from cluster.progress import PROGRESS_FILE, ProgressFile, noted
 from cluster.stages.learning import METRICS_FILE, read_records, write_records
+from cluster.stages.store import STATE
 from tvilfm.config import ClusterSection, Config
 from tvilfm.data.pixels import open_pixels
 from tvilfm.models import TVILFM
@@ -68,8 +70,8 @@ def fit_network(
         ray.train.TrainingFailedError: a worker failed more often than `cluster.max_failures`.
     """
     job = {"folder": str(folder), "config": config, "inputs": inputs, "depot": depot}
-    trainer = trainer_of(worker, job, folder, config.cluster, workers=config.cluster.train_workers, depot=depot)
-    records, last = fit(trainer)
+    workers = config.cluster.train_workers
+    records, last = fit(worker, job, folder, config.cluster, workers=workers, depot=depot)
     write_records(folder / METRICS_FILE, records)
     assert last is not None
     with last.as_directory() as checkpoint:
@@ -79,15 +81,36 @@ def fit_network(
     (folder / "selection.json").write_text(json.dumps(progress))
 
 
-def fit(trainer: TorchTrainer) -> tuple[Any, Checkpoint | None]:
-    """Run a trainer; return what the worker of rank 0 returned, and the last checkpoint.
+def fit(
+    worker: Callable[[dict[str, Any]], Any],
+    job: dict[str, Any],
+    folder: Path,
+    section: ClusterSection,
+    *,
+    workers: int,
+    depot: Depot | None,
+) -> tuple[Any, Checkpoint | None]:
+    """Train on Ray Train; return what the worker of rank 0 returned, and the last checkpoint.
+
+    The run is stored in `folder/train`, keeps its last checkpoint and restarts from it. Reported epochs are written to
+    `folder/metrics.jsonl`. While workers wait for a machine, the progress line of the folder says so.
+
+    Args:
+        worker: what every worker runs.
+        job: what it is told.
+        folder: of the driver; without a depot, on storage that every node sees.
+        section: CPUs and GPUs of a worker, and how often it may fail.
+        workers: how many.
+        depot: whose copy of the folder the run lives in; None = in the folder itself.
 
     Raises:
         KeyboardInterrupt: on Ctrl-C, in place of Train's exit.
         WorkerInputError: a worker raised one of `INPUT_ERRORS` or met a full disk.
     """
+    trainer = _trainer(worker, job, folder, section, workers=workers, depot=depot)
     try:
-        result = trainer.fit()
+        with noted(folder / PROGRESS_FILE, lambda: awaited(section, workers)):
+            result = trainer.fit()
     except SystemExit:
         raise KeyboardInterrupt from None
     except ControllerError as error:
@@ -110,7 +133,7 @@ def read_pixels(folder: Path) -> tuple[pa.Table, npt.NDArray[np.uint8]]:
     return pq.read_table(folder / "manifest.parquet"), open_pixels(folder / "pixels.npy")
 
 
-def trainer_of(
+def _trainer(
     worker: Callable[[dict[str, Any]], Any],
     job: dict[str, Any],
     folder: Path,
@@ -119,31 +142,18 @@ def trainer_of(
     workers: int,
     depot: Depot | None,
 ) -> TorchTrainer:
-    """Return a trainer whose run is stored in `folder/train`, keeps its last checkpoint and restarts from it.
-
-    It writes reported epochs to `folder/metrics.jsonl`.
-
-    Args:
-        worker: what every worker runs.
-        job: what it is told.
-        folder: of the driver; without a depot, on storage that every node sees.
-        section: CPUs and GPUs of a worker, and how often it may fail.
-        workers: how many.
-        depot: whose copy of the folder the run lives in; None = in the folder itself.
-    """
     place = None if depot is None else depot.place(folder)
     filesystem, path = (None, str(folder)) if place is None else (place.filesystem, place.path)
-    resources: dict[str, float] = {"CPU": section.cpus_per_train_worker}
-    if section.gpus_per_worker:
-        resources["GPU"] = section.gpus_per_worker
     return TorchTrainer(
         worker,
         train_loop_config=job,
         scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=section.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=workers,
+            use_gpu=section.gpus_per_worker > 0,
+            resources_per_worker=worker_resources(section),
         ),
         run_config=RunConfig(
-            name="train",
+            name=STATE,
             storage_path=path,
             storage_filesystem=filesystem,
             callbacks=[_Epochs(folder / METRICS_FILE)],  # type: ignore[list-item]  # of Train V2
@@ -194,7 +204,7 @@ class Reporter:
 
     def __init__(self, folder: Path, epochs: int, resume: Path | None) -> None:
         self._rank = ray.train.get_context().get_world_rank()
-        self._progress = ProgressFile(folder / "progress.json")
+        self._progress = ProgressFile(folder / PROGRESS_FILE)
         self._epochs = epochs
         self.records: list[Record] = []
         if resume is not None:

@@ -21,7 +21,6 @@ import yaml
 
 from cluster import sweep as tune
 from cluster.sweep import SPACES, report_sweep, sweep_space
-from tvilfm.config import ClusterSection
 from tvilfm.evaluation.results import Results
 from tvilfm.sweeps.plan import Sweep
 from tvilfm.sweeps.results import TrialRecord, read_trials
@@ -228,6 +227,7 @@ def test_a_sweep_that_ended_early_keeps_its_table_and_does_not_pass_for_a_finish
     monkeypatch.setattr(tune, "_records", _bare_records)
     monkeypatch.setattr(tune, "make_synthetic", lambda *_: None)
     monkeypatch.setattr(tune, "session", lambda _: nullcontext())
+    monkeypatch.setattr(tune, "require_room", lambda _: None)
     rows = {f"{rate}": {"overrides": {"optim.text_lr": rate}} for rate in (0.1, 0.2, 0.3, 0.4, 0.5)}
     values = {"name": "rates", "description": "five rates", "reference": "0.1", "rows": rows}
     with pytest.raises(ValueError, match=message):
@@ -238,6 +238,39 @@ def test_a_sweep_that_ended_early_keeps_its_table_and_does_not_pass_for_a_finish
     limited = Space.model_validate({**values, "budget": {"time_limit_s": 60}})
     _sweep(limited, "limited", (f"run.dir={tmp_path}", CAPTIONS))
     assert f"expected 5 runs to end, got {ended}" in capsys.readouterr().err
+
+
+def test_the_line_of_an_ended_run_says_the_time_left_and_the_best_so_far(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 600.0, 1200.0])
+    monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    sweep = _prepared(load_space(SPACES / "ablations.yaml"), tmp_path / "sweep")
+    ends, total, metric = tune._Ends(sweep), sweep.num_runs(), sweep.space.metric
+
+    def ended(name: str, value: float) -> SimpleNamespace:
+        result = {metric: value, tune.DONE: True}
+        return SimpleNamespace(config={"trial": name}, trial_id=name, last_result=result, is_finished=lambda: True)
+
+    first, second = ended("a", 0.5), ended("b", 0.25)
+    for trials in ([first], [first, second]):
+        ends.on_trial_complete(0, trials, trials[-1])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == f"a: done; {total - 1} left, about {10 * (total - 1)} min; best {metric} 50.00 in a"
+    assert lines[1] == f"b: done; {total - 2} left, about {10 * (total - 2)} min; best {metric} 50.00 in a"
+
+
+def test_ctrl_c_ends_a_sweep_and_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        assert os.environ["TUNE_DISABLE_SIGINT_HANDLER"] == "1"  # else Tune returns as if the sweep were finished
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune, "_tuner", lambda *_, **__: SimpleNamespace(fit=interrupt))
+    monkeypatch.setattr(tune, "make_synthetic", lambda *_: None)
+    monkeypatch.setattr(tune, "session", lambda _: nullcontext())
+    monkeypatch.setattr(tune, "require_room", lambda _: None)
+    with pytest.raises(KeyboardInterrupt, match="continue with --resume"):
+        _sweep(_one_trial(load_space(SPACES / "ablations.yaml")), "ablations", (f"run.dir={tmp_path}", CAPTIONS))
 
 
 def test_a_trial_without_its_captions_is_a_row_of_the_table_like_another(tmp_path: Path) -> None:
@@ -273,26 +306,6 @@ def test_an_error_is_noted_wherever_a_trial_fails_and_tried_again_no_more(
     monkeypatch.setattr(tune, "run", lambda *_, **__: pytest.fail("it runs again"))
     with pytest.raises(RuntimeError, match=fault):
         tune._trial({"trial": name}, sweep=sweep)
-
-
-@pytest.mark.parametrize(
-    ("address", "image", "gpus", "room"),
-    [
-        (None, "i", 0, 1),
-        ("ray://head:10001", None, 0, 1),
-        ("ray://head:10001", "i", 0, 12),
-        ("ray://head:10001", "i", 1, 3),
-    ],
-)
-def test_trials_have_the_room_of_the_workers_that_a_cluster_may_yet_start(
-    address: str | None, image: str | None, gpus: int, room: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})  # of the head alone
-    workers = {"max": 3, "cpus": 8, "gpus": 1}
-    described = {"address": address, "image": image, "gpus_per_worker": gpus, "workers": workers}
-    section = ClusterSection.model_validate(described)
-    assert tune._room(section) == room
 
 
 def test_a_sweep_that_is_there_is_not_started_again_and_one_that_is_not_cannot_go_on(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from tvilfm.config.section import Section
+from tvilfm.config.section import Section, check_no_secret
 
 RephraseEngine = Literal["none", "rules", "transformers", "openai", "vllm"]
 
@@ -71,6 +71,11 @@ class RephraseSection(Section):
     workers: int = Field(
         1, ge=1, description="rephrasing actors; each one with a model uses cluster.gpus_per_worker GPUs"
     )
+
+    @model_validator(mode="after")
+    def _without_secret(self) -> RephraseSection:
+        check_no_secret("url", self.url, "Set the environment variable that key_variable names.")
+        return self
 
 
 class CaptionSection(Section):

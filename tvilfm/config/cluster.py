@@ -50,6 +50,89 @@ class WorkersSection(Section):
         return self
 
 
+class GroupSection(WorkersSection):
+    """A further group of worker nodes, besides `cluster.workers`."""
+
+    name: str = Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,20}[a-z0-9])?$", description="name of the group")
+
+
+class KubernetesSection(Section):
+    """What a rendered cluster needs of its Kubernetes namespace."""
+
+    namespace: str | None = Field(None, description="namespace of all resources; null = that of kubectl")
+    labels: tuple[str, ...] = Field((), description="labels of all resources and pods, as key=value")
+    service_account: str | None = Field(None, description="service account of the pods; null = the default one")
+    pull_secrets: tuple[str, ...] = Field((), description="secrets with credentials of the image registry")
+    tolerations: tuple[str, ...] = Field(
+        (), description="taints that worker pods tolerate, as key:effect or key=value:effect"
+    )
+    claim: str | None = Field(
+        None, description="claim of shared storage (ReadWriteMany); several clusters may use it; null = <name>-storage"
+    )
+    keys_secret: str | None = Field(
+        None, description="secret whose key keys.json is the file of serve.keys; null = serve.keys is on shared storage"
+    )
+    redis_secret: str | None = Field(None, description="secret whose key password is Redis's; null = no password")
+    network_policy: bool = Field(
+        True, description="close all ports but those of the service and the metrics to other pods"
+    )
+
+    @model_validator(mode="after")
+    def _readable(self) -> KubernetesSection:
+        for label in self.labels:
+            if not all(label.partition("=")[::2]):
+                raise ValueError(f"labels: expected key=value, got {label}. Write a key, = and a value.")
+        for toleration in self.tolerations:
+            key, _, effect = toleration.rpartition(":")
+            if not key or effect not in ("NoSchedule", "PreferNoSchedule", "NoExecute"):
+                raise ValueError(
+                    f"tolerations: expected key:effect or key=value:effect, got {toleration}. The effects are "
+                    "NoSchedule, PreferNoSchedule and NoExecute."
+                )
+        return self
+
+
+class DatabaseSection(Section):
+    """The PostgreSQL server of the gallery on Kubernetes, run by the operator CloudNativePG."""
+
+    image: str | None = Field(
+        None, description="image of PostgreSQL 18 made for CloudNativePG; null = the gallery's server is not rendered"
+    )
+    vector_image: str | None = Field(None, description="extension image of pgvector for the same PostgreSQL and system")
+    instances: int = Field(2, ge=1, description="servers: one that writes, and copies of it that take over")
+    storage_gb: int = Field(50, ge=1, description="disk of each server, GB")
+    storage_class: str | None = Field(None, description="storage class of the disks; null = the default one")
+    backup: str | None = Field(None, description="object store URI of backups, such as s3://bucket/path; null = none")
+    backup_endpoint: str | None = Field(None, description="URL of an S3 server that is not Amazon's")
+    backup_secret: str | None = Field(
+        None, description="secret with ACCESS_KEY_ID and SECRET_ACCESS_KEY; null = the role of the service account"
+    )
+    backup_schedule: str = Field("0 0 2 * * *", description="times of full backups: cron with seconds")
+    backup_days: int = Field(30, ge=1, description="days to keep backups")
+
+    @model_validator(mode="after")
+    def _complete(self) -> DatabaseSection:
+        if self.image is not None and self.vector_image is None:
+            raise ValueError(
+                "vector_image: expected an extension image of pgvector with database.image, got null. Set it, or set "
+                "image to null to use another server."
+            )
+        check_no_keys("backup", self.backup)
+        return self
+
+
+class SlurmSection(Section):
+    """Options of a rendered batch script."""
+
+    partition: str | None = Field(None, description="partition; null = Slurm's default")
+    account: str | None = Field(None, description="account that is charged; null = the user's default")
+    time: str | None = Field(None, description="time limit, such as 24:00:00 or 2-00:00:00; null = the partition's")
+    log: str = Field("%x-%j.log", description="log file; %x = cluster.name, %j = job id")
+    requeue_s: int | None = Field(
+        None, ge=1, description="seconds before the time limit at which the job stops and is queued again; null = never"
+    )
+
+
 class ProviderSection(Section):
     """The cloud or own machines of a rendered cluster."""
 
@@ -125,6 +208,18 @@ class ClusterSection(Section):
     )
     head: HeadSection = HeadSection()
     workers: WorkersSection = WorkersSection()
+    groups: tuple[GroupSection, ...] = Field(
+        (), description="Kubernetes: further groups of workers, {name: ..., and the keys of workers}"
+    )
+    max_replicas_per_node: int | None = Field(
+        None, ge=1, description="maximum replicas of each serve deployment on one machine; null = no limit"
+    )
+    overlay: Path | None = Field(
+        None, description="YAML file that is merged into a rendered file, last (docs/cluster.md); null = none"
+    )
+    kubernetes: KubernetesSection = KubernetesSection()
+    database: DatabaseSection = DatabaseSection()
+    slurm: SlurmSection = SlurmSection()
     provider: ProviderSection = ProviderSection()
     ports: PortsSection = PortsSection()
 
@@ -133,4 +228,19 @@ class ClusterSection(Section):
         if self.storage is not None and Place(self.storage).is_relative:
             raise ValueError(f"storage: expected an absolute path or a URI, got {self.storage}. Start it with /.")
         check_no_keys("storage", self.storage)
+        return self
+
+    @model_validator(mode="after")
+    def _gpus_are_not_shared(self) -> ClusterSection:
+        if self.train_workers > 1 and 0 < self.gpus_per_worker < 1:
+            raise ValueError(
+                f"gpus_per_worker: expected 0 or at least 1 with {self.train_workers} training workers, got "
+                f"{self.gpus_per_worker:g}. NCCL needs a GPU per worker: set train_workers=1 or gpus_per_worker=1."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _secret_of_a_redis(self) -> ClusterSection:
+        if self.kubernetes.redis_secret is not None and self.redis is None:
+            raise ValueError("kubernetes.redis_secret: expected cluster.redis with it, got null. Set cluster.redis.")
         return self

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from tvilfm.config.section import Section
+from tvilfm.config.section import Section, check_no_secret
 
 
 class RunSection(Section):
@@ -21,6 +21,12 @@ class RunSection(Section):
         (), description="further trackers: mlflow, wandb; JSON lines and TensorBoard are always written"
     )
     mlflow_uri: str | None = Field(None, description="MLflow server or database; null = an SQLite file in run.dir")
+
+    @model_validator(mode="after")
+    def _without_secret(self) -> RunSection:
+        advice = "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or PGPASSWORD."
+        check_no_secret("mlflow_uri", self.mlflow_uri, advice)
+        return self
 
     @property
     def path(self) -> Path:

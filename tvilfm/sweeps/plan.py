@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,12 @@ class Sweep:
         }
         return load_config(self.folder / "ray_config.yaml", [*trial.overrides, *written(own)], size=self.size)
 
+    @cached_property
     def runs(self) -> dict[str, list[Trial]]:
-        """Return the trials that share one run (they differ only in which query they read), by the first's name."""
+        """The trials that share one run (they differ only in which query they read), by the first's name.
+
+        Computed once per sweep: the processes of trials receive it with the sweep.
+        """
         runs: dict[str, list[Trial]] = {}
         for trial in self.space.trials(self.overrides):
             config = self.config(replace(trial, name="same"))
@@ -48,7 +53,7 @@ class Sweep:
 
     def num_runs(self) -> int:
         """Return the number of planned runs."""
-        return (self.space.budget.num_samples or 0) if self.space.searcher == "optuna" else len(self.runs())
+        return (self.space.budget.num_samples or 0) if self.space.searcher == "optuna" else len(self.runs)
 
     def trials_of(self, params: Mapping[str, Any], name: str) -> list[Trial]:
         """Return the trials of a run.
@@ -58,5 +63,5 @@ class Sweep:
             name: name of the trial of these parameters.
         """
         if "trial" in params:
-            return self.runs()[params["trial"]]
+            return self.runs[params["trial"]]
         return [replace(self.space.trial(0, params, self.space.seeds[0], self.overrides), name=name)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,8 +12,10 @@ import pytest
 import yaml
 
 from cluster.cli.app import main
+from cluster.cli.options import complete_key, complete_size, complete_space, complete_target
 from cluster.progress import ProgressFile, watch
 from tests.processes import until
+from tvilfm import __version__
 from tvilfm.config import known_keys, load_config
 
 
@@ -69,31 +70,16 @@ def test_bad_input_ends_in_one_message_and_status_2(
     assert message in printed and "Traceback" not in printed
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kept", "given", "expected"),
-    [
-        (False, {}, "token made"),
-        (True, {}, "token kept"),
-        (False, {"RAY_ADDRESS": "head:6379"}, "None kept"),
-        (True, {"RAY_ADDRESS": "head:6379"}, "token kept"),
-        (True, {"RAY_AUTH_MODE": "disabled"}, "disabled kept"),
-    ],
-)
-def test_a_ray_that_a_command_starts_asks_for_a_token(
-    tmp_path: Path, kept: bool, given: dict[str, str], expected: str
-) -> None:
-    if kept:
-        (tmp_path / ".ray").mkdir()
-        (tmp_path / ".ray" / "auth_token").write_text("t")
-    script = (
-        "import os; from cluster.cli.app import _guard; _guard(); "
-        "print(os.environ.get('RAY_AUTH_MODE'), 'made' if 'RAY_AUTH_TOKEN' in os.environ else 'kept')"
-    )
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= {"HOME": str(tmp_path), **given}
-    shown = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert shown.stdout.strip() == expected
+def test_the_version_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _call(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"tvilfm {__version__}\n"
+
+
+def test_sizes_keys_spaces_and_targets_are_completed() -> None:
+    assert complete_size("t") == ["tiny"]
+    assert complete_key("train.base.ep") == ["train.base.epochs="]
+    assert "ablations" in complete_space("ab")
+    assert complete_target("kuberay-j") == ["kuberay-job"]
 
 
 def test_init_writes_the_annotated_description_once(

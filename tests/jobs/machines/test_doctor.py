@@ -13,6 +13,7 @@ import pytest
 
 from cluster.cli.app import main
 from cluster.machines.doctor import PACKAGES, Facts, Finding, examine, judge
+from cluster.machines.sharing import LOCK, marked, unshared, without_locks
 from tests.paths import REPOSITORY
 from tvilfm.config import load_config
 
@@ -32,10 +33,13 @@ SOUND = Facts(
 RESOURCES = {"CPU": 8.0}
 
 
-def judged(*facts: Facts, resources: dict[str, float] = RESOURCES, overrides: tuple[str, ...] = ()) -> list[Finding]:
+def judged(
+    *facts: Facts, resources: dict[str, float] = RESOURCES, overrides: tuple[str, ...] = (), clock_s: float = 0.1
+) -> list[Finding]:
     config = load_config(overrides=["run.dir=/mnt/runs", *overrides])
     nodes = {f"{index}" * 12: found for index, found in enumerate(facts)}
-    return [found for found in judge(config, nodes, dict.fromkeys(nodes, resources)) if found.state != "good"]
+    findings = judge(config, nodes, dict.fromkeys(nodes, resources), dict.fromkeys(nodes, clock_s))
+    return [found for found in findings if found.state != "good"]
 
 
 def test_sound_machines_have_nothing_to_fix() -> None:
@@ -61,6 +65,8 @@ def test_sound_machines_have_nothing_to_fix() -> None:
         ),
         ({"disk_gb": 2.0}, "disk for run.dir", "2.0 GB free, less than 10", "run.dir"),
         ({"spill_gb": 9.0}, "disk for Ray", "9.0 GB free", "--temp-dir"),
+        ({"unshared": ["/mnt/s"]}, "shared storage", "/mnt/s is another folder", "cluster.storage"),
+        ({"without_locks": ["/mnt/s"]}, "locks", "/mnt/s is shared, but", "nolock"),
         ({"shared_gb": 0.06}, "shared memory", "0.1 GB free, less than 1", "--shm-size"),
     ],
 )
@@ -70,6 +76,24 @@ def test_what_is_wrong_on_a_machine_is_named_with_its_fix(
     (finding,) = judged(replace(SOUND, host="bad", **change))
     assert (finding.where, finding.what, finding.state) == ("bad", what, "fault")
     assert found in finding.found and fix in finding.fix
+
+
+@pytest.mark.parametrize(("clock_s", "found"), [(60.4, "60 s ahead of"), (-7.0, "7 s behind")])
+def test_a_clock_that_differs_is_a_fault(clock_s: float, found: str) -> None:
+    (finding,) = judged(SOUND, clock_s=clock_s)
+    assert (finding.what, finding.state) == ("clock", "fault") and found in finding.found
+
+
+def test_a_folder_that_is_another_on_some_machine_is_found_and_one_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared, other = str(tmp_path / "shared"), str(tmp_path / "other")
+    with marked([shared, "/dev/null/nowhere"]) as (written, name):
+        assert written == [shared]
+        assert unshared([shared, other], name) == [other] and without_locks([shared, other], name) == []
+        (tmp_path / "shared" / LOCK.format(name)).unlink()  # as where locks are of one machine only
+        assert without_locks([shared], name) == [shared]
+    assert [path.name for path in (tmp_path / "shared").iterdir()] == []
 
 
 def test_storage_is_looked_at_only_where_there_is_some() -> None:
@@ -95,9 +119,9 @@ def test_machines_that_differ_are_told_which_and_how_many() -> None:
 
 def test_training_that_does_not_fit_is_a_note_where_machines_may_be_added() -> None:
     (note,) = judged(SOUND, overrides=("cluster.train_workers=2", "cluster.gpus_per_worker=1"))
-    assert (note.state, note.found) == ("note", "needs 2 GPUs, the cluster has 0")
+    assert (note.state, note.found) == ("note", "needs 2 workers of 2 CPUs and 1 GPU, the cluster has room for 0")
     (fault,) = judged(SOUND, overrides=("cluster.cpus_per_train_worker=9", "cluster.workers.max=0"))
-    assert (fault.state, fault.found) == ("fault", "needs 9 CPUs, the cluster has 8")
+    assert (fault.state, fault.found) == ("fault", "needs 1 worker of 9 CPUs, the cluster has room for 0")
 
 
 def test_several_machines_without_a_place_of_their_own_are_noted() -> None:

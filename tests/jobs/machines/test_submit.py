@@ -20,6 +20,7 @@ import pytest
 import requests
 import typer
 from ray.job_submission import JobStatus
+from typer.testing import CliRunner
 
 from cluster.cli.app import app, main
 from cluster.machines import jobs, submit
@@ -128,7 +129,8 @@ def test_a_package_has_the_program_and_neither_data_nor_runs_nor_weights_nor_cac
     for name in ("ray_config.yaml", "cluster/__main__.py", "tvilfm/data/note.txt"):
         write(tmp_path / name, 3)
     gone = ("runs/a/config.yaml", "crops/1.jpg", "blip.safetensors", ".git/HEAD", ".venv/bin/python", "secret/key.txt")
-    gone += ("token", "mine/ssh", "certificate.pem", ".env")
+    gone += ("token", "mine/ssh", "certificate.pem", ".env", ".netrc", ".git-credentials", ".aws/credentials")
+    gone += (".kube/config", "client.p12", "id_ed25519.old", "credentials-prod.json", ".pgpass")
     for name in (*gone, "cluster/__pycache__/a.pyc", ".ruff_cache/x", "deep/er/model.pt"):
         write(tmp_path / name, 1000)
     (tmp_path / ".gitignore").write_text("/secret/\n")
@@ -151,6 +153,30 @@ def test_a_package_above_rays_limit_is_refused_with_its_largest_files(
     assert "expected less than Ray's 3.0 MB to send, got 3.6 MB" in message
     assert [f"film-{number}.mp4" in message for number in range(8)] == [False] * 3 + [True] * 5
     assert message.index("film-7") < message.index("film-6")
+
+
+@pytest.mark.parametrize(("answer", "sent"), [("y\n", True), ("n\n", False), (None, False)])
+def test_large_files_that_git_does_not_track_are_sent_only_after_a_question(
+    answer: str | None, sent: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "film.mp4", 3000)
+    write(tmp_path / "program.py", 2000)
+    for command in (("init", "--quiet"), ("add", "program.py")):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    assert package_of(tmp_path, load_config()).untracked_bytes() == 3000
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(submit, "UNASKED_BYTES", 2999)
+    asked = []
+
+    def connect(section: object) -> None:
+        asked.append(section)
+        raise ValueError("no cluster")
+
+    monkeypatch.setattr("cluster.machines.jobs.connect", connect)
+    CliRunner().invoke(app, ["submit", "--", "run", "--size", "tiny"], input=answer or "")
+    assert bool(asked) == sent
+    CliRunner().invoke(app, ["submit", "--yes", "--", "run", "--size", "tiny"])
+    assert len(asked) == sent + 1
 
 
 @pytest.mark.parametrize("there", ["runs/old/config.yaml", "none.yaml", "../outside.yaml"])
@@ -378,7 +404,10 @@ def test_a_failing_job_gives_its_log_and_its_own_exit_status(head: Head) -> None
     assert status == 2
     assert "data.root: expected the folder of sysu_mm01" in err and "exit status 2" in err
     status, out, _ = head.run("jobs", "list", *head.overrides)
-    assert status == 0 and "failed" in out
+    assert status == 0 and "failed" in out and job in out
+    status, out, _ = head.run("jobs", "list", "--json", *head.overrides)
+    (row,) = (row for row in json.loads(out) if row["job"] == job)
+    assert (status, row["status"], row["exit"]) == (0, "failed", 2)
     status, out, _ = head.run("jobs", "logs", job, *head.overrides)
     assert status == 0 and out == log
 

@@ -7,8 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -59,13 +61,35 @@ def test_a_copy_is_whole_or_not_there(uri: str, tmp_path: Path) -> None:
     assert {path.name for path in copy.iterdir()} == {"model", "empty"}
     assert (copy / "model" / "weights").stat().st_size == 5_000_000
     there.pull(copy)  # another worker of the same machine was faster
-    assert [path.name for path in copy.parent.iterdir()] == ["base-1"]
+    assert {path.name for path in copy.parent.iterdir()} == {"base-1", ".locks"}
     with pytest.raises(FileNotFoundError):
         there.pull(tmp_path / "there" / "text-1")
     there.drop(copy)
     with pytest.raises(FileNotFoundError):
         there.pull(copy)
     assert fetched(tmp_path / "dataset", there) == tmp_path / "dataset"  # not a run's: it has to be on the machine
+
+
+def test_the_workers_of_a_machine_download_a_stage_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "store" / "base-1" / "model"
+    source.mkdir(parents=True)
+    (source / "weights").write_text("w")
+    depot = Depot((tmp_path / "store").as_uri(), tmp_path / "here")
+    workers, pulls = 8, []
+    together, pull = threading.Barrier(workers), Depot.pull
+
+    def counted(self: Depot, path: Path) -> None:
+        pulls.append(path)
+        pull(self, path)
+
+    def read(_: int) -> str:
+        together.wait()
+        return (fetched(tmp_path / "here" / "base-1" / "model", depot) / "weights").read_text()
+
+    monkeypatch.setattr(Depot, "pull", counted)
+    with ThreadPoolExecutor(workers) as pool:
+        assert list(pool.map(read, range(workers))) == ["w"] * workers
+    assert pulls == [tmp_path / "here" / "base-1"]
 
 
 def test_what_two_runs_work_on_lies_apart(uri: str, tmp_path: Path) -> None:

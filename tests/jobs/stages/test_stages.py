@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import pickle
 import threading
 import time
@@ -11,9 +13,10 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from cluster.cli.app import app as main
 from cluster.stages.registry import STAGES, stage_fingerprints, stages_of
 from cluster.stages.stage import PLACEMENT, StageJob, UndeclaredInputError, UndeclaredKeyError, covers, view_of
-from cluster.stages.store import StageStore
+from cluster.stages.store import STATE, StageStore
 from tvilfm.config import FIDELITY_SWITCHES, Config, TextStageSection, known_keys, load_config
 
 SOURCES = {"dataset": "d0", "caption_files": "c0", "model": "m0"}
@@ -240,3 +243,37 @@ def test_of_two_runs_that_need_a_stage_one_makes_it_and_the_other_waits(tmp_path
     assert (stores[1].path("base") / "model").read_text() == "done"
     first.join()
     assert len(made) == 1
+
+
+def test_a_finished_stage_keeps_no_state_of_its_training(tmp_path: Path) -> None:
+    store = StageStore(tmp_path, {"base": "1"})
+
+    def make(folder: Path) -> None:
+        (folder / STATE).mkdir()
+        (folder / STATE / "optimizer").write_bytes(bytes(9))
+        (folder / "model").touch()
+
+    store.ensure("base", make)
+    assert [path.name for path in store.path("base").iterdir()] == ["model"]
+
+
+def test_clean_frees_what_no_run_refers_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def write(name: str, *stages: str) -> None:
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(f"run: {{name: mine, dir: {tmp_path}}}")
+        used = {stage: os.path.relpath(tmp_path / "mine" / "stages" / stage, folder) for stage in stages}
+        (folder / "run.json").write_text(json.dumps({"stages": used}))
+
+    write("mine", "base-1", "text-1")
+    write("rows/trials/0000", "base-2")  # a trial of `tune --from mine`
+    kept = {"base-1", "base-2", "text-1.partial", ".locks"}
+    for name in (*kept, "base-3", "text-2.partial", f"base-1/{STATE}"):
+        (tmp_path / "mine" / "stages" / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / "stages" / name / "file").write_bytes(bytes(10**6))
+    main(["clean", str(tmp_path / "mine")], standalone_mode=False)
+    assert "3.0 MB to free" in capsys.readouterr().out
+    main(["clean", "--yes", str(tmp_path / "mine")], standalone_mode=False)
+    assert "3.0 MB freed" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "mine" / "stages").iterdir()} == kept
+    assert not (tmp_path / "mine" / "stages" / "base-1" / STATE).exists()

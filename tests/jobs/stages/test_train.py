@@ -16,7 +16,7 @@ import torch
 from cluster.stages.base import fit_base
 from cluster.stages.pixels import decode_dataset
 from cluster.stages.text import fit_text
-from cluster.stages.trainer import fit, trainer_of
+from cluster.stages.trainer import fit
 from tvilfm.config import ClusterSection, Config, load_config
 from tvilfm.datasets import read_dataset
 from tvilfm.datasets.caption_files import read_published
@@ -76,9 +76,8 @@ def test_a_workers_bad_input_ends_the_run_at_once(
 
     section = ClusterSection(cpus_per_train_worker=1, max_failures=3)
     job = {"folder": str(tmp_path), "error": error, "rank": rank}
-    trainer = trainer_of(fails, job, tmp_path, section, workers=rank + 1, depot=None)
     with pytest.raises(ValueError, match=f"^{re.escape(str(error))}$"):
-        fit(trainer)
+        fit(fails, job, tmp_path, section, workers=rank + 1, depot=None)
     assert len((tmp_path / "attempts").read_text().split()) <= rank + 1
 
 

@@ -19,9 +19,12 @@ from pydantic import ValidationError
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
+from cluster.machines import render as machines
 from cluster.machines.render import CONFIG_PATH, TARGETS, render
 from cluster.places.check import excluded
+from cluster.serve.encoder import Encoder
 from cluster.serve.environment import REQUEST_S, serve_environment
+from cluster.serve.replica import Replica
 from tests.paths import REPOSITORY
 from tvilfm.config import Config, load_config
 
@@ -85,6 +88,7 @@ def test_launcher_files_pass_rays_own_validation(target: str, more: tuple[str, .
     with pytest.raises(jsonschema.ValidationError):
         validate_config(prepare_config(document | {"max_worker": 2}))
     start = " ".join(document["head_start_ray_commands"])
+    assert ("RAY_external_storage_namespace=tvilfm " in start) == bool(more)
     assert ("RAY_REDIS_ADDRESS=r:6379 ray start" in start) == bool(more)
     joins = " ".join(document["worker_start_ray_commands"])
     assert ("RAY_gcs_rpc_server_reconnect_timeout_s=600 ray start" in joins) == bool(more)
@@ -117,6 +121,13 @@ def test_a_cluster_on_gcp_has_its_accelerators_on_the_workers() -> None:
     assert not {"guestAccelerators", "scheduling"} & set(head)
 
 
+def test_a_container_sees_the_shared_folder_of_its_machine() -> None:
+    (document,) = rendered("ray-up-aws", *AWS, "cluster.storage=/mnt/my data")
+    assert "--volume '/mnt/my data:/mnt/my data'" in document["docker"]["run_options"]
+    (document,) = rendered("ray-up-aws", *AWS, "cluster.storage=s3://bucket/runs")
+    assert not any("--volume" in option for option in document["docker"]["run_options"])
+
+
 def test_own_machines_are_all_used_and_install_the_program() -> None:
     (document,) = rendered("ray-up-onprem", *ONPREM)
     prepared = prepare_config(document)["available_node_types"]["local.cluster.node"]
@@ -143,18 +154,142 @@ def test_kubernetes_files_use_kuberays_fields_only(
         "cluster.redis=redis:6379",
         "cluster.env=[HF_TOKEN]",
         "cluster.workers={gpus: 1, spot: true, node_selector: [cloud.google.com/gke-spot=true]}",
+        "cluster.groups=[{name: large, cpus: 64, max: 3, node_selector: [disk=ssd]}]",
+        "cluster.kubernetes={namespace: reid, labels: [team=a], service_account: runner, pull_secrets: [registry], "
+        "tolerations: [dedicated=reid:NoSchedule, spot:NoExecute], claim: everyones, keys_secret: keys, "
+        "redis_secret: redis}",
+        "cluster.database={image: postgres, vector_image: pgvector, backup: s3://b/p, backup_secret: s3}",
     )
     for options in ((), every):
         document = rendered(target, *KUBERNETES, *more, *options)[-1]
         assert (document["apiVersion"], document["kind"]) == ("ray.io/v1", kind)
         validators[kind].validate(document)
-    pod = json.dumps(document)
-    assert '"nvidia.com/gpu": "1"' in pod and '"cloud.google.com/gke-spot": "true"' in pod
-    assert '"secretKeyRef": {"name": "tvilfm-env", "key": "HF_TOKEN"}' in pod
+    text = json.dumps(document)
+    assert '"nvidia.com/gpu": "1"' in text and '"cloud.google.com/gke-spot": "true"' in text
+    assert '"secretKeyRef": {"name": "tvilfm-env", "key": "HF_TOKEN"}' in text
+    for given in ('"claimName": "everyones"', '"key": "password"', '"value": "reid", "effect": "NoSchedule"'):
+        assert given in text
+    assert document["metadata"] == {
+        "name": "tvilfm",
+        "namespace": "reid",
+        "labels": {"app.kubernetes.io/name": "tvilfm", "app.kubernetes.io/instance": "tvilfm", "team": "a"},
+    }
+    for pod in pods_of(document):
+        assert (pod["serviceAccountName"], pod["imagePullSecrets"]) == ("runner", [{"name": "registry"}])
+        # What the restricted profile requires: https://kubernetes.io/docs/concepts/security/pod-security-standards
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in pod["containers"]:
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
+def pods_of(node: Any) -> list[dict[str, Any]]:
+    """Return every pod's spec below a node of a document."""
+    if isinstance(node, list):
+        return [pod for item in node for pod in pods_of(item)]
+    if not isinstance(node, dict):
+        return []
+    own = [node] if "containers" in node else []
+    return own + [pod for below in node.values() for pod in pods_of(below)]
+
+
+def documents_of(target: str, *overrides: str) -> dict[str, dict[str, Any]]:
+    return {document["kind"]: document for document in rendered(target, *KUBERNETES, *overrides)}
+
+
+def test_workers_are_several_groups_and_the_head_of_a_service_runs_no_replica() -> None:
+    groups = "cluster.groups=[{name: large, cpus: 64, max: 3}]"
+    cluster = documents_of("kuberay-service", *SERVED, groups)["RayService"]["spec"]["rayClusterConfig"]
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    (large,) = (group for group in cluster["workerGroupSpecs"] if group["groupName"] == "large")
+    assert large["maxReplicas"] == 3
+    assert large["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"] == "64"
+    assert "num-cpus" not in documents_of("kuberay-cluster")["RayCluster"]["spec"]["headGroupSpec"]["rayStartParams"]
+
+
+def test_other_pods_reach_only_the_service_and_the_metrics() -> None:
+    documents = documents_of("kuberay-cluster")
+    own, operator, others = documents["NetworkPolicy"]["spec"]["ingress"]
+    assert own == {"from": [{"podSelector": documents["NetworkPolicy"]["spec"]["podSelector"]}]}
+    assert "podSelector" in operator["from"][0] and {"port": 8265} in operator["ports"]
+    assert others == {"ports": [{"port": 8000}, {"port": 8080}]}
+    labels = documents["RayCluster"]["spec"]["headGroupSpec"]["template"]["metadata"]["labels"]
+    assert documents["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"].items() <= labels.items()
+    assert "NetworkPolicy" not in documents_of("kuberay-cluster", "cluster.kubernetes.network_policy=false")
+
+
+def test_keys_of_a_service_come_from_a_secret() -> None:
+    service = documents_of("kuberay-service", *SERVED, "cluster.kubernetes.keys_secret=people")["RayService"]["spec"]
+    served = yaml.safe_load(service["serveConfigV2"])["applications"][0]["args"]["config"]["serve"]["keys"]
+    for pod in pods_of(service):
+        assert {"name": "keys", "secret": {"secretName": "people"}} in pod["volumes"]
+        assert {"name": "keys", "mountPath": str(Path(served).parent), "readOnly": True} in pod["containers"][0][
+            "volumeMounts"
+        ]
+
+
+def test_replicas_are_spread_over_machines() -> None:
+    (document,) = rendered("serve-config", "run.dir=/r", "cluster.max_replicas_per_node=2", "serve.shared_encoders=1")
+    (application,) = ServeDeploySchema.model_validate(document).applications
+    spread = {deployment.name: deployment.max_replicas_per_node for deployment in application.deployments}
+    assert spread == {Replica.__name__: 2, Encoder.__name__: 2}
+
+
+def test_the_gallerys_server_has_pgvector_backups_and_a_password_that_nobody_writes_down() -> None:
+    database = "cluster.database={image: p:18, vector_image: v:18, backup: s3://b/p, instances: 3}"
+    documents = documents_of("kuberay-service", *SERVED, database)
+    server = documents["Cluster"]["spec"]
+    assert (server["instances"], server["imageName"]) == (3, "p:18")
+    assert server["postgresql"]["extensions"] == [{"name": "pgvector", "image": {"reference": "v:18"}}]
+    assert documents["Database"]["spec"]["extensions"] == [{"name": "vector"}]
+    (plugin,) = server["plugins"]
+    assert plugin["parameters"]["barmanObjectName"] == documents["ObjectStore"]["metadata"]["name"]
+    assert documents["ScheduledBackup"]["spec"]["cluster"]["name"] == documents["Cluster"]["metadata"]["name"]
+    service = documents["RayService"]["spec"]
+    url = yaml.safe_load(service["serveConfigV2"])["applications"][0]["args"]["config"]["gallery"]["url"]
+    assert url == "postgresql://tvilfm@tvilfm-gallery-rw/tvilfm?sslmode=require"
+    secret = {"secretKeyRef": {"name": "tvilfm-gallery-app", "key": "password"}}
+    for pod in pods_of(service):
+        assert {"name": "PGPASSWORD", "valueFrom": secret} in pod["containers"][0]["env"]
+    assert set(documents_of("kuberay-service", *SERVED)) == {"NetworkPolicy", "RayService"}
+
+
+def test_an_overlay_is_merged_last(tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(
+        """
+kind: RayCluster
+spec:
+  autoscalerOptions: null
+  workerGroupSpecs:
+    - groupName: workers
+      template:
+        spec:
+          containers: [{name: ray-worker, imagePullPolicy: Always}]
+    - groupName: extra
+      replicas: 1
+---
+kind: ConfigMap
+apiVersion: v1
+metadata: {name: mine}
+"""
+    )
+    plain, own = documents_of("kuberay-cluster"), documents_of("kuberay-cluster", f"cluster.overlay={overlay}")
+    workers, extra = own["RayCluster"]["spec"].pop("workerGroupSpecs")
+    assert extra == {"groupName": "extra", "replicas": 1} and own.pop("ConfigMap")["metadata"] == {"name": "mine"}
+    assert workers["template"]["spec"]["containers"][0].pop("imagePullPolicy") == "Always"
+    assert [workers] == plain["RayCluster"]["spec"].pop("workerGroupSpecs")
+    assert plain["RayCluster"]["spec"].pop("autoscalerOptions") and own == plain
+    with pytest.raises(ValueError, match=r"cluster\.overlay: expected null for slurm"):
+        render("slurm", load_config(overrides=[f"cluster.overlay={overlay}"]))
+    overlay.write_text("[1")
+    with pytest.raises(ValueError, match=r"cluster\.overlay: expected a YAML file"):
+        rendered("kuberay-cluster", *KUBERNETES, f"cluster.overlay={overlay}")
 
 
 def test_the_check_of_fields_finds_one_that_is_not_kuberays(validators: dict[str, jsonschema.Draft7Validator]) -> None:
-    document = rendered("kuberay-cluster", *KUBERNETES)[0]
+    document = rendered("kuberay-cluster", *KUBERNETES)[-1]
     head, (worker,) = document["spec"]["headGroupSpec"], document["spec"]["workerGroupSpecs"]
     worker["maxReplica"] = 3
     worker["template"]["spec"]["containers"][0]["volumeMount"] = []
@@ -183,7 +318,7 @@ def test_a_rendered_service_listens_as_tvilfm_serve_does() -> None:
 
 
 def test_a_rayjob_brings_the_description_that_its_command_reads(tmp_path: Path) -> None:
-    description, job = rendered(
+    _, description, job = rendered(
         "kuberay-job", *KUBERNETES, "train.p=2", "cluster.address=ray://x:1", command="train --stage base"
     )
     assert job["spec"]["entrypoint"] == f"python -m cluster train --stage base --config {CONFIG_PATH}"
@@ -213,7 +348,7 @@ def test_the_service_passes_serves_validation_and_names_an_application_that_ther
     with pytest.raises(ValidationError):
         ServeDeploySchema.model_validate(document | {"applications": [{"name": "tvilfm"}]})
 
-    (service,) = rendered("kuberay-service", *KUBERNETES, *SERVED)
+    service = rendered("kuberay-service", *KUBERNETES, *SERVED)[-1]
     served = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
     assert served.applications[0].args["config"]["serve"]["keys"] == "/mnt/shared/keys.json"
 
@@ -221,7 +356,7 @@ def test_the_service_passes_serves_validation_and_names_an_application_that_ther
 # Stand-ins of a Slurm of two machines: they write down what they are asked, and run what srun is given.
 STUBS = {
     "scontrol": "printf 'one\\ntwo\\n'",
-    "hostname": "echo 10.0.0.7 10.0.0.8",
+    "hostname": "[[ $1 == --ip-address ]] && echo 127.0.1.1 || echo 10.0.0.7 10.0.0.8",  # as on Debian
     "srun": 'echo "srun $*" >> "$LOG"; while [[ $1 == -* ]]; do [[ $1 == -w ]] && shift; shift; done; "$@"',
     "fake-python": 'echo "python $*" >> "$LOG"; [[ $2 != cluster ]] || { cat "${@: -1}" > "$LOG.yaml"; exit 3; }\n'
     '[[ $3 != status ]] || printf "Active:\\n 1 node_a\\n 1 node_b\\nPending:\\n (no pending nodes)\\n"',
@@ -248,12 +383,20 @@ def test_the_slurm_script_starts_every_machine_and_ends_with_the_commands_status
     python = tmp_path / "bin" / "fake-python"
     config = load_config(
         Path("ray_config.yaml"),
-        [f"cluster.python={python}", "cluster.workers={gpus: 4, accelerator: a100, max: 2}", "cluster.token_path=/t k"],
+        [
+            *(f"cluster.python={python}", "cluster.workers={gpus: 4, accelerator: a100, max: 2}"),
+            *(
+                "cluster.token_path=/t k",
+                "cluster.slurm={partition: gpu, account: reid, time: 24:00:00, requeue_s: 90}",
+            ),
+        ],
         size="tiny",
     )
     script = tmp_path / "job.sh"
     script.write_text(render("slurm", config, command="tune ablations"))
     assert "#SBATCH --nodes=2" in script.read_text() and "#SBATCH --gres=gpu:a100:4" in script.read_text()
+    for option in ("partition=gpu", "account=reid", "time=24:00:00", "output=%x-%j.log", "signal=B:USR1@90", "requeue"):
+        assert f"#SBATCH --{option}\n" in script.read_text()
     done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 3, done.stderr
     log = (tmp_path / "log").read_text()
@@ -274,6 +417,29 @@ def test_the_slurm_script_starts_every_machine_and_ends_with_the_commands_status
     subprocess.run(["bash", str(script)], env=environment, capture_output=True, timeout=60, check=False)
     assert f"--config {tmp_path}/ray_config.7.yaml --resume\n" in (tmp_path / "log").read_text()
     assert "--resume" not in render("slurm", config, command="run")
+
+
+def test_a_slurm_job_stops_before_its_limit_and_is_queued_again(tmp_path: Path) -> None:
+    working = 'echo "token $RAY_AUTH_TOKEN" >> "$LOG"; trap "echo interrupted >> $LOG; exit 130" TERM\n'
+    working += '[[ $2 != cluster ]] || { kill -USR1 "$PPID"; for _ in {1..100}; do sleep 0.1; done; }\n'
+    scontrol = 'echo "scontrol $*" >> "$LOG"; ' + STUBS["scontrol"]
+    environment = _slurm(tmp_path, {**STUBS, "fake-python": working + STUBS["fake-python"], "scontrol": scontrol})
+    overrides = [f"cluster.python={tmp_path}/bin/fake-python", "cluster.slurm.requeue_s=60"]
+    script = render("slurm", load_config(Path("ray_config.yaml"), overrides, size="tiny"))
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    log = (tmp_path / "log").read_text()
+    assert log.index("interrupted") < log.index("scontrol requeue 7"), done.stderr
+    assert re.search(r"^token [0-9a-f]{64}$", log, re.MULTILINE)  # of this job alone
+
+
+def test_a_slurm_job_needs_all_its_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machines, "JOIN_S", 4)
+    environment = _slurm(tmp_path, STUBS)
+    overrides = [f"cluster.python={tmp_path}/bin/fake-python", "cluster.workers.max=3"]
+    script = render("slurm", load_config(Path("ray_config.yaml"), overrides, size="tiny"))
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "expected 3 machines to join Ray, got 2" in done.stderr
+    assert "-m cluster" not in (tmp_path / "log").read_text()
 
 
 def test_the_slurm_script_ends_where_ray_does_not_start(tmp_path: Path) -> None:

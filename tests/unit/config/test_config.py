@@ -390,6 +390,23 @@ def test_keys_of_a_store_have_no_place_in_the_description() -> None:
     load_config(overrides=[f"{key}=gs://anonymous@bucket/x"])
 
 
+@pytest.mark.parametrize("key", ["run.mlflow_uri", "caption.rephrase.url"])
+@pytest.mark.parametrize(
+    "url", ["https://me:s3cret@host/v1", "https://host/v1?api_key=s3cret", "postgresql://u:s3cret@h/d"]
+)
+def test_a_secret_in_a_url_is_refused_without_being_shown(key: str, url: str) -> None:
+    with pytest.raises(ValueError, match=f"{key}: expected a URL without a password or token") as caught:
+        load_config(overrides=[f"{key}={url}"])
+    assert "s3cret" not in str(caught.value)
+    load_config(overrides=[f"{key}=https://me@host/v1?timeout=3", "run.mlflow_uri=sqlite:////tmp/a@b/m.db"])
+
+
+def test_gpus_are_not_shared_by_training_workers() -> None:
+    with pytest.raises(ValueError, match=r"gpus_per_worker: expected 0 or at least 1 with 2 training workers"):
+        load_config(overrides=["cluster.train_workers=2", "cluster.gpus_per_worker=0.5"])
+    load_config(overrides=["cluster.gpus_per_worker=0.5"])
+
+
 def test_a_run_of_an_earlier_version_opens_unless_it_uses_a_removed_key(tmp_path: Path) -> None:
     description = yaml.safe_load(to_yaml(load_config()))
     description["gallery"] |= {"uri": None, "partitions": None, "sub_vectors": 128, "probes": 32}
