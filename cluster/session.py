@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
+import shutil
 import signal
 import socket
 import tempfile
@@ -18,6 +20,7 @@ from rich.console import Console
 
 from tvilfm.config import ClusterSection
 
+SHARED_MEMORY = "/dev/shm"  # where Ray's object store is if it fits
 PAUSES_S = (5.0, 20.0)  # before the second and the third start of Ray
 
 
@@ -95,9 +98,12 @@ def _join(address: str) -> None:
 
 def _start() -> None:
     """Start Ray on this machine. On a busy machine Ray gives up after 30 s, so it is started again after a pause."""
+    free = shutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else None
     for pause_s in (*PAUSES_S, None):
         try:
             ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            if free is not None:
+                _note_small_shared_memory(free)
             return
         except Exception as error:  # Ray raises bare Exceptions here
             ray.shutdown()
@@ -114,6 +120,25 @@ def _start() -> None:
                 ) from None
         Console(stderr=True).print(f"ray: not started yet ({load}); trying again", style="dim", highlight=False)
         time.sleep(pause_s)
+
+
+def _note_small_shared_memory(free: int) -> None:
+    """Print a note if Ray's object store did not fit into the shared memory, as in a container with Docker's 64 MB.
+
+    Args:
+        free: bytes that were free before Ray started.
+    """
+    store = ray.cluster_resources().get("object_store_memory", 0.0)
+    if free >= store:
+        return
+    Console(stderr=True).print(
+        f"ray: {SHARED_MEMORY} has {free / 1e9:.1f} GB, less than the object store ({store / 1e9:.1f} GB), which is on "
+        f"disk in {tempfile.gettempdir()} instead: stages that move many images or vectors are slower. Start the "
+        f"container with --shm-size={math.ceil(store / 1e9) + 1}g; on Kubernetes, mount an emptyDir of medium Memory.",
+        style="dim",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _long_path() -> OSError:
