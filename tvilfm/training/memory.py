@@ -63,8 +63,8 @@ def _batch(config: Config, stage: str, dim: int) -> Batch:
 
 def _state_bytes(model: nn.Module) -> int:
     """Return the bytes of weights and buffers, and of gradients and Adam's moments of the trained weights."""
-    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    weights = sum(int(tensor.nbytes) for tensor in model.state_dict().values())
+    trained = sum(int(parameter.nbytes) for parameter in model.parameters() if parameter.requires_grad)
     return weights + 3 * trained
 
 
