@@ -73,6 +73,8 @@ def session(section: ClusterSection) -> Iterator[None]:
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     address = address_of(section)
     if address == "local":
+        # Another process of Ray Train's, which waits for a cloud to take this machine away.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # Ray Data's actor pools make the core log a standing warning at error level (ray issue 53727).
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         _start()
