@@ -175,7 +175,7 @@ def normalise(images_B3HW: Tensor) -> Tensor:
 @cache
 def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Return (3, 1, 1) constants. They are made once per device: to copy them in every step would wait for the GPU."""
-    with torch.inference_mode(False):  # whoever asks first
+    with torch.inference_mode(False):  # also if the first call is in inference mode
         return torch.tensor(values, device=device)[:, None, None]
 
 
