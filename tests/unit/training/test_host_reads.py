@@ -25,7 +25,7 @@ from tvilfm.training.readings import LossReadings
 from tvilfm.training.step import StageStep
 
 aten = torch.ops.aten
-# Operations whose result, or the size of it, has to be known on the host before it goes on.
+# Operations whose result, or the size of it, has to be known on the host before the next operation.
 READS = {
     *(aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.is_nonzero.default),
     *(aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default, aten._coalesce.default),
