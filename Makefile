@@ -4,6 +4,7 @@ STAMP := $(VENV)/.installed
 CLAIM ?=
 SIZE ?= small
 MUTANTS ?=
+TWO := --numprocesses 2 --dist loadfile
 PROGRAMS := chromium redis-server
 
 .PHONY: demo demo-full test test-long test-programs lint mutants bench clean
@@ -14,13 +15,13 @@ demo: $(STAMP)
 demo-full: $(STAMP)
 	$(BIN)/tvilfm run --size small run.name=demo-full caption.source=finetuned
 
-# Units two at a time; jobs, which share one Ray of all cores, one after the other.
+# Two files at a time, each with a Ray of its own: a job starts processes one after the other and uses one core of two.
 test: $(STAMP)
-	$(BIN)/python -m pytest tests/unit --numprocesses 2 --dist loadfile
-	$(BIN)/python -m pytest tests/jobs
+	$(BIN)/python -m pytest tests/unit $(TWO)
+	$(BIN)/python -m pytest tests/jobs $(TWO)
 
 test-long: $(STAMP)
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -m long $(TWO)
 
 # A browser and a Redis, which pip does not have; tests that need one are skipped without it. Debian, as root.
 test-programs:

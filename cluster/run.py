@@ -21,6 +21,7 @@ from cluster.progress import watch
 from cluster.session import session
 from cluster.stages.captions import captions_path
 from cluster.stages.learning import METRICS_FILE, Learning, follow, write_records
+from cluster.stages.memory import require_memory
 from cluster.stages.registry import STAGES, stage_fingerprints, stages_of
 from cluster.stages.report import versions
 from cluster.stages.results import RESULTS_FILES, read_evaluator
@@ -178,6 +179,7 @@ class _Job:
             with session(self.config.cluster), trackers(self.config, group=self.group) as opened:
                 if any(not self.store.has(name) and STAGES[name].trains for name in wanted):
                     require_room(self.config.cluster)
+                require_memory(self.config, self.manifest, [name for name in wanted if not self.store.has(name)])
 
                 def told(record: Record) -> None:
                     log_record(opened, record)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import secrets
+import shutil
 import signal
 import socket
 import tempfile
@@ -27,6 +29,7 @@ from rich.console import Console
 from tvilfm.config import ClusterSection
 
 ANSWER_S = 10.0  # for the head's answer to a call
+SHARED_MEMORY = "/dev/shm"  # where Ray's object store is if it fits
 PAUSES_S = (5.0, 20.0)  # before the second and the third start of Ray
 
 
@@ -79,6 +82,8 @@ def session(section: ClusterSection) -> Iterator[None]:
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     address = address_of(section)
     if address == "local":
+        # Another process of Ray Train's, which waits for a cloud to take this machine away.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # Ray Data's actor pools make the core log a standing warning at error level (ray issue 53727).
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         _start()
@@ -167,9 +172,12 @@ def _start() -> None:
     if os.environ.get("RAY_AUTH_MODE") != "disabled" and not has_token():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         AuthenticationTokenLoader.instance().reset_cache()
+    free = shutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else None
     for pause_s in (*PAUSES_S, None):
         try:
             ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            if free is not None:
+                _note_small_shared_memory(free)
             return
         except Exception as error:  # Ray raises bare Exceptions here
             ray.shutdown()
@@ -186,6 +194,25 @@ def _start() -> None:
                 ) from None
         Console(stderr=True).print(f"ray: not started yet ({load}); trying again", style="dim", highlight=False)
         time.sleep(pause_s)
+
+
+def _note_small_shared_memory(free: int) -> None:
+    """Print a note if Ray's object store did not fit into the shared memory, as in a container with Docker's 64 MB.
+
+    Args:
+        free: bytes that were free before Ray started.
+    """
+    store = ray.cluster_resources().get("object_store_memory", 0.0)
+    if free >= store:
+        return
+    Console(stderr=True).print(
+        f"ray: {SHARED_MEMORY} has {free / 1e9:.1f} GB, less than the object store ({store / 1e9:.1f} GB), which is on "
+        f"disk in {tempfile.gettempdir()} instead: stages that move many images or vectors are slower. Start the "
+        f"container with --shm-size={math.ceil(store / 1e9) + 1}g; on Kubernetes, mount an emptyDir of medium Memory.",
+        style="dim",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _long_path() -> OSError:

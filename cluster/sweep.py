@@ -44,7 +44,7 @@ from tvilfm.sweeps.space import Parameter, Space, Trial, written
 from tvilfm.terms import PARTS, Record, Split
 from tvilfm.versions import version_of
 
-TRIAL_MEMORY = 1_300_000_000  # bytes, measured, of a trial's driver process; its stages reserve CPUs themselves
+TRIAL_MEMORY = 1_300_000_000  # bytes of a trial's driver process; its stages reserve CPUs themselves
 WATCHED = "watched_epoch"  # finished epochs of the stage that ASHA watches
 DONE = "finished"  # marks the last report of a trial; a trial that ASHA stopped never sends it
 TRIALS_FILE = "trials.jsonl"

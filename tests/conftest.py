@@ -95,7 +95,9 @@ def database(new_database: Callable[[], str]) -> str:
 def ray_session() -> Iterator[None]:
     """A local Ray of four (virtual) CPUs, shut down after the last test."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.25"  # as `cluster.session` sets it
+    # As `cluster.session` sets them.
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.25"
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     import ray
 
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")

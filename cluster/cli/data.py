@@ -17,7 +17,6 @@ from tvilfm.config import Config, DataSection, default_description, load_config
 from tvilfm.datasets.findings import Findings
 from tvilfm.datasets.naming import write_table
 from tvilfm.datasets.synthetic.layouts import SIZES, Layout, Size, write_layout
-from tvilfm.evaluation.feasibility import check_config
 
 REGDB_IMAGES = 10
 SHOWN = 3
@@ -92,6 +91,8 @@ def check(
 
     Give the options of the run that will use the dataset: the check also says whether that run can train and evaluate.
     """
+    from tvilfm.evaluation.feasibility import check_config  # with torch, which takes seconds
+
     resolved = load_config(config or default_description(), overrides or [], size=size)
     trained: DataSection | None = None
     if run is not None:

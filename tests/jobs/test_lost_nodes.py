@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -22,16 +21,14 @@ import torch
 
 from cluster.stages.base import fit_base
 from cluster.stages.pixels import decode_dataset
-from cluster.sweep import sweep_space
 from tests.paths import REPOSITORY
 from tests.processes import alive, command_line, descendants, kill_all, kill_tree
+from tests.quick import QUICK, copy_stages, records_of, space_of
 from tvilfm.config import Config, load_config
 from tvilfm.datasets import read_dataset
 from tvilfm.datasets.caption_files import read_published
 from tvilfm.datasets.synthetic.layouts import Size, write_sysu_layout
 from tvilfm.models import TVILFM
-from tvilfm.sweeps.results import read_trials
-from tvilfm.sweeps.space import Space
 
 EPOCHS = 4
 OVERRIDES = (
@@ -178,40 +175,22 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if "second" not in key} for line in lines]
 
 
-QUICK = (
-    *("model.weights=random", "train.text.cache_views=0", "caption.source=files", "cluster.extract_workers=1"),
-    *("train.base={epochs: 1, milestones: []}", "train.text={epochs: 6, milestones: [4]}"),
-    "cluster.cpus_per_train_worker=1",
-)
-SPACE = {
-    "name": "rows",
-    "description": "two settings, one after the other",
-    "reference": "joint",
-    "rows": {"joint": {"overrides": {"loss.joint": True}}, "not joint": {"overrides": {"loss.joint": False}}},
-    "budget": {"max_concurrent": 1},
-}
-
-
 @pytest.mark.long
-@pytest.mark.timeout(1200)  # two sweeps
 def test_a_node_lost_in_a_sweep_leaves_its_table_as_it_is(
-    tiny_benchmark: Path, ray_session: None, processes: list[subprocess.Popen[str]], tmp_path: Path
+    undisturbed: Path, tiny_benchmark: Path, processes: list[subprocess.Popen[str]], tmp_path: Path
 ) -> None:
-    undisturbed, lost = ([*QUICK, f"data.root={tiny_benchmark}", f"run.dir={tmp_path / name}"] for name in ("a", "b"))
-    space = Space.model_validate(SPACE)
-    sweep_space(space, name="rows", config_path=Path("ray_config.yaml"), overrides=undisturbed, size="tiny")
-    stages = tmp_path / "b" / "rows" / "stages"
-    for folder in (tmp_path / "a" / "rows" / "stages").glob("[pb]*"):  # pixels and base, which both settings share
-        shutil.copytree(folder, stages / folder.name)
-
-    driver, raylets = start(SWEEP, {"space": SPACE, "overrides": lost}, processes, nodes=2, cpus=2)
+    stages = tmp_path / "rows" / "stages"
+    copy_stages(undisturbed, stages)
+    overrides = [*QUICK, f"data.root={tiny_benchmark}", f"run.dir={tmp_path}"]
+    job = {"space": space_of("joint", "not joint"), "overrides": overrides}
+    driver, raylets = start(SWEEP, job, processes, nodes=2, cpus=2)
     wait_for(lambda: any(stages.glob("text-*.partial/train/checkpoint_manager_snapshot.json")), driver, "no checkpoint")
     (busy,) = (raylet for raylet in raylets if named(raylet, b"ray::ImplicitFunc"))  # the trial's own process
     lose(busy)
     _, error = driver.communicate(timeout=500)
     assert driver.returncode == 0, error
-    before, after = (read_trials(tmp_path / name / "rows" / "trials.jsonl") for name in ("a", "b"))
-    assert [(record.setting, record.status, record.metrics) for record in after] == [
-        (record.setting, record.status, record.metrics) for record in before
-    ]
-    assert {record.status for record in after} == {"done"}
+    before, after = (records_of(folder) for folder in (undisturbed, tmp_path / "rows"))
+    assert {setting: record.metrics for setting, record in after.items()} == {
+        setting: before[setting].metrics for setting in ("joint", "not joint")
+    }
+    assert {record.status for record in after.values()} == {"done"}

@@ -21,6 +21,7 @@ import yaml
 
 from cluster import sweep as tune
 from cluster.sweep import SPACES, report_sweep, sweep_space
+from tests.quick import QUICK, ROWS, copy_stages, records_of, space_of
 from tvilfm.evaluation.results import Results
 from tvilfm.sweeps.plan import Sweep
 from tvilfm.sweeps.results import TrialRecord, read_trials
@@ -73,8 +74,10 @@ def _bare_records(sweep: Sweep, *, name: str, status: tune.Status, **_: object) 
     return [TrialRecord(name=name, setting="", seed=0, query="fusion", status=status)]
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in SPACES.glob("*.yaml")))
-def test_every_space_runs_and_reports(name: str, shared: tuple[str, ...], ray_session: None) -> None:
+# One space for each way to describe trials. The others differ in parameters and are searched as in
+# test_asha_stops_bad_trials; tests/unit/sweeps resolves the trials of all.
+@pytest.mark.parametrize("name", ["ablations", "fusion", "text_source"])
+def test_a_space_runs_and_reports(name: str, shared: tuple[str, ...], ray_session: None) -> None:
     space = _one_trial(load_space(SPACES / f"{name}.yaml"))
     varied = "caption.source" in space.parameters
     folder, records = _sweep(space, name, shared if varied else (*shared, CAPTIONS))
@@ -147,27 +150,19 @@ def test_a_trial_whose_process_died_starts_again_and_one_that_raised_an_error_on
 
 @pytest.mark.long
 def test_a_killed_sweep_goes_on_and_ends_with_the_table_of_the_unbroken_one(
-    shared: tuple[str, ...], ray_session: None, tmp_path: Path
+    undisturbed: Path, tiny_benchmark: Path, tmp_path: Path
 ) -> None:
-    rows = {
-        "joint": {"overrides": {"loss.joint": True}},
-        "not joint": {"overrides": {"loss.joint": False}},
-        "joint, ensemble": {"overrides": {"loss.joint": True}, "query": "ensemble"},
-        "broken": {"overrides": {"model.text.weights": "/nowhere.pt"}},
-    }
-    values = {"name": "rows", "description": "three that run and one that cannot", "reference": "joint", "rows": rows}
-    values["budget"] = {"max_concurrent": 1}  # else two end at once, and no moment is left to kill at
-    _, unbroken = _sweep(Space.model_validate(values), "unbroken", (*shared, CAPTIONS))
-    by_setting = {record.setting: record for record in unbroken}
-    assert by_setting["broken"].status == "failed"
-    assert "model.text.weights: expected" in by_setting["broken"].reason
-    assert [by_setting[name].status for name in rows if name != "broken"] == ["done"] * 3
+    unbroken = records_of(undisturbed)
+    assert unbroken["broken"].status == "failed"
+    assert "model.text.weights: expected" in unbroken["broken"].reason
+    assert [unbroken[name].status for name in ROWS if name != "broken"] == ["done"] * 3
 
     path = tmp_path / "rows.yaml"
-    path.write_text(yaml.safe_dump(values))
-    stages, data = tmp_path / "stages", next(Path(shared[-1].partition("=")[2]).parent.glob("data/*"))
-    command = [sys.executable, "-m", "cluster", "tune", str(path), "--size", "tiny", *SHORT, CAPTIONS]
-    command += [f"run.dir={tmp_path}", f"run.stages_dir={stages}", f"data.root={data}"]
+    path.write_text(yaml.safe_dump(space_of(*ROWS)))
+    stages = tmp_path / "stages"
+    copy_stages(undisturbed, stages)
+    command = [sys.executable, "-m", "cluster", "tune", str(path), "--size", "tiny", *QUICK]
+    command += [f"run.dir={tmp_path}", f"run.stages_dir={stages}", f"data.root={tiny_benchmark}"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment)
     deadline = time.monotonic() + 400
@@ -186,9 +181,9 @@ def test_a_killed_sweep_goes_on_and_ends_with_the_table_of_the_unbroken_one(
     )
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     assert {name: (stages / name).stat().st_mtime_ns for name in made} == times, "a finished stage was made again"
-    records = read_trials(tmp_path / "rows" / "trials.jsonl")
-    assert {record.setting: (record.status, record.metrics) for record in records} == {
-        record.setting: (record.status, record.metrics) for record in unbroken
+    records = records_of(tmp_path / "rows")
+    assert {setting: (record.status, record.metrics) for setting, record in records.items()} == {
+        setting: (record.status, record.metrics) for setting, record in unbroken.items()
     }
 
 

@@ -12,15 +12,14 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from tvilfm.data.open_clip import open_clip_module
+
 CONTEXT = 77  # tokens that the text tower reads, with the start and the end of the text
 
 
 @cache
 def _tokenizer() -> Any:
-    # Imported here because the import of open_clip takes seconds.
-    from open_clip.tokenizer import SimpleTokenizer
-
-    return SimpleTokenizer()
+    return open_clip_module("tokenizer").SimpleTokenizer()
 
 
 def tokenize(texts: Sequence[str], *, pad_to_context: bool = False) -> Tensor:

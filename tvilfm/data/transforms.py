@@ -9,8 +9,9 @@ Shapes: B images.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Literal, get_args
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+LUMINANCE = (0.2989, 0.5870, 0.1140)
 ERASED = (0.4914, 0.4822, 0.4465)  # fill value of erased boxes, after normalisation, as in the released code
 Recipe = Literal["visible", "visible_augmented", "infrared"]
 
@@ -48,11 +50,12 @@ class Draws:
     def __getitem__(self, rows: slice) -> Draws:
         return replace(self, **{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Draws:
+        """Return the draws with every tensor changed."""
+        return replace(self, **{field.name: change(getattr(self, field.name)) for field in fields(self)})
+
     def to(self, device: torch.device) -> Draws:
-        return replace(
-            self,
-            **{field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)},
-        )
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def draw(recipe: Recipe, count: int, rng: np.random.Generator, *, height: int, width: int, pad: int) -> Draws:
@@ -151,11 +154,11 @@ def augment(pixels_BHW3: Tensor, draws: Draws, *, pad: int) -> Tensor:
     y, x = torch.arange(height, device=device), torch.arange(width, device=device)
     in_rows, in_columns = (y >= top) & (y < top + box_height), (x >= left) & (x < left + box_width)
     box = (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
-    images = torch.where(box, images.new_tensor(ERASED)[:, None, None], images)
+    images = torch.where(box, _channels(ERASED, device), images)
 
     channel = draws.channel_B[:, None, None]
     copied = images[batch[:, :, 0], channel[:, :, 0].clamp(0, 2)]
-    luminance = (images * images.new_tensor((0.2989, 0.5870, 0.1140))[:, None, None]).sum(dim=1, keepdim=True)
+    luminance = (images * _channels(LUMINANCE, device)).sum(dim=1, keepdim=True)
     images = torch.where((channel >= 0)[:, None] & (channel < GRAY)[:, None], copied, images)
     return torch.where((channel == GRAY)[:, None], luminance, images)
 
@@ -165,8 +168,15 @@ def normalise(images_B3HW: Tensor) -> Tensor:
 
     Test images are only normalised.
     """
-    mean, std = (torch.tensor(v, device=images_B3HW.device)[:, None, None] for v in (MEAN, STD))
-    return (images_B3HW.float() / 255.0 - mean) / std
+    device = images_B3HW.device
+    return (images_B3HW.float() / 255.0 - _channels(MEAN, device)) / _channels(STD, device)
+
+
+@cache
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return (3, 1, 1) constants. They are made once per device: to copy them in every step would wait for the GPU."""
+    with torch.inference_mode(False):  # also if the first call is in inference mode
+        return torch.tensor(values, device=device)[:, None, None]
 
 
 def _gray_uint8(images_B3HW: Tensor) -> Tensor:

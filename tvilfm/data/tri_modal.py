@@ -8,6 +8,7 @@ Shapes: B rows per modality on this worker, L tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,16 +77,31 @@ class Batch:
     filter_tokens: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def pin_memory(self) -> Batch:
+        """Return the batch in memory from which a GPU copies by itself."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors of the batch."""
+        found: list[Tensor] = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self._map(keep)
+        return found
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return Batch(
-            labels=self.labels.to(device, non_blocking=True),
-            pixels={key: value.to(device, non_blocking=True) for key, value in self.pixels.items()},
-            draws={key: value.to(device) for key, value in self.draws.items()},
-            features={key: value.to(device, non_blocking=True) for key, value in self.features.items()},
-            tokens=move(self.tokens),
-            filter_tokens=move(self.filter_tokens),
+            labels=change(self.labels),
+            pixels={key: change(value) for key, value in self.pixels.items()},
+            draws={key: value.map(change) for key, value in self.draws.items()},
+            features={key: change(value) for key, value in self.features.items()},
+            tokens=None if self.tokens is None else change(self.tokens),
+            filter_tokens=None if self.filter_tokens is None else change(self.filter_tokens),
         )
 
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tvilfm.data.open_clip import open_clip_module
+
 CONTEXT_LENGTH = 77
 VOCABULARY = 49408
 
@@ -22,18 +24,17 @@ class TextEncoder(nn.Module):
     """
 
     def __init__(self, *, dim: int, width: int, layers: int, heads: int) -> None:
-        # Imported here because open_clip takes seconds to import, and not every process uses text.
-        from open_clip.transformer import QuickGELU, TextTransformer
-
+        # Not every process uses text.
+        transformer = open_clip_module("transformer")
         super().__init__()
-        self.tower = TextTransformer(
+        self.tower = transformer.TextTransformer(
             context_length=CONTEXT_LENGTH,
             vocab_size=VOCABULARY,
             width=width,
             heads=heads,
             layers=layers,
             output_dim=dim,
-            act_layer=QuickGELU,
+            act_layer=transformer.QuickGELU,
         )
 
     def forward(self, tokens_BL: Tensor) -> Tensor:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -30,6 +28,8 @@ from tvilfm.models.backbone import image_format
 from tvilfm.training.checkpoint import Progress, load_trainer, save_checkpoint
 from tvilfm.training.distributed import rank, synchronise_batch_norm, world_size
 from tvilfm.training.optim import StageOptimizer, lr_factor
+from tvilfm.training.prefetch import prefetch
+from tvilfm.training.readings import LossReadings
 from tvilfm.training.step import StageStep
 
 AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,7 +39,7 @@ class Listener(Protocol):
     """Receiver of the events of a stage; every worker calls it in the same way."""
 
     def on_step(self, record: Mapping[str, float | int]) -> None:
-        """Receive epoch, step, num_steps, steps_per_s and the loss terms after each step."""
+        """Receive epoch, step, num_steps, steps_per_s and the loss terms of each step, once they are read."""
 
     def on_epoch(self, record: Mapping[str, float | int], checkpoint: Path | None) -> None:
         """Receive the mean loss terms and validation scores after each epoch.
@@ -205,45 +205,20 @@ def _run_epoch(
     dtype = AUTOCAST_DTYPES.get(settings.train.autocast) if device.type == "cuda" else None
     # The released soft margin is infinite for distant pairs; the gradient scaler then skips the step.
     skips_overflow = scaler.is_enabled() and settings.loss.wrt_numerics == "published"
-    sums: dict[str, float] = {}
-    counts: Counter[str] = Counter()
-    started = time.monotonic()
-    batches: Iterator = iter(  # type: ignore[type-arg]
-        DataLoader(
-            dataset,
-            sampler=sampler,
-            batch_size=None,
-            num_workers=settings.train.loader_workers,
-            multiprocessing_context="spawn" if settings.train.loader_workers else None,
-        )
+    readings = LossReadings(epoch, len(sampler), listener.on_step, may_overflow=skips_overflow)
+    loader = DataLoader(
+        dataset,
+        sampler=sampler,
+        batch_size=None,
+        num_workers=settings.train.loader_workers,
+        multiprocessing_context="spawn" if settings.train.loader_workers else None,
     )
-    for index, batch in enumerate(batches):
+    for batch in prefetch(loader, device):
         optimizer.zero_grad()
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            terms = step(batch.to(device))
-            total = torch.stack(list(terms.values())).sum()
-        values = {name: float(term.detach()) for name, term in terms.items()}
-        for name, value in values.items():
-            if not math.isfinite(value):
-                if skips_overflow:
-                    continue
-                raise FloatingPointError(
-                    f"loss.{name}: expected a finite number, got {value} in epoch {epoch}, batch {index}. "
-                    "Lower the learning rate or check this batch's images."
-                )
-            sums[name] = sums.get(name, 0.0) + value
-            counts[name] += 1
+            terms = step(batch)
+            total = readings.add(terms)
         scaler.scale(total).backward()  # type: ignore[no-untyped-call]
         optimizer.step(scaler)
         scaler.update()
-        listener.on_step(
-            {
-                "epoch": epoch,
-                "step": index + 1,
-                "num_steps": len(sampler),
-                "steps_per_s": (index + 1) / (time.monotonic() - started),
-                **values,
-            }
-        )
-    means = {name: value / counts[name] for name, value in sums.items()}  # over the steps that were not skipped
-    return {"epoch": epoch, **means, "loss": sum(means.values()), "seconds": time.monotonic() - started}
+    return readings.means()

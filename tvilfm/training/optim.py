@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from tvilfm.config import OptimSection
 from tvilfm.models import TVILFM
 from tvilfm.training.distributed import world_size
+from tvilfm.training.row_adam import RowAdam
 
 TOKEN_EMBEDDING = "text.tower.token_embedding.weight"
 
@@ -44,7 +44,7 @@ def lr_factor(
 def parameter_groups(model: TVILFM, section: OptimSection) -> list[dict[str, Any]]:
     """Group trainable parameters by learning rate and weight decay.
 
-    With `optim.keep_unused_tokens`, the token embedding is omitted; `StageOptimizer` trains it with a sparse optimizer.
+    With `optim.keep_unused_tokens`, the token embedding is omitted; `StageOptimizer` trains it with `RowAdam`.
 
     Learning rates:
         Backbone and GeM: lr. Head: lr x head_lr_factor.
@@ -79,23 +79,23 @@ def parameter_groups(model: TVILFM, section: OptimSection) -> list[dict[str, Any
 
 
 class StageOptimizer:
-    """Adam for all parameters, except that `optim.keep_unused_tokens` trains the token embedding with SparseAdam.
+    """Adam for all parameters, except that `optim.keep_unused_tokens` trains the token embedding with RowAdam.
 
-    SparseAdam changes only rows with a gradient. With Adam, the coupled weight decay pulls the rows of all tokens that
+    RowAdam changes only rows with a gradient. With Adam, the coupled weight decay pulls the rows of all tokens that
     the training captions do not use to zero, which erases words that queries may use.
     """
 
     def __init__(self, model: TVILFM, section: OptimSection) -> None:
-        fused = next(model.parameters()).device.type in ("cpu", "cuda")
+        device = next(model.parameters()).device
+        fused = device.type in ("cpu", "cuda")
         self._optimizers: list[torch.optim.Optimizer] = [
             torch.optim.Adam(parameter_groups(model, section), betas=(0.9, 0.999), fused=fused)
         ]
-        self._tokens: nn.Parameter | None = None
         if model.text is not None and section.keep_unused_tokens:
-            self._tokens = model.text.tower.token_embedding.weight
-            # A dense gradient is as large as the vocabulary, but DDP's all-reduce requires it.
-            model.text.tower.token_embedding.sparse = world_size() == 1
-            self._optimizers.append(torch.optim.SparseAdam([self._tokens], lr=section.lr, betas=(0.9, 0.999)))
+            embedding = model.text.tower.token_embedding
+            # A dense gradient is as large as the vocabulary, but DDP's all-reduce and CUDA graphs require it.
+            embedding.sparse = world_size() == 1 and device.type == "cpu"
+            self._optimizers.append(RowAdam(embedding.weight, lr=section.lr))
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
@@ -110,20 +110,22 @@ class StageOptimizer:
             optimizer.zero_grad(set_to_none=True)
 
     def step(self, scaler: torch.amp.GradScaler) -> None:
-        """Update the parameters; `scaler` undoes the loss scaling and skips a step with an overflow."""
-        if self._tokens is not None and self._tokens.grad is not None:
-            self._tokens.grad = _touched_rows(self._tokens.grad)
-        if not scaler.is_enabled():
+        """Update the parameters; `scaler` undoes the loss scaling and skips a step with an overflow.
+
+        All optimizers skip a step or none. The decision stays on the device: `scaler.step` would read it on the host,
+        and it looks at the gradients of one optimizer only.
+        """
+        overflow = None
+        if scaler.is_enabled():
             for optimizer in self._optimizers:
-                optimizer.step()
-            return
+                scaler.unscale_(optimizer)
+            found = [
+                value for optimizer in self._optimizers for value in scaler._found_inf_per_device(optimizer).values()
+            ]
+            overflow = torch.stack(found).amax(dim=0)
         for optimizer in self._optimizers:
-            scaler.unscale_(optimizer)
-        # Skip both optimizers or neither: `scaler.step` checks the gradients of one optimizer only.
-        overflows = (scaler._found_inf_per_device(optimizer).values() for optimizer in self._optimizers)
-        if not any(float(overflow) for of_optimizer in overflows for overflow in of_optimizer):
-            for optimizer in self._optimizers:
-                scaler.step(optimizer)
+            optimizer.found_inf = overflow  # type: ignore[attr-defined]  # both optimizers read it in `step`
+            optimizer.step()
 
     def state_dict(self) -> list[dict[str, Any]]:
         return [optimizer.state_dict() for optimizer in self._optimizers]
@@ -131,16 +133,3 @@ class StageOptimizer:
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
         for optimizer, state in zip(self._optimizers, states, strict=True):
             optimizer.load_state_dict(state)
-
-
-def _touched_rows(gradient: Tensor) -> Tensor:
-    """Return the gradient as a sparse tensor of its non-zero rows."""
-    if gradient.is_sparse:
-        gradient = gradient.coalesce()
-        rows, values = gradient.indices()[0], gradient.values()
-    else:
-        rows, values = torch.arange(len(gradient), device=gradient.device), gradient
-    touched = values.any(dim=1)
-    return torch.sparse_coo_tensor(
-        rows[touched][None], values[touched], gradient.shape, is_coalesced=True, check_invariants=False
-    )

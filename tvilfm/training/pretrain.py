@@ -23,6 +23,7 @@ from tvilfm.data.manifest import column, rows_of, select
 from tvilfm.data.transforms import Recipe, augment, draw
 from tvilfm.datasets.synthetic.people import ATTRIBUTES, COLOUR_ATTRIBUTES
 from tvilfm.models.backbone import DualStemResNet, image_format
+from tvilfm.training.readings import LossReadings
 
 
 def attribute_labels(root: Path, manifest: pa.Table) -> npt.NDArray[np.int64]:
@@ -55,7 +56,10 @@ def pretrain(
         pad: augmentation border, pixels.
         seed: seed of the run.
         device: device to train on.
-        on_step: function that receives epoch, step, num_steps and loss after each step.
+        on_step: function that receives epoch, step, num_steps and loss of each step, once they are read.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
     """
     parts: dict[Recipe, npt.NDArray[np.int64]] = {
         "visible": rows_of(manifest, select(manifest, modality="visible")),
@@ -66,6 +70,7 @@ def pretrain(
     parameters = [*backbone.parameters(), *heads.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=section.lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=section.lr, total_steps=section.steps)
+    readings = LossReadings(0, section.steps, on_step)
     half = section.batch // 2
     _, height, width, _ = pixels.shape
     for index in range(section.steps):
@@ -84,10 +89,10 @@ def pretrain(
             for recipe in parts
             if recipe == "visible" or name not in COLOUR_ATTRIBUTES
         ]
-        loss = torch.stack(losses).mean()
+        loss = readings.add({"loss": torch.stack(losses).mean()})
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
-        on_step({"epoch": 0, "step": index + 1, "num_steps": section.steps, "loss": float(loss.detach())})
+    readings.read()
     backbone.eval()

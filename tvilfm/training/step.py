@@ -6,6 +6,7 @@ Shapes: B rows per modality on this worker, N rows of the global batch, D featur
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tvilfm.data.transforms import Recipe, augment
@@ -57,8 +58,7 @@ class StageStep(nn.Module):
         )
         if batch.tokens is None or batch.filter_tokens is None:
             return self.objective.stack(features)
-        text_BD = self.model.encode_text(batch.tokens)
-        filter_BD = self.model.encode_text(batch.filter_tokens) if self.objective.section.filter_text else None
+        text_BD, filter_BD = self._encode_texts(batch.tokens, batch.filter_tokens)
         return self.objective.stack(
             ModalityFeatures(
                 visible_BD=features.visible_BD,
@@ -68,6 +68,16 @@ class StageStep(nn.Module):
                 text_BD=text_BD,
             )
         )
+
+    def _encode_texts(self, tokens_BL: Tensor, filter_tokens_BL: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return raw features of the captions and, if the loss uses them, of the infrared captions, in one pass."""
+        if not self.objective.section.filter_text:
+            return self.model.encode_text(tokens_BL), None
+        both = (tokens_BL, filter_tokens_BL)
+        longest = max(tokens.shape[1] for tokens in both)
+        padded = torch.cat([F.pad(tokens, (0, longest - tokens.shape[1])) for tokens in both])
+        text_BD, filter_BD = self.model.encode_text(padded).chunk(2)
+        return text_BD, filter_BD
 
     def _encode_pixels(self, batch: Batch) -> tuple[dict[Recipe, Tensor], Tensor]:
         """Return raw features by recipe, and the infrared features for fusion."""

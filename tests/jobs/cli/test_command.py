@@ -143,3 +143,9 @@ def test_a_command_that_is_stopped_says_so_in_one_sentence(
     lines = log.read_text().splitlines()
     assert lines[-1] == "stopped: finished work is kept; run the same command again to continue", lines[-30:]
     assert [line for line in lines if " @ " in line or "Traceback" in line or "SIGTERM" in line] == []
+
+
+def test_the_command_starts_without_the_libraries_that_take_seconds() -> None:
+    script = "import sys, cluster.cli.app; print(*{'torch', 'ray', 'matplotlib', 'transformers'} & set(sys.modules))"
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert shown.stdout.split() == []

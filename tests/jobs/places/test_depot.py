@@ -24,15 +24,11 @@ from cluster.stages.registry import stages_of
 from cluster.stages.store import StageStore
 from tests.paths import REPOSITORY
 from tests.processes import kill, kill_tree
+from tests.quick import QUICK, results_of
 from tvilfm.config import Config, load_config
+from tvilfm.evaluation.results import Results
 from tvilfm.models import TVILFM
 from tvilfm.place import Place
-
-# The chain without what it can do without.
-QUICK = (
-    *("model.weights=random", "train.text.cache_views=1", "caption.source=files", "cluster.cpus_per_train_worker=1"),
-    *("train.base={epochs: 3, milestones: []}", "train.text={epochs: 1, milestones: []}"),
-)
 
 
 @pytest.fixture
@@ -154,9 +150,9 @@ def test_another_machine_goes_on_from_the_last_epoch_and_from_finished_stages(
     uri: str, tiny_benchmark: Path, ray_session: None, tmp_path: Path
 ) -> None:
     epochs = 20  # of a fraction of a second each: workers continue for a moment when their driver is killed
-    longer = f"train.base={{epochs: {epochs}, milestones: []}}"
-    first = _config(uri, tmp_path / "first", tiny_benchmark, longer)
-    arguments = [sys.executable, "-m", "cluster", "run", "--size", "tiny", *QUICK, longer]
+    longer = (f"train.base={{epochs: {epochs}, milestones: []}}", "train.text.cache_views=1")
+    first = _config(uri, tmp_path / "first", tiny_benchmark, *longer)
+    arguments = [sys.executable, "-m", "cluster", "run", "--size", "tiny", *QUICK, *longer]
     arguments += [f"run.dir={tmp_path / 'first'}", f"data.root={tiny_benchmark}", f"cluster.storage={json.dumps(uri)}"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     driver = subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -171,18 +167,18 @@ def test_another_machine_goes_on_from_the_last_epoch_and_from_finished_stages(
     assert 1 <= len(before) < epochs
     shutil.rmtree(tmp_path / "first")
 
-    second = _config(uri, tmp_path / "second", tiny_benchmark, longer)
+    second = _config(uri, tmp_path / "second", tiny_benchmark, *longer)
     outcome = run(second)
     assert outcome.made == tuple(stages_of(second)[1:])  # pixels were finished
     # The seconds that an epoch took are those of the machine that is gone: it was not trained again.
     after = (outcome.stages["base"] / "metrics.jsonl").read_text().splitlines()
     assert after[0] == before[0] and len(after) == epochs
 
-    third = _config(uri, tmp_path / "third", tiny_benchmark, longer)
+    third = _config(uri, tmp_path / "third", tiny_benchmark, *longer)
     assert run(third).made == ()
     assert _numbers(third.run.path) == _numbers(second.run.path)
     # A machine that only serves it fetches what it needs, and that does not pass for the run.
-    fourth = _config(uri, tmp_path / "fourth", tiny_benchmark, longer)
+    fourth = _config(uri, tmp_path / "fourth", tiny_benchmark, *longer)
     served = finished_run(fourth)
     models = (served.here(served.model), outcome.stages["text"] / "model")
     weights = [TVILFM.from_pretrained(model).state_dict() for model in models]
@@ -238,7 +234,7 @@ MAY_UNSHARE = (
 @pytest.mark.long
 @pytest.mark.skipif(not MAY_UNSHARE, reason="needs the right to mount: a machine with a disk of its own is made so")
 def test_workers_on_a_machine_that_shares_no_disk_give_the_numbers_of_this_one(
-    uri: str, tiny_benchmark: Path, ray_session: None, tmp_path: Path
+    uri: str, tiny_benchmark: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "disk").mkdir()
     apart = _config(uri, tmp_path / "disk" / "runs", tiny_benchmark)
@@ -257,8 +253,4 @@ def test_workers_on_a_machine_that_shares_no_disk_give_the_numbers_of_this_one(
     finally:
         kill_tree(driver)
     assert json.loads(out.splitlines()[-1]) == stages_of(apart)
-    here = load_config(
-        REPOSITORY / "ray_config.yaml", [*QUICK, f"run.dir={tmp_path}", f"data.root={tiny_benchmark}"], size="tiny"
-    )
-    run(here)
-    assert _numbers(apart.run.path) == _numbers(here.run.path)
+    assert Results.read(apart.run.path / "results.json") == results_of(undisturbed, "joint")

@@ -46,14 +46,11 @@ def _pool(lab: SimpleNamespace, workers: int) -> dict[str, object]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
-def test_features_of_the_job_equal_the_plain_call(
-    lab: SimpleNamespace, ray_session: None, tmp_path: Path, workers: int
-) -> None:
+def test_features_of_the_job_equal_the_plain_call(lab: SimpleNamespace, ray_session: None, tmp_path: Path) -> None:
     visible, infrared = list(range(0, 15)), list(range(15, NUM_IMAGES))
     names = {"visible": [f"v{row}" for row in visible], "infrared": [f"i{row}" for row in infrared]}
     images = {"visible": (names["visible"], visible), "infrared": (names["infrared"], infrared)}
-    write_features(tmp_path, images, TEXTS, **_pool(lab, workers))
+    write_features(tmp_path, images, TEXTS, **_pool(lab, workers=2))
 
     plain = Encoder(lab.model, lab.pixels, pad=2, seed=5, cuda=False)
     found = FeatureTable.read(tmp_path / "images.parquet")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from cluster.stages.base import fit_base
 from cluster.stages.pixels import decode_dataset
 from cluster.stages.text import fit_text
-from cluster.stages.trainer import fit
+from cluster.stages.trainer import WorkerInputError, _Epochs, fit
 from tvilfm.config import ClusterSection, Config, load_config
 from tvilfm.datasets import read_dataset
 from tvilfm.datasets.caption_files import read_published
@@ -54,18 +55,27 @@ def _fit(stage: str, folder: Path, inputs: dict[str, str], *overrides: str) -> t
     return TVILFM.from_pretrained(folder / "model"), record
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("error", "rank"),
+    ("error", "ends"),
     [
-        (ValueError("train.p: expected at most 3, got 8. Lower p."), 0),
-        (FloatingPointError("epoch 1: not finite"), 1),
-        (OSError("[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device"), 0),
+        (ValueError("train.p: expected at most 3, got 8. Lower p."), True),
+        (OSError("[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device"), True),
+        (OSError("[Errno 5] Input/output error"), False),
+        (RuntimeError("a lost machine"), False),
     ],
 )
-def test_a_workers_bad_input_ends_the_run_at_once(
-    ray_session: None, tmp_path: Path, error: Exception, rank: int
+def test_errors_that_a_restart_would_meet_again_are_those_of_the_input_and_of_full_disks(
+    tmp_path: Path, error: Exception, ends: bool
 ) -> None:
+    message = pytest.raises(WorkerInputError, match=f"^{re.escape(str(error))}$") if ends else nullcontext()
+    with message:
+        _Epochs(tmp_path / "metrics.jsonl").after_exception(None, {1: error})
+
+
+@pytest.mark.slow
+def test_a_workers_bad_input_ends_the_run_at_once(ray_session: None, tmp_path: Path) -> None:
+    error, rank = FloatingPointError("epoch 1: not finite"), 1
+
     def fails(job: dict[str, Any]) -> None:  # inside, so that workers need not import this file
         rank = ray.train.get_context().get_world_rank()
         with (Path(job["folder"]) / "attempts").open("a") as file:

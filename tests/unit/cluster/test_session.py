@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -31,6 +32,7 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> list[Exception | None]:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "cluster_resources", dict)
     monkeypatch.setattr(sessions, "PAUSES_S", (0.0, 0.0))
     return planned
 
@@ -44,6 +46,24 @@ def test_a_busy_machine_gets_more_attempts(starts: list[Exception | None], capsy
     with session(ClusterSection()):
         assert starts == []
     assert capsys.readouterr().err.count("trying again") == 2
+
+
+@pytest.mark.parametrize(("store", "told"), [(4.0e9, True), (60e6, False)])
+def test_a_small_shared_memory_is_noted_with_the_size_that_it_should_have(
+    starts: list[Exception | None],
+    store: float,
+    told: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    starts += [None]
+    monkeypatch.setattr(sessions.shutil, "disk_usage", lambda path: SimpleNamespace(free=64_000_000))
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"object_store_memory": store})
+    with session(ClusterSection()):
+        pass
+    noted = capsys.readouterr().err
+    assert bool(noted) == told
+    assert not told or ("has 0.1 GB, less than the object store (4.0 GB)" in noted and "--shm-size=5g" in noted)
 
 
 def test_a_machine_that_stays_busy_is_named_in_one_sentence(starts: list[Exception | None]) -> None:
