@@ -24,7 +24,7 @@ def check_captions(section: DataSection, root: Path, manifest: pa.Table) -> tupl
     text_dir = section.captions or root / "Text"
     try:
         if text_dir.suffix == ".parquet":
-            return _check_table(text_dir, manifest)
+            return _check_table(text_dir, root, manifest)
         collected = collect(text_dir, manifest)
     except ValueError as error:
         return [], [Fault(what=str(error), where=(str(text_dir),), fix="Fix the caption files and check again.")]
@@ -39,14 +39,15 @@ def check_captions(section: DataSection, root: Path, manifest: pa.Table) -> tupl
     return counts, [*_caption_faults(collected, manifest), *text_faults(texts)]
 
 
-def _check_table(path: Path, manifest: pa.Table) -> tuple[list[Count], list[Fault]]:
+def _check_table(path: Path, root: Path, manifest: pa.Table) -> tuple[list[Count], list[Fault]]:
     _, matched = match_table(path, manifest)
+    unknown = [key for key in matched.unknown if not (root / key).is_file()]  # images of nobody are left out
     faults = []
     missing = tuple(image for image in manifest["image"].to_pylist() if image not in matched.found)
     if missing:
         faults.append(_missing(missing))
-    if matched.unknown:
-        faults.append(_unknown(path, matched.unknown))
+    if unknown:
+        faults.append(_unknown(path, unknown))
     texts = {image: row["caption"] for image, row in matched.found.items()}
     counts = [Count(what="captions", found=len(matched.found), expected=manifest.num_rows)]
     return counts, [*faults, *text_faults(texts)]

@@ -120,15 +120,14 @@ class Searcher:
         """How queries are answered: in memory, with the database's index, or by reading every row if it has none."""
         return self.gallery.kind if self._state.exact is None else "exact"
 
-    def refresh(self) -> bool:
-        """Take in what was committed since the last call, and return whether anything was.
+    def refresh(self) -> None:
+        """Take in what was committed since the last call.
 
         A running search finishes on the rows that it started with.
         """
         before = self._state
         is_old = time.monotonic() - before.loaded_s > OLD_S
         self._state = self._load(None if before.exact is None or is_old else before)
-        return self._state.snapshot.version != before.snapshot.version
 
     def search(self, queries: Sequence[Query], requests: Sequence[Request]) -> list[Answer]:
         """Answer queries together.

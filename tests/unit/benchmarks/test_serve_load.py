@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
 import pytest
 
 from benchmarks import serve_load
+from tvilfm.config import load_config
 
 
 def test_a_service_that_is_not_ready_is_asked_again_after_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,9 +23,10 @@ def test_a_service_that_is_not_ready_is_asked_again_after_a_pause(monkeypatch: p
             raise httpx.ConnectError("nobody listens")
         return httpx.Response(status)
 
-    process = SimpleNamespace(poll=lambda: None, send_signal=lambda number: None, wait=lambda seconds: None)
+    process = SimpleNamespace(pid=os.getpid(), poll=lambda: None, send_signal=lambda number: None, wait=lambda _: None)
     monkeypatch.setattr(serve_load.subprocess, "Popen", lambda *command, **options: process)
     monkeypatch.setattr(serve_load.httpx, "get", get)
-    monkeypatch.setattr(serve_load, "time", SimpleNamespace(sleep=paused.append))
-    with serve_load._served("tiny", "serve.batch=1"):
+    monkeypatch.setattr(serve_load, "time", SimpleNamespace(sleep=paused.append, perf_counter=time.perf_counter))
+    with serve_load._served(Path.cwd(), load_config(Path("ray_config.yaml"), size="tiny"), ["serve.batch=1"]) as (_, facts):
+        assert facts["memory_gb"] > 0
         assert answers == [] and len(paused) == 3

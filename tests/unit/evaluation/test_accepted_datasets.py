@@ -171,7 +171,7 @@ def test_a_dataset_that_the_check_accepts_runs_through_with_the_counts_of_its_tr
     images = Counter((shot.modality, "test" if shot.split == "test" else "train") for shot in people)
     for (modality, part), number in images.items():
         assert found[f"{modality} {part} images"] == number
-    assert found["captions"] == len(shots)
+    assert found["captions"] == len(people)
     assert found["test identities"] == len({shot.person for shot in people if shot.split == "test"})
     manifest = read_dataset("folder", root)
     assert select(manifest, split="test", modality="infrared").num_rows == images["infrared", "test"]

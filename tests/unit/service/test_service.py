@@ -395,6 +395,7 @@ def test_the_audit_trail_says_who_saw_whom_and_holds_neither_text_nor_pixels(
 SCOPE_OF = {
     ("POST", "/v1/search"): "read",
     ("POST", "/v1/search/batch"): "read",
+    ("POST", "/v1/caption"): "read",
     ("GET", "/v1/status"): "read",
     ("GET", "/v1/gallery/x/image"): "read",
     ("PUT", "/v1/gallery/x"): "write",
