@@ -59,6 +59,7 @@ class Machines:
             **plain_environment(),
             "PATH": f"{BINARIES}:{os.environ['PATH']}",
             "PYTHONPATH": str(REPOSITORY),
+            "SERVE_SOCKET_REUSE_PORT_ENABLED": "1",  # of the proxies, which machines do not share elsewhere
             **{"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0"},
         }
 
