@@ -1,12 +1,12 @@
 """The service under load, beside the same work in one process.
 
-    make demo && python -m benchmarks.serve_load [--before CHECKOUT]
+    make demo && python -m benchmarks.serve_load
 
-Starts `tvilfm serve` on the demo's run as a process of its own, in turn as it is by default and with a shared encoder,
-which costs each request one call between processes of Serve. With `--before`, another checkout of this project is
-measured in the same run. Sends an infrared image, a sentence and the infrared caption per request, over the loopback,
-from 1, 8 and 32 clients that wait for an answer before they ask again. Writes `benchmarks/results/serve_load.json` and
-`.md`. Clients, proxy, replicas and database share the cores. Not part of `make bench`: it takes six minutes.
+Starts `tvilfm serve` on the demo's run as a process of its own: as it is by default, with one replica, and with one
+replica and an encoder in a process of its own, which costs each request one call between processes of Serve. Sends an
+infrared image, a sentence and the infrared caption per request, over the loopback, from 1, 8 and 32 clients that wait
+for an answer before they ask again. Writes `benchmarks/results/serve_load.json` and `.md`. Clients, proxy, replicas and
+database share the cores. Not part of `make bench`: it takes six minutes.
 """
 
 from __future__ import annotations
@@ -57,24 +57,20 @@ def main() -> None:
     parser.add_argument("--size", default="small", help="recipe of the run that is served")
     parser.add_argument("--seconds", type=float, default=10.0, help="duration per number of clients")
     parser.add_argument("--starts", type=int, default=2, help="starts of each variant of the service")
-    parser.add_argument(
-        "--before",
-        type=Path,
-        help="another checkout of this project, measured in the same run; the run is to be one that it made",
-    )
     arguments = parser.parse_args()
     config = load_config(Path("ray_config.yaml"), size=arguments.size)
     queries = _queries(config)
     alone_ms, images = _alone(config, queries)
     bodies = [json.dumps(as_json(**query)).encode() for query in queries]
-    variants = {"default": (Path.cwd(), []), "shared encoder": (Path.cwd(), ["serve.shared_encoders=1"])}
-    variants["shared encoder"][1].append("serve.replicas=1")
-    if arguments.before is not None:
-        variants["before"] = (arguments.before, [])
+    variants: dict[str, list[str]] = {
+        "default": [],
+        "one replica": ["serve.replicas=1", "serve.max_replicas=1"],
+        "one replica, shared encoder": ["serve.replicas=1", "serve.max_replicas=1", "serve.shared_encoders=1"],
+    }
     rows: list[Row] = []
     for _ in range(arguments.starts):
-        for name, (checkout, overrides) in variants.items():
-            with _served(checkout, config, overrides) as (port, facts):
+        for name, overrides in variants.items():
+            with _served(config, overrides) as (port, facts):
                 for clients in CLIENTS:
                     load = _load(port, bodies, clients, arguments.seconds)
                     rows.append({"variant": name, "clients": clients, **facts, **load})
@@ -126,17 +122,14 @@ def _alone(config: Config, queries: Sequence[dict[str, Any]]) -> tuple[float, in
 
 
 @contextmanager
-def _served(checkout: Path, config: Config, overrides: Sequence[str]) -> Iterator[tuple[int, Row]]:
-    """Run the service of a checkout; yield its port, and its start-up time and memory."""
+def _served(config: Config, overrides: Sequence[str]) -> Iterator[tuple[int, Row]]:
+    """Run the service; yield its port, and its start-up time and memory."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     command = [sys.executable, "-m", "cluster", "serve", str(config.run.path.absolute()), *overrides]
-    environment = {**os.environ, "PYTHONPATH": str(checkout)}
     started = time.perf_counter()
-    process = subprocess.Popen(
-        [*command, f"serve.port={port}"], cwd=checkout, env=environment, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen([*command, f"serve.port={port}"], stderr=subprocess.DEVNULL)
     try:
         while not _is_ready(port):
             assert process.poll() is None, "the service ended; run it by hand to see why"

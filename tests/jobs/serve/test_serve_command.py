@@ -102,8 +102,17 @@ def test_a_browser_signs_in_and_searches(untrained_run: UntrainedRun, ray_sessio
         page.on("request", lambda request: faults.append(request.url) if not _own(request.url, address) else None)
         page.goto(address)
         _sign_in_and_search(page, token, untrained_run.root / name)
-        if folder := os.environ.get("TVILFM_SCREENSHOTS"):
+        folder = os.environ.get("TVILFM_SCREENSHOTS")
+        if folder:
             page.screenshot(path=Path(folder) / "service.png")
+        page.set_viewport_size({"width": 390, "height": 844})
+        page.get_by_role("button", name="Search", exact=True).click()
+        expect(page.locator("#hits li").first.locator("img")).to_be_in_viewport(ratio=1)
+        if folder:
+            page.screenshot(path=Path(folder) / "service-phone.png")
+        with page.expect_response("**/v1/search") as similar:
+            page.get_by_role("button", name="more like hit 2").click()
+        assert similar.value.json()["modalities"] == ["visible"]
         assert faults == []
         browser.close()
         process.send_signal(signal.SIGTERM)
@@ -138,11 +147,13 @@ def _sign_in_and_search(page: Page, token: str, picture: Path) -> None:
 
     page.locator("#image").set_input_files(picture)
     page.get_by_label("Description", exact=True).fill("a woman in a red coat with a backpack")
+    page.get_by_text("More options").click()
     page.get_by_label("What the infrared image already shows").fill("a woman in a coat with a backpack")
     page.get_by_role("button", name="Search", exact=True).click()
     hits = page.locator("#hits li")
     expect(hits).to_have_count(16)
-    expect(page.locator("#told")).to_contain_text("your caption of the image was subtracted")
+    expect(page.locator("#told")).to_contain_text("16 images in 16 images, searched with")
+    expect(page.locator("#told")).to_contain_text("not searched for twice: “a woman in a coat with a backpack”")
     expect(page.locator("#hits img")).to_have_count(16)
     first = hits.first
     assert first.locator(".bar i").count() == 3

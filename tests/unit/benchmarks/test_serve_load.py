@@ -28,6 +28,6 @@ def test_a_service_that_is_not_ready_is_asked_again_after_a_pause(monkeypatch: p
     monkeypatch.setattr(serve_load.httpx, "get", get)
     monkeypatch.setattr(serve_load, "time", SimpleNamespace(sleep=paused.append, perf_counter=time.perf_counter))
     config = load_config(Path("ray_config.yaml"), size="tiny")
-    with serve_load._served(Path.cwd(), config, ["serve.batch=1"]) as (_, facts):
+    with serve_load._served(config, ["serve.batch=1"]) as (_, facts):
         assert facts["memory_gb"] > 0
         assert answers == [] and len(paused) == 3
