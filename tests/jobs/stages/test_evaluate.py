@@ -36,7 +36,9 @@ def test_a_runs_model_on_a_copy_of_its_data_has_the_runs_numbers_and_trains_noth
     untrained_run: UntrainedRun, ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = shutil.copytree(untrained_run.root, tmp_path / "data")
-    model = shutil.copytree(untrained_run.config.run.path, tmp_path / "runs" / "site")
+    model = shutil.copytree(
+        untrained_run.config.run.path, tmp_path / "runs" / "site", ignore=shutil.ignore_patterns("gallery")
+    )
     arguments = (str(model), "data.name=sysu_mm01", f"data.root={data}", *QUICK)
     assert _evaluate(monkeypatch, *arguments) == 0
     path = tmp_path / "runs" / "site-on-sysu_mm01"
