@@ -152,7 +152,7 @@ def _sign_in_and_search(page: Page, token: str, picture: Path) -> None:
     page.get_by_role("button", name="Search", exact=True).click()
     hits = page.locator("#hits li")
     expect(hits).to_have_count(16)
-    expect(page.locator("#told")).to_contain_text("16 images in 16 images, searched with")
+    expect(page.locator("#told")).to_contain_text("16 images from all cameras, searched with")
     expect(page.locator("#told")).to_contain_text("not searched for twice: “a woman in a coat with a backpack”")
     expect(page.locator("#hits img")).to_have_count(16)
     first = hits.first

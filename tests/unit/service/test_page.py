@@ -101,7 +101,7 @@ def test_a_link_repeats_the_search_with_its_cameras_and_times(page: Page, asked:
     page.reload()
     expect(page.locator("#hits li")).to_have_count(3)
     assert asked[-1] == first and len(asked) == 2
-    expect(page.locator("#told")).to_contain_text("in 960 images of camera 2 in the chosen time")
+    expect(page.locator("#told")).to_contain_text("3 people from camera 2 in the chosen time, searched with")
 
 
 def test_marks_are_kept_with_the_search_and_saved_as_a_table(page: Page, asked: list[dict[str, Any]]) -> None:
