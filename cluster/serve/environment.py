@@ -1,7 +1,7 @@
 """The settings of Ray Serve: its HTTP options, and the environment variables that put it on its fast paths.
 
-`benchmarks/results/serve_load.md` says what they give. Serve reads the variables when its processes start, so they are
-given to its controller, from which proxies and replicas inherit them.
+Serve reads the variables when its processes start, so they are given to its controller, from which proxies and replicas
+inherit them.
 """
 
 from __future__ import annotations
