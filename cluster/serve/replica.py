@@ -98,15 +98,9 @@ class Replica:
             return await self._encoder.caption(picture)
 
     async def like(self, id: str) -> Query | None:
-        import torch
+        from tvilfm.retrieval.query import query_like
 
-        from tvilfm.retrieval.query import Query
-
-        vector_D = await asyncio.to_thread(self._gallery.vector, id)
-        if vector_D is None:
-            return None
-        parts = {"visible": torch.from_numpy(vector_D.copy())}
-        return Query(parts=parts, base=False, space_id=self.facts.space_id, filter_text_source="none")
+        return await asyncio.to_thread(query_like, self._gallery, id)
 
     async def search(
         self, queries: Sequence[Query], requests: Sequence[Request], *, min_version: int = 0

@@ -23,6 +23,7 @@ from tvilfm.models import TVILFM
 from tvilfm.models.encode import encode_pixels, encode_texts
 from tvilfm.models.fusion import semantic_filtered_fusion
 from tvilfm.retrieval.spaces import space_id
+from tvilfm.retrieval.store import GalleryStore
 from tvilfm.terms import FilterTextSource
 
 
@@ -66,6 +67,15 @@ class Query:
     filter_text_source: FilterTextSource
     filter_text: str | None = None
     sentence_cut: bool = False
+
+
+def query_like(gallery: GalleryStore, id: str) -> Query | None:
+    """Return a query for images similar to a row of a gallery, or None if the row does not exist."""
+    vector_D = gallery.vector(id)
+    if vector_D is None:
+        return None
+    parts = {"visible": torch.from_numpy(vector_D.copy())}
+    return Query(parts=parts, base=False, space_id=gallery.space_id, filter_text_source="none")
 
 
 @torch.inference_mode()

@@ -23,7 +23,6 @@ from tvilfm.files import digest_of_arrays
 
 if TYPE_CHECKING:  # commands that only open a gallery do not wait for torch
     from tvilfm.models import TVILFM
-    from tvilfm.models.bn_neck import BNNeck
 
 Vectors = npt.NDArray[np.float32]
 EPS = 1e-5  # of torch.nn.BatchNorm1d
@@ -99,13 +98,8 @@ class Heads:
     @classmethod
     def of(cls, model: TVILFM) -> Heads:
         """Return the heads of a model."""
-        base = model.head if model.base_head is None else model.base_head
-        return cls(
-            current_4D=_parameters(model.head),
-            base_4D=_parameters(base),
-            eps=model.head.bn.eps,
-            width=model.spec.image_dim,
-        )
+        weights = {name: value.cpu().numpy() for name, value in model.state_dict().items() if "head.bn." in name}
+        return cls.of_weights(weights, trained_pool=model.spec.trained_pool)
 
     @classmethod
     def of_weights(cls, weights: Mapping[str, npt.NDArray[Any]], *, trained_pool: bool) -> Heads:
@@ -165,12 +159,3 @@ class Heads:
             unit = F.normalize(F.batch_norm(part, mean, variance, weight, bias, eps=self.eps), dim=1)
             vectors[name] = unit.numpy()
         return vectors
-
-
-def _parameters(head: BNNeck) -> Vectors:
-    import torch
-
-    bn = head.bn
-    assert bn.running_mean is not None and bn.running_var is not None
-    four = torch.stack([bn.running_mean, bn.running_var, bn.weight, bn.bias])
-    return np.asarray(four.detach().float().cpu().numpy())

@@ -120,6 +120,9 @@ class GalleryStore(Protocol):
     def delete_before(self, time: datetime, *, by: str | None = None) -> Change:
         """Delete every row whose image was taken, or if that is unknown was added, before an aware time."""
 
+    def vector(self, id: str) -> npt.NDArray[np.float32] | None:
+        """Return a row's (D,) unit vector from the current head, or None if the row does not exist."""
+
     def picture(self, id: str) -> tuple[str | None, bytes | None] | None:
         """Return a row's image reference and thumbnail (each None if missing), or None if the row does not exist."""
 

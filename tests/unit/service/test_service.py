@@ -23,7 +23,6 @@ import psycopg
 import pyarrow as pa
 import pytest
 import schemathesis
-import torch
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
@@ -36,7 +35,7 @@ from tvilfm.data.manifest import select
 from tvilfm.data.pixels import decode
 from tvilfm.models.encode import encode_pixels
 from tvilfm.retrieval.gallery import Gallery
-from tvilfm.retrieval.query import Query, QueryEncoder, Question
+from tvilfm.retrieval.query import Query, QueryEncoder, Question, query_like
 from tvilfm.retrieval.rows import vector_column, vectors_of
 from tvilfm.retrieval.search import Answer, Request, Searcher
 from tvilfm.retrieval.spaces import Heads
@@ -82,11 +81,7 @@ class DirectBackend:
         return f"a person in {picture.shape[0]} rows"
 
     async def like(self, id: str) -> Query | None:
-        vector_D = self.gallery.vector(id)
-        if vector_D is None:
-            return None
-        parts = {"visible": torch.from_numpy(vector_D.copy())}
-        return Query(parts=parts, base=False, space_id=self.facts.space_id, filter_text_source="none")
+        return query_like(self.gallery, id)
 
     async def search(
         self, queries: Sequence[Query], requests: Sequence[Request], *, min_version: int = 0
