@@ -110,7 +110,7 @@ def index(
         missing = missing.append_column("position", pa.array(first + np.arange(missing.num_rows)))
         written, faults = 0, []
         with _shown("index", "images") as progress:
-            for report in _reports(missing, root, run, config):
+            for report in _reports(missing, root, run, config, gallery.space_id):
                 written += report["written"]
                 faults += report["faults"]
                 progress.update(written + len(faults), missing.num_rows)
@@ -200,7 +200,7 @@ def _ids(root: str, names: Sequence[str]) -> list[str]:
     return [reference(folder, name) for name in names]
 
 
-def _reports(rows: pa.Table, root: str, run: FinishedRun, config: Config) -> Iterator[dict[str, Any]]:
+def _reports(rows: pa.Table, root: str, run: FinishedRun, config: Config, space: str) -> Iterator[dict[str, Any]]:
     """Write the rows on workers, and yield what each chunk gave."""
     if not rows.num_rows:
         return
@@ -218,7 +218,7 @@ def _reports(rows: pa.Table, root: str, run: FinishedRun, config: Config) -> Ite
         .map_batches(read, batch_size=None, num_cpus=1)
         .map_batches(
             GalleryFiller,
-            fn_constructor_kwargs={"run": run, "config": config},
+            fn_constructor_kwargs={"run": run, "config": config, "space": space},
             batch_size=None,
             num_cpus=1,
             num_gpus=config.cluster.gpus_per_worker or None,
@@ -231,10 +231,10 @@ def _reports(rows: pa.Table, root: str, run: FinishedRun, config: Config) -> Ite
 class GalleryFiller:
     """Actor that writes rows to the gallery, from pixels or, for a run's test images, from raw features."""
 
-    def __init__(self, run: FinishedRun, config: Config) -> None:
+    def __init__(self, run: FinishedRun, config: Config, space: str) -> None:
         device = "cuda" if config.cluster.gpus_per_worker > 0 else "cpu"
         self._model = TVILFM.from_pretrained(run.here(run.model)).to(device).eval()
-        self._gallery = gallery_of(run, config)
+        self._gallery = Gallery.open(config.gallery_url, section=config.gallery, space_id=space)
 
     def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> pa.Table:
         readable = batch["fault"] == ""
