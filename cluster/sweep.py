@@ -31,7 +31,7 @@ from cluster.run import evaluator_of, learning_of, make_synthetic, run
 from cluster.session import session
 from cluster.stages.results import RESULTS_FILES
 from cluster.trackers import check_trackers
-from tvilfm.config import ClusterSection, Config, load_config, to_yaml
+from tvilfm.config import Config, load_config, to_yaml
 from tvilfm.evaluation.feasibility import require_feasible
 from tvilfm.evaluation.results import Results
 from tvilfm.evaluation.weight_sweep import SweptMetric, sweep_ensemble, weight_grid
@@ -243,10 +243,6 @@ def _tuner(sweep: Sweep, base: Config, *, resume: bool) -> Tuner:
             callbacks=[_Ends(sweep)],
         ),
     )
-
-
-def _parallel_trials(section: ClusterSection) -> int:
-    return largest_room(section) // section.train_workers
 
 
 def _domain(parameter: Parameter) -> Any:

@@ -109,7 +109,25 @@ def fit(
         KeyboardInterrupt: on Ctrl-C, in place of Train's exit.
         WorkerInputError: a worker raised one of `INPUT_ERRORS` or met a full disk.
     """
-    trainer = _trainer(worker, job, folder, section, workers=workers, depot=depot)
+    place = None if depot is None else depot.place(folder)
+    filesystem, path = (None, str(folder)) if place is None else (place.filesystem, place.path)
+    trainer = _Trainer(
+        worker,
+        train_loop_config=job,
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=section.gpus_per_worker > 0,
+            resources_per_worker=worker_resources(section),
+        ),
+        run_config=RunConfig(
+            name=STATE,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            callbacks=[_Epochs(folder / METRICS_FILE)],  # type: ignore[list-item]  # of Train V2
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            failure_config=FailureConfig(max_failures=section.max_failures),
+        ),
+    )
     try:
         with noted(folder / PROGRESS_FILE, lambda: awaited(section, workers)):
             result = trainer.fit()
@@ -133,36 +151,6 @@ def read_job(job: dict[str, Any]) -> tuple[Config, Path, dict[str, Path]]:
 def read_pixels(folder: Path) -> tuple[pa.Table, npt.NDArray[np.uint8]]:
     """Return the manifest and the memory-mapped pixels, (N, H, W, 3), of a folder of `decode_dataset`."""
     return pq.read_table(folder / "manifest.parquet"), open_pixels(folder / "pixels.npy")
-
-
-def _trainer(
-    worker: Callable[[dict[str, Any]], Any],
-    job: dict[str, Any],
-    folder: Path,
-    section: ClusterSection,
-    *,
-    workers: int,
-    depot: Depot | None,
-) -> TorchTrainer:
-    place = None if depot is None else depot.place(folder)
-    filesystem, path = (None, str(folder)) if place is None else (place.filesystem, place.path)
-    return _Trainer(
-        worker,
-        train_loop_config=job,
-        scaling_config=ScalingConfig(
-            num_workers=workers,
-            use_gpu=section.gpus_per_worker > 0,
-            resources_per_worker=worker_resources(section),
-        ),
-        run_config=RunConfig(
-            name=STATE,
-            storage_path=path,
-            storage_filesystem=filesystem,
-            callbacks=[_Epochs(folder / METRICS_FILE)],  # type: ignore[list-item]  # of Train V2
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
-            failure_config=FailureConfig(max_failures=section.max_failures),
-        ),
-    )
 
 
 class _Trainer(TorchTrainer):
