@@ -20,6 +20,11 @@ def given(value: str | None, key: str, what: str) -> str:
     return value
 
 
+def resource(api: str, kind: str, name: str, spec: Document) -> Document:
+    """Return a resource of Kubernetes."""
+    return {"apiVersion": api, "kind": kind, "metadata": {"name": name}, "spec": spec}
+
+
 class _Dumper(yaml.SafeDumper):
     """YAML dumper that writes multi-line strings as blocks and uses no aliases."""
 

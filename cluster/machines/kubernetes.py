@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from pathlib import Path
 
-from cluster.machines.documents import Document, given
+from cluster.machines.documents import Document, given, resource
 from cluster.machines.postgres import password_variable, postgres
 from cluster.places.check import storage_folder
 from tvilfm.config import Config, HeadSection, WorkersSection
@@ -31,7 +31,7 @@ KEPT_AFTER_END_S = 300
 
 def kuberay_cluster(config: Config) -> list[Document]:
     """Return a RayCluster, which runs until it is deleted, and what it needs."""
-    return _complete(config, [_resource("RayCluster", config.cluster.name, _ray_cluster(config))])
+    return _complete(config, [resource(API, "RayCluster", config.cluster.name, _ray_cluster(config))])
 
 
 def kuberay_job(config: Config, entrypoint: str, description: str) -> list[Document]:
@@ -58,7 +58,7 @@ def kuberay_job(config: Config, entrypoint: str, description: str) -> list[Docum
         "metadata": {"name": f"{name}-config"},
         "data": {Path(CONFIG_PATH).name: description},
     }
-    return _complete(config, [config_map, _resource("RayJob", name, spec)])
+    return _complete(config, [config_map, resource(API, "RayJob", name, spec)])
 
 
 def kuberay_service(config: Config, serve_config: str) -> list[Document]:
@@ -84,11 +84,7 @@ def kuberay_service(config: Config, serve_config: str) -> list[Document]:
     cluster = _ray_cluster(config, serves=True)
     cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] = "0"
     spec = {"serveConfigV2": serve_config, "rayClusterConfig": cluster}
-    return _complete(config, [_resource("RayService", config.cluster.name, spec)])
-
-
-def _resource(kind: str, name: str, spec: Document) -> Document:
-    return {"apiVersion": API, "kind": kind, "metadata": {"name": name}, "spec": spec}
+    return _complete(config, [resource(API, "RayService", config.cluster.name, spec)])
 
 
 def _complete(config: Config, documents: list[Document]) -> list[Document]:
@@ -125,8 +121,7 @@ def _network_policy(config: Config) -> Document:
             {"ports": [{"port": config.serve.port}, {"port": section.ports.metrics}]},
         ],
     }
-    name = {"name": section.name}
-    return {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": name, "spec": spec}
+    return resource("networking.k8s.io/v1", "NetworkPolicy", section.name, spec)
 
 
 def _ray_cluster(config: Config, *, with_config: bool = False, serves: bool = False) -> Document:

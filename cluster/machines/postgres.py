@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.machines.documents import Document
+from cluster.machines.documents import Document, resource
 from tvilfm.config import Config
 
 API = "postgresql.cnpg.io/v1"
@@ -56,7 +56,7 @@ def postgres(config: Config) -> list[Document]:
         plugin = {"name": BACKUP_PLUGIN, "isWALArchiver": True, "parameters": {"barmanObjectName": f"{name}-backup"}}
         spec["plugins"] = [plugin]
         backups = _backups(config, name)
-    return [_resource(API, "Cluster", name, spec), _resource(API, "Database", name, database), *backups]
+    return [resource(API, "Cluster", name, spec), resource(API, "Database", name, database), *backups]
 
 
 def _backups(config: Config, name: str) -> list[Document]:
@@ -80,10 +80,6 @@ def _backups(config: Config, name: str) -> list[Document]:
         "pluginConfiguration": {"name": BACKUP_PLUGIN},
     }
     return [
-        _resource(BACKUP_API, "ObjectStore", f"{name}-backup", store),
-        _resource(API, "ScheduledBackup", name, schedule),
+        resource(BACKUP_API, "ObjectStore", f"{name}-backup", store),
+        resource(API, "ScheduledBackup", name, schedule),
     ]
-
-
-def _resource(api: str, kind: str, name: str, spec: Document) -> Document:
-    return {"apiVersion": api, "kind": kind, "metadata": {"name": name}, "spec": spec}
