@@ -51,17 +51,28 @@ def noted(path: Path, note: Callable[[], str]) -> Iterator[None]:
         path: the file that a `ProgressFile` writes.
         note: asked every two seconds.
     """
-    stop = threading.Event()
 
     def write() -> None:
-        while not stop.wait(NOTE_INTERVAL_S):
-            if text := note():
-                state = {"done": 0, "total": 0, "unit": None}
-                with suppress(OSError, ValueError):  # no worker has written yet
-                    state = json.loads(path.read_text())
-                write_whole(path, json.dumps({**state, "note": text}))
+        if text := note():
+            state = {"done": 0, "total": 0, "unit": None}
+            with suppress(OSError, ValueError):  # no worker has written yet
+                state = json.loads(path.read_text())
+            write_whole(path, json.dumps({**state, "note": text}))
 
-    thread = threading.Thread(target=write, daemon=True)
+    with _repeated(write, NOTE_INTERVAL_S):
+        yield
+
+
+@contextmanager
+def _repeated(call: Callable[[], None], interval_s: float) -> Iterator[None]:
+    """Call a function at intervals, in a thread, while the block runs."""
+    stop = threading.Event()
+
+    def repeat() -> None:
+        while not stop.wait(interval_s):
+            call()
+
+    thread = threading.Thread(target=repeat, daemon=True)
     thread.start()
     try:
         yield
@@ -82,25 +93,20 @@ def watch(path: Path, label: str, unit: str) -> Iterator[None]:
     path.unlink(missing_ok=True)
     console = Console(stderr=True)
     display = _Display(path, label, unit, console)
-    stop = threading.Event()
-    started = time.monotonic()
+    started = printed = time.monotonic()
 
     def follow() -> None:
-        printed = time.monotonic()
-        while not stop.wait(INTERVAL_S):
-            line = display.update()
-            if line and not console.is_terminal and time.monotonic() - printed > PLAIN_INTERVAL_S:
-                printed = time.monotonic()
-                console.print(line, highlight=False)
+        nonlocal printed
+        line = display.update()
+        if line and not console.is_terminal and time.monotonic() - printed > PLAIN_INTERVAL_S:
+            printed = time.monotonic()
+            console.print(line, highlight=False)
 
-    thread = threading.Thread(target=follow, daemon=True)
     with display.bar:
-        thread.start()
         try:
-            yield
+            with _repeated(follow, INTERVAL_S):
+                yield
         finally:
-            stop.set()
-            thread.join()
             display.update()
     if not console.is_terminal:
         console.print(f"{label}: done in {time.monotonic() - started:.1f} s", highlight=False)
