@@ -1,13 +1,14 @@
-"""Which processes belong to one that a test kills."""
+"""Processes of a test: which belong to one that it kills, and the ports that they listen on."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,18 @@ def until(true: Callable[[], object], deadline_s: float = 120) -> None:
     while not true():
         assert time.monotonic() < end, "what was waited for never came"
         time.sleep(0.05)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports on which nothing listens."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def listens(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether something listens on a port."""
+    with socket.socket() as one:
+        return one.connect_ex((host, port)) == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,7 +26,7 @@ from cluster.machines import jobs, submit
 from cluster.machines.jobs import connect, exit_status, on_this_machine
 from cluster.machines.submit import DATA_PARAMETERS, Package, job_paths, package_of, parse
 from tests.paths import REPOSITORY
-from tests.processes import descendants, kill_all
+from tests.processes import descendants, free_ports, kill_all
 from tests.quick import QUICK, records_of, results_of
 from tvilfm.config import load_config
 from tvilfm.evaluation.results import Results
@@ -288,16 +287,6 @@ class Head:
 
 def plain_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def wait_for(condition: Callable[[], bool], what: str, *, seconds: float = 120) -> None:

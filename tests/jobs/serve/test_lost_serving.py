@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,11 +22,10 @@ import pytest
 
 from cluster.machines.render import render
 from cluster.tables.indexing import index
-from tests.jobs.machines.test_submit import TOKEN, free_ports, plain_environment, wait_for
-from tests.jobs.serve.test_serve import free_port
+from tests.jobs.machines.test_submit import TOKEN, plain_environment, wait_for
 from tests.jobs.test_lost_nodes import named
 from tests.paths import REPOSITORY
-from tests.processes import command_line, descendants, kill_tree
+from tests.processes import command_line, descendants, free_ports, kill_tree, listens
 from tests.untrained_run import UntrainedRun
 from tvilfm.config import Config
 from tvilfm.data.manifest import select
@@ -139,11 +137,6 @@ class Machines:
         return process
 
 
-def listens(port: int) -> bool:
-    with socket.socket() as one:
-        return one.connect_ex(("127.0.0.1", port)) == 0
-
-
 def answers(url: str) -> Callable[[], bool]:
     """Whether a new connection gets what it asks for."""
 
@@ -160,7 +153,7 @@ def to_serve(run: UntrainedRun, url: str) -> Config:
     """The run's service, with a gallery of its own."""
     changes = {
         "gallery": run.config.gallery.model_copy(update={"url": url}),
-        "serve": run.config.serve.model_copy(update={"port": free_port()}),
+        "serve": run.config.serve.model_copy(update={"port": free_ports(1)[0]}),
     }
     config = run.config.model_copy(update=changes)
     index(config)

@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +35,7 @@ from cluster.serve.launch import _check_room, serving
 from cluster.serve.replica import Replica
 from cluster.serve.searcher import GallerySearcher
 from cluster.tables.indexing import index
-from tests.processes import command_line, descendants, until
+from tests.processes import command_line, descendants, free_ports, until
 from tests.unit.service.test_service import hostile
 from tests.untrained_run import Ranking, UntrainedRun, evaluated_rankings
 from tvilfm.captioning.captioner import Captioner
@@ -80,18 +79,12 @@ def _query(ranking: Ranking) -> dict[str, Any]:
     )
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def config(untrained_run: UntrainedRun, ray_session: None, new_database: Callable[[], str]) -> Config:
     config = untrained_run.config
     changes = {
         "gallery": config.gallery.model_copy(update={"url": new_database()}),
-        "serve": config.serve.model_copy(update={"port": free_port(), "captioner": "run"}),
+        "serve": config.serve.model_copy(update={"port": free_ports(1)[0], "captioner": "run"}),
     }
     config = config.model_copy(update=changes)
     index(config)

@@ -19,9 +19,9 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 from cluster.run import evaluator_of
 from cluster.tables.indexing import index
-from tests.jobs.serve.test_serve import assert_ranks_as_evaluated, free_port, until
+from tests.jobs.serve.test_serve import assert_ranks_as_evaluated
 from tests.paths import REPOSITORY
-from tests.processes import descendants, kill_all, kill_tree
+from tests.processes import descendants, free_ports, kill_all, kill_tree, until
 from tests.untrained_run import UntrainedRun, evaluated_rankings
 from tvilfm.config import Config, load_config
 from tvilfm.data.manifest import select
@@ -39,7 +39,7 @@ def served(
     config: Config, folder: Path, *overrides: str, size: str = "tiny"
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The command, ready to answer, and its address."""
-    port = free_port()
+    (port,) = free_ports(1)
     where = [f"run.dir={config.run.dir}", f"run.name={config.run.name}", f"gallery.url={folder / 'gallery'}"]
     where += [f"serve.port={port}", "cluster.extract_workers=1", *overrides]
     command = [sys.executable, "-m", "cluster", "serve", "--size", size, *where]

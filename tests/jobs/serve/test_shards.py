@@ -8,7 +8,8 @@ import pytest
 
 from cluster.serve.launch import serving
 from cluster.tables.indexing import index
-from tests.jobs.serve.test_serve import assert_ranks_as_evaluated, free_port
+from tests.jobs.serve.test_serve import assert_ranks_as_evaluated
+from tests.processes import free_ports
 from tests.untrained_run import UntrainedRun, evaluated_rankings
 from tvilfm.config import resolve
 from tvilfm.service.client import Client
@@ -18,7 +19,7 @@ from tvilfm.service.client import Client
 def test_two_shards_and_a_shared_encoder_rank_as_the_evaluation(
     untrained_run: UntrainedRun, ray_session: None, new_database: Callable[[], str]
 ) -> None:
-    overrides = ["serve.shards=2", "serve.shared_encoders=1", "serve.replicas=1", f"serve.port={free_port()}"]
+    overrides = ["serve.shards=2", "serve.shared_encoders=1", "serve.replicas=1", f"serve.port={free_ports(1)[0]}"]
     overrides += ["serve.max_replicas=1", f"gallery.url={new_database()}"]
     config = resolve(untrained_run.config.model_dump(mode="json"), overrides)
     index(config)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from ray.serve._private import constants
 
 from cluster.serve.environment import local_environment, serve_environment
+from tests.processes import free_ports, listens, until
 from tvilfm.config import ServeSection
 
 TLS = ServeSection(tls_cert=Path("cert.pem"), tls_key=Path("key.pem"))
@@ -38,10 +37,7 @@ def test_tls_goes_through_serves_own_proxy(tmp_path: Path) -> None:
 
 
 def test_statistics_are_open_to_this_machine_only(tmp_path: Path) -> None:
-    with socket.socket() as one, socket.socket() as other:
-        one.bind(("127.0.0.1", 0))
-        other.bind(("127.0.0.1", 0))
-        statistics, service = one.getsockname()[1], other.getsockname()[1]
+    statistics, service = free_ports(2)
     text = "defaults\n  mode http\n  timeout client 1s\n  timeout server 1s\n  timeout connect 1s\n"
     text += f"frontend f\n  bind 0.0.0.0:{service}\n  http-request return status 200\n"
     text += f"listen stats\n  bind *:{statistics}\n  stats enable\n"
@@ -49,17 +45,10 @@ def test_statistics_are_open_to_this_machine_only(tmp_path: Path) -> None:
     program = Path(sys.executable).with_name("tvilfm-haproxy")
     process = subprocess.Popen([program, "-db", "-f", tmp_path / "haproxy.cfg"])
     try:
-        until = time.monotonic() + 30
-        while not answers("127.0.0.1", statistics) and time.monotonic() < until:
-            assert process.poll() is None
-            time.sleep(0.05)
-        assert answers("127.0.0.1", statistics) and answers("127.0.0.2", service)
-        assert not answers("127.0.0.2", statistics)  # an address of this machine that is not the loopback's first
+        until(lambda: process.poll() is not None or listens(statistics), 30)
+        assert process.poll() is None
+        assert listens(statistics) and listens(service, "127.0.0.2")
+        assert not listens(statistics, "127.0.0.2")  # an address of this machine that is not the loopback's first
     finally:
         process.kill()
         process.wait()
-
-
-def answers(host: str, port: int) -> bool:
-    with socket.socket() as one:
-        return one.connect_ex((host, port)) == 0

@@ -13,11 +13,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.processes import until
-from tvilfm.config import LossSection, OptimSection, TextModelSection
+from tests.unit.training.test_optim import make_model
+from tvilfm.config import LossSection, OptimSection
 from tvilfm.data.transforms import draw
 from tvilfm.data.tri_modal import RECIPES, Batch
 from tvilfm.losses.objective import JointObjective
-from tvilfm.models import TVILFM, ModelSpec
 from tvilfm.training import readings as readings_module
 from tvilfm.training.optim import StageOptimizer
 from tvilfm.training.prefetch import AHEAD, prefetch
@@ -64,13 +64,7 @@ def _batch(rows: int, *, text: bool) -> Batch:
 
 
 def _parts(*, text: bool) -> tuple[StageStep, StageOptimizer]:
-    spec = ModelSpec(
-        backbone="resnet18_half", num_classes=4, text_width=8, text_layers=1, text_heads=2, with_text=False
-    )
-    model = TVILFM(spec)
-    if text:
-        model.start_text_stage(TextModelSection(width=8, layers=1, heads=2))
-        model.freeze_visual()
+    model = make_model(text=text, num_classes=4)
     optimizer = StageOptimizer(model, OptimSection())
     return StageStep(model.train(), JointObjective(LossSection()), pad=2), optimizer
 

@@ -18,10 +18,10 @@ SECTION = OptimSection(lr=LR, text_lr=TEXT_LR, weight_decay=DECAY, text_weight_d
 SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 
-def make_model(*, text: bool) -> TVILFM:
+def make_model(*, text: bool, num_classes: int = 3) -> TVILFM:
     torch.manual_seed(0)
     spec = ModelSpec(
-        backbone="resnet18_half", num_classes=3, text_width=8, text_layers=1, text_heads=2, with_text=False
+        backbone="resnet18_half", num_classes=num_classes, text_width=8, text_layers=1, text_heads=2, with_text=False
     )
     model = TVILFM(spec)
     if text:
