@@ -53,6 +53,7 @@ class Database:
             min_size=1,
             max_size=CONNECTIONS,
             timeout=PATIENCE_S,
+            reconnect_timeout=PATIENCE_S,  # pauses between attempts grow with it, and last after the server is back
             configure=_configure,
             check=ConnectionPool.check_connection,
             open=True,
