@@ -153,9 +153,9 @@ def test_a_node_lost_in_training_costs_no_epoch_and_no_number(
     job = {"config": _config().model_dump(mode="json"), "folder": str(lost), "inputs": inputs}
     # One node more than workers: the lost one's work has a place to go.
     driver, raylets = start(FIT, job, processes, nodes=3, cpus=1)
-    noted = lost / "train" / "checkpoint_manager_snapshot.json"
-    wait_for(noted.exists, driver, "no checkpoint was ever noted")
-    before = (lost / "metrics.jsonl").read_text().splitlines()
+    noted, metrics = lost / "train" / "checkpoint_manager_snapshot.json", lost / "metrics.jsonl"
+    wait_for(lambda: noted.exists() and metrics.exists(), driver, "no checkpoint was ever noted")
+    before = metrics.read_text().splitlines()
     busy = [raylet for raylet in raylets if named(raylet, b"ray::RayTrainWorker")]
     assert len(busy) == 2 and 1 <= len(before) < EPOCHS
     lose(busy[0])

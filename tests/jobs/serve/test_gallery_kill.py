@@ -98,6 +98,15 @@ class Writer:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
+    def await_more(self, count: int) -> None:
+        """Wait until more than `count` writes are acknowledged."""
+
+        def enough() -> bool:
+            assert self.process.poll() is None, "the writer ended by itself"
+            return self.acknowledged > count
+
+        until(enough)
+
     def _read(self) -> None:
         assert self.process.stdout
         for line in self.process.stdout:
@@ -144,13 +153,12 @@ def test_no_acknowledged_write_is_lost_or_doubled_whatever_is_killed(tmp_path: P
     for seed in range(1, KILLS + 1):
         writer, coming = coming, Writer(str(folder), seed + 1)  # importing takes longer than dying
         writer.begin()
-        until(lambda writer=writer: writer.acknowledged)
+        writer.await_more(0)
         time.sleep(draw.uniform(0.0, 0.3))
         if seed % 3:  # 1: the server, and the writer continues; 2: both at once; 0: the writer
             kill_server(folder)
         if seed % 3 == 1:
-            before = writer.acknowledged
-            until(lambda writer=writer, before=before: writer.acknowledged > before + 2, 60)
+            writer.await_more(writer.acknowledged + 2)
         writer.kill()
         assert len(writer.writes) - 1 <= writer.acknowledged <= len(writer.writes)
         for done in writer.writes[: writer.acknowledged]:
