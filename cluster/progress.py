@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -110,6 +111,15 @@ def watch(path: Path, label: str, unit: str) -> Iterator[None]:
             display.update()
     if not console.is_terminal:
         console.print(f"{label}: done in {time.monotonic() - started:.1f} s", highlight=False)
+
+
+@contextmanager
+def counted(label: str, unit: str) -> Iterator[ProgressFile]:
+    """Show a bar while the block runs, and provide the file that moves it; see `watch`."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / PROGRESS_FILE
+        with watch(path, label, unit):
+            yield ProgressFile(path)
 
 
 class _Display:

@@ -1,4 +1,4 @@
-"""Read and decode images in Ray tasks. The tasks need no network, so this module imports none."""
+"""List, read and decode images. Ray tasks that do this need no network, so this module imports none."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
+from tvilfm.data import image_files
 from tvilfm.data.images import resized, thumbnail
 from tvilfm.data.pixels import decode
 from tvilfm.place import Place
@@ -68,3 +70,18 @@ def read_pictures(
         "fault": np.array(faults, dtype=object),
     }
     return batch if size is None else batch | {"pixels": np.stack(inputs)}
+
+
+def list_images(uri: str, modality: str) -> pa.Table:
+    """Return all image files below a folder as rows for `caption_images`, sorted by name, each real file once.
+
+    Raises:
+        ValueError: the folder has no image files, or the name of one is not UTF-8.
+    """
+    place = Place(uri)
+    names = image_files.list_images(place)
+    if not names:
+        suffixes = ", ".join(image_files.SUFFIXES)
+        raise ValueError(f"--images: expected {suffixes} files below {place}, got none. Check the path.")
+    image_files.require_text_names(place, names)
+    return pa.table({"image": names, "modality": pa.repeat(pa.scalar(modality), len(names))})

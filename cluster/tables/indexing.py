@@ -7,12 +7,9 @@ job continues where it stopped. The gallery is put in use when all rows are writ
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,10 +21,9 @@ import pyarrow.parquet as pq
 import ray
 
 from cluster.places.finished import FinishedRun, check_reachable, finished_run, gallery_of
-from cluster.progress import ProgressFile, watch
+from cluster.progress import counted
 from cluster.session import plain_errors, session
-from cluster.tables.captioning import list_images
-from cluster.tables.images import read_pictures, reference
+from cluster.tables.images import list_images, read_pictures, reference
 from tvilfm.config import Config
 from tvilfm.data.manifest import select
 from tvilfm.data.splits import TEST_SPLITS
@@ -109,7 +105,7 @@ def index(
         first = gallery.reserve(missing.num_rows)
         missing = missing.append_column("position", pa.array(first + np.arange(missing.num_rows)))
         written, faults = 0, []
-        with _shown("index", "images") as progress:
+        with counted("index", "images") as progress:
             for report in _reports(missing, root, run, config, gallery.space_id):
                 written += report["written"]
                 faults += report["faults"]
@@ -117,19 +113,13 @@ def index(
         if faults and not written and not known.any():
             raise ValueError(f"--images: expected images, got {len(faults)} invalid files. First: {faults[0]}")
         if gallery.count(config.gallery.exact_limit + 1) > config.gallery.exact_limit and gallery.unindexed():
-            with _shown("build", "percent") as progress:
+            with counted("build", "percent") as progress:
                 gallery.build_index(
                     workers=config.cluster.extract_workers,
                     on_progress=lambda share: progress.update(round(100 * share), 100),
                 )
         gallery.publish()
     return Indexed(gallery=gallery, written=written, skipped=int(known.sum()), faults=faults)
-
-
-@contextmanager
-def _shown(label: str, unit: str) -> Iterator[ProgressFile]:
-    with tempfile.TemporaryDirectory() as folder, watch(Path(folder) / "progress.json", label, unit):
-        yield ProgressFile(Path(folder) / "progress.json")
 
 
 def _tested(run: FinishedRun) -> pa.Table:

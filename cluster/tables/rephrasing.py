@@ -8,19 +8,12 @@ of `ray.data.llm` replaces the actors, and the driver writes parts as rephrases 
 
 from __future__ import annotations
 
-import datetime
 import importlib.util
-import os
 import pickle
-import tempfile
 import time
-import zlib
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,35 +21,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
-from pydantic import SecretStr
 
-from cluster.progress import ProgressFile, watch
+from cluster.progress import ProgressFile, counted
 from cluster.session import session
-from cluster.tables.job import check_rows, chunk_dataset, claim_folder, fixed_chunks, with_absolute_model
-from cluster.tables.parts import Parts, alone, part_name
-from tvilfm.captioning.rephrase import Rephrase, completion_prompt, judge, messages, prompt_hash, rephrase_all, seed_of
+from cluster.tables.job import check_rows, chunk_dataset, claim_folder, fixed_chunks
+from cluster.tables.parts import alone
+from cluster.tables.rephrase_vllm import rephrase_with_vllm
+from cluster.tables.rephrase_worker import PART_SCHEMA, WITH_MODEL, RephraseActor, RephraseJob
+from tvilfm.captioning.rephrase import prompt_hash
 from tvilfm.config import ClusterSection, Config, RephraseSection
 from tvilfm.data.manifest import CAPTION_SCHEMA
 from tvilfm.datasets import read_dataset
 from tvilfm.datasets.caption_files import read_captions
 from tvilfm.place import Place, to_parquet
-
-if TYPE_CHECKING:
-    from tvilfm.captioning.rephrase import Rephraser
-
-WITH_MODEL = ("transformers", "vllm")
-
-PART_SCHEMA = pa.schema(
-    [
-        pa.field("image", pa.string(), nullable=False),
-        pa.field("caption", pa.string(), nullable=False),
-        pa.field("rephrased", pa.string()),
-        pa.field("rephraser", pa.string()),
-        pa.field("refused", pa.string()),
-        pa.field("tries", pa.int32()),
-        pa.field("time", pa.timestamp("ms", "UTC")),
-    ]
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,47 +69,6 @@ class Summary:
         ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """Everything that a worker needs to rephrase captions."""
-
-    section: RephraseSection
-    out: str
-    seed: int
-    device: str
-    dtype: str
-    key: SecretStr | None
-
-    @classmethod
-    def of(cls, section: RephraseSection, cluster: ClusterSection, *, out: str, seed: int, dtype: str) -> _Job:
-        return cls(
-            section=with_absolute_model(section) if section.engine in WITH_MODEL else section,
-            out=out,
-            seed=seed,
-            device="cuda" if cluster.gpus_per_worker else "cpu",
-            dtype=dtype,
-            key=_key(section),
-        )
-
-    def load(self) -> Rephraser:
-        # Imported here: the driver does not need torch and transformers.
-        from tvilfm.captioning.engines import EndpointRephraser, RuleParaphraser, TransformersRephraser
-
-        if self.section.engine == "transformers":
-            return TransformersRephraser(self.section, device=self.device, dtype=self.dtype)
-        if self.section.engine == "openai":
-            return EndpointRephraser(self.section, key=self.key)
-        return RuleParaphraser()
-
-    @property
-    def rephraser(self) -> str:
-        return "rules" if self.section.engine == "rules" else self.section.model
-
-    @property
-    def parts(self) -> Parts:
-        return Parts(self.out, "parts", "rephrases")
-
-
 def rephrase(config: Config, *, out: str, captions: str | None = None) -> Summary:
     """Rephrase a caption table with the engine of a run description, and show the progress.
 
@@ -146,11 +82,7 @@ def rephrase(config: Config, *, out: str, captions: str | None = None) -> Summar
         ConnectionError: as `rephrase_table`.
     """
     table, modalities = read_rows(config, captions)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        session(config.cluster),
-        watch(Path(folder) / "progress.json", "rephrase", "captions"),
-    ):
+    with session(config.cluster), counted("rephrase", "captions") as progress:
         return rephrase_table(
             table,
             modalities,
@@ -159,7 +91,7 @@ def rephrase(config: Config, *, out: str, captions: str | None = None) -> Summar
             config.cluster,
             seed=config.run.seed,
             dtype=config.caption.dtype,
-            progress=ProgressFile(Path(folder) / "progress.json"),
+            progress=progress,
         )
 
 
@@ -233,14 +165,14 @@ def rephrase_table(
     _check(section)
     check_rows(captions["image"], modalities)
     rows = pa.table({"image": captions["image"], "caption": captions["caption"], "modality": pa.array(modalities)})
-    job = _Job.of(section, cluster, out=out, seed=seed, dtype=dtype)
+    job = RephraseJob.of(section, cluster, out=out, seed=seed, dtype=dtype)
     with alone(out):
         _introduce(job)
         job.parts.compact()
         finished = _finished(captions, job)
         done, total = int(finished.sum()), captions.num_rows
         counts = (
-            _through_vllm(job, rows.filter(~finished))
+            rephrase_with_vllm(job, rows.filter(~finished))
             if section.engine == "vllm"
             else _on_actors(job, rows, ~finished, cluster)
         )
@@ -265,13 +197,7 @@ def _check(section: RephraseSection) -> None:
         )
 
 
-def _key(section: RephraseSection) -> SecretStr | None:
-    """Return the API key from the environment of the driver, because workers do not have this environment."""
-    value = os.environ.get(section.key_variable)
-    return SecretStr(value) if value else None
-
-
-def _introduce(job: _Job) -> None:
+def _introduce(job: RephraseJob) -> None:
     """Claim the output folder for the rephraser, or refuse another one."""
     producer = {
         "rephraser": job.rephraser,
@@ -287,7 +213,7 @@ def _introduce(job: _Job) -> None:
     )
 
 
-def _finished(captions: pa.Table, job: _Job) -> npt.NDArray[np.bool_]:
+def _finished(captions: pa.Table, job: RephraseJob) -> npt.NDArray[np.bool_]:
     """Return for each row whether it has a rephrase or a part says that none was valid.
 
     Raises:
@@ -310,13 +236,15 @@ def _finished(captions: pa.Table, job: _Job) -> npt.NDArray[np.bool_]:
     return finished
 
 
-def _on_actors(job: _Job, rows: pa.Table, missing: npt.NDArray[np.bool_], cluster: ClusterSection) -> Iterator[int]:
+def _on_actors(
+    job: RephraseJob, rows: pa.Table, missing: npt.NDArray[np.bool_], cluster: ClusterSection
+) -> Iterator[int]:
     """Rephrase on a pool of actors and yield the number of captions of each finished chunk."""
     chunks = fixed_chunks(rows, missing, job.section.batch)
     if not chunks.num_rows:
         return
     reports = chunk_dataset(chunks).map_batches(
-        _Actor,
+        RephraseActor,
         fn_constructor_kwargs={"job": job},
         batch_size=1,
         batch_format="pyarrow",
@@ -330,117 +258,7 @@ def _on_actors(job: _Job, rows: pa.Table, missing: npt.NDArray[np.bool_], cluste
         yield report["done"]
 
 
-class _Actor:
-    """Actor that loads a rephraser once, then rephrases chunks and writes their parts."""
-
-    def __init__(self, job: _Job) -> None:
-        self._job = job
-
-    @cached_property
-    def _rephraser(self) -> Rephraser:
-        return self._job.load()
-
-    def __call__(self, chunk: pa.Table) -> pa.Table:
-        (columns,) = chunk.to_pylist()
-        name, error = part_name(columns["image"]), None
-        # Ray may process a chunk again after a failure.
-        if not self._job.parts.has(name):
-            try:
-                self._job.parts.write(name, self._rephrase(columns))
-            except (
-                ConnectionError,
-                ValueError,
-            ) as fault:  # users can fix these errors, but Ray Data would lose their messages
-                error = pickle.dumps(fault)
-        return pa.table({"done": [len(columns["image"])], "error": pa.array([error], type=pa.binary())})
-
-    def _rephrase(self, columns: Mapping[str, Any]) -> pa.Table:
-        section = self._job.section
-        rephrases = rephrase_all(
-            self._rephraser,
-            columns["caption"],
-            columns["modality"],
-            seed=seed_of(self._job.seed, columns["start"]),
-            retries=section.retries,
-            max_words=section.max_words,
-        )
-        rows = [
-            _row(image, caption, one)
-            for image, caption, one in zip(columns["image"], columns["caption"], rephrases, strict=True)
-        ]
-        return _part(rows, self._job)
-
-
-def _through_vllm(job: _Job, rows: pa.Table) -> Iterator[int]:
-    """Rephrase with the vLLM engine of `ray.data.llm` and yield numbers of finished captions."""
-    for attempt in range(1 + job.section.retries):
-        if not rows.num_rows:
-            return
-        rows = yield from _one_pass(job, rows, _vllm_processor(job, attempt), last=attempt == job.section.retries)
-
-
-def _one_pass(
-    job: _Job, rows: pa.Table, processor: Callable[[ray.data.Dataset], ray.data.Dataset], *, last: bool
-) -> Generator[int, None, pa.Table]:
-    """Write the valid rephrases of a pass, on the last pass also the unchanged captions; return the rows to retry."""
-    batch = job.section.batch
-    blocks = [rows.slice(start, batch) for start in range(0, rows.num_rows, batch)]
-    again = []
-    answers: Iterator[pa.Table] = processor(ray.data.from_arrow(blocks)).iter_batches(  # type: ignore[assignment]
-        batch_size=batch, batch_format="pyarrow"
-    )
-    for answered in answers:
-        kept = pa.array([False] * answered.num_rows) if last else pc.is_valid(answered["refused"])
-        settled = answered.filter(pc.invert(kept)).to_pylist()
-        again += answered["image"].filter(kept).to_pylist()
-        if settled:
-            job.parts.write(part_name(row["image"] for row in settled), _part(settled, job))
-            yield len(settled)
-    return rows.filter(pc.is_in(rows["image"], pa.array(again, type=pa.string())))
-
-
-def _vllm_processor(job: _Job, attempt: int) -> Callable[[ray.data.Dataset], ray.data.Dataset]:
-    """Return the pipeline from rows to judged rephrases: prompt, vLLM, checks."""
-    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
-    from transformers import AutoTokenizer
-
-    section = job.section
-    chat = AutoTokenizer.from_pretrained(section.model).chat_template is not None
-    return build_processor(
-        vLLMEngineProcessorConfig(
-            model_source=section.model,
-            batch_size=section.batch,
-            concurrency=section.workers,
-            chat_template_stage=chat,
-        ),
-        preprocess=partial(_to_vllm, section=section, chat=chat, seed=seed_of(job.seed, attempt)),
-        postprocess=partial(_from_vllm, section=section, tries=attempt + 1),
-    )
-
-
-def _to_vllm(row: Mapping[str, Any], *, section: RephraseSection, chat: bool, seed: int) -> dict[str, Any]:
-    own_seed = seed_of(seed, zlib.crc32(row["image"].encode()))
-    sampling = {"temperature": section.temperature, "max_tokens": section.max_new_tokens, "seed": own_seed}
-    ask = {"messages": messages} if chat else {"prompt": completion_prompt}
-    asked = {name: write(row["caption"], row["modality"], max_words=section.max_words) for name, write in ask.items()}
-    return {**row, **asked, "sampling_params": sampling}
-
-
-def _from_vllm(row: Mapping[str, Any], *, section: RephraseSection, tries: int) -> dict[str, Any]:
-    one = judge(row["caption"], row["generated_text"], row["modality"], max_words=section.max_words, tries=tries)
-    return _row(row["image"], row["caption"], one)
-
-
-def _row(image: str, caption: str, one: Rephrase) -> dict[str, Any]:
-    return {"image": image, "caption": caption, "rephrased": one.text, "refused": one.refused, "tries": one.tries}
-
-
-def _part(rows: Sequence[Mapping[str, Any]], job: _Job) -> pa.Table:
-    common = {"rephraser": job.rephraser, "time": datetime.datetime.now(datetime.UTC)}
-    return pa.Table.from_pylist([{**row, **common} for row in rows], schema=PART_SCHEMA)
-
-
-def _publish(captions: pa.Table, job: _Job, before: npt.NDArray[np.bool_], seconds: float) -> Summary:
+def _publish(captions: pa.Table, job: RephraseJob, before: npt.NDArray[np.bool_], seconds: float) -> Summary:
     """Write the caption table and return the summary."""
     parts = job.parts.read()
     parts = parts if parts.num_columns else PART_SCHEMA.empty_table()

@@ -15,17 +15,16 @@ import torch
 from PIL import Image
 
 from cluster.cli.app import main
-from cluster.tables.captioning import (
+from cluster.tables.caption_worker import (
     _PICTURE,
     PART_SCHEMA,
     QUARANTINE_SCHEMA,
     CaptionActor,
     CaptionJob,
-    Summary,
-    caption_images,
     decode_chunk,
-    list_images,
 )
+from cluster.tables.captioning import Summary, caption_images
+from cluster.tables.images import list_images
 from cluster.tables.parts import Parts, alone
 from tvilfm.captioning.captioner import Captioner
 from tvilfm.captioning.colors import find_colors, remove_colors
@@ -333,14 +332,14 @@ def test_no_file_stops_a_decoding_task(lab: SimpleNamespace, tmp_path: Path, mon
         return picture["fault"]
 
     assert fault(lab.names[0]) is None
-    monkeypatch.setattr("cluster.tables.captioning.MAX_BYTES", 10)
+    monkeypatch.setattr("cluster.tables.caption_worker.MAX_BYTES", 10)
     assert fault(lab.names[0]).startswith("expected at most 0 MiB, got")
     monkeypatch.undo()
 
     def fails(*arguments: object, **keys: object) -> None:
         raise KeyError("a decoder's own fault")
 
-    monkeypatch.setattr("cluster.tables.captioning.decode", fails)
+    monkeypatch.setattr("cluster.tables.caption_worker.decode", fails)
     assert "a decoder's own fault" in fault(lab.names[0])
 
 

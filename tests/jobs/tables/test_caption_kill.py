@@ -61,7 +61,8 @@ if __name__ == "__main__":
     import ray
     from ray.cluster_utils import Cluster
 
-    from cluster.tables.captioning import caption_images, list_images
+    from cluster.tables.captioning import caption_images
+    from cluster.tables.images import list_images
     from tvilfm.config import CaptionSection, ClusterSection
 
     hook = {"worker_process_setup_hook": replace_captioner}

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 from pyarrow import fs
 
-from cluster.tables.captioning import caption_images, list_images
+from cluster.tables.captioning import caption_images
+from cluster.tables.images import list_images
 from cluster.tables.parts import Parts, alone, part_name
 from tvilfm.captioning.captioner import Captioner
 from tvilfm.captioning.conv_captioner import build_conv_captioner

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.tables.captioning import list_images as images_to_caption
+from cluster.tables.images import list_images as images_to_caption
 from cluster.tables.images import reference
 from tvilfm.data.image_files import images_in, list_files, list_images, patterns, require_text_names
 from tvilfm.place import Place
