@@ -18,6 +18,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+import types
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +39,8 @@ NODES = (1, 2, 3, 4)
 WORKERS = (1, 2)
 BATCH, LATENCY_S, BATCHES_A_WORKER = 32, 0.5, 40
 REAL_BATCHES_A_WORKER = 8
-CROPS = 256  # different pictures; names repeat them
+DIM = 2048  # of ResNet-50, whose vectors are the larger transfer
+CROPS = 256  # different images; names repeat them
 GOAL = 0.9
 JOBS = ("captioning", "extraction")
 
@@ -161,14 +164,9 @@ def _extract(folder: Path, cluster: ClusterSection, batches: int) -> None:
 
 
 def _hook(logs: str, simulated: bool) -> Callable[[], None]:
-    """Before a worker works: its models note their calls, and simulated ones only wait."""
-    batch, latency, height, width = BATCH, LATENCY_S, CROP_HEIGHT, CROP_WIDTH
-    dim = 2048  # of ResNet-50, whose vectors are the larger transfer
+    """Return what a worker process calls first: its models note their calls, and simulated ones only wait."""
 
     def noted(work: Callable[..., Any]) -> Callable[..., Any]:
-        import os
-        import time
-
         def call(self: Any, items: Any, *arguments: Any, **more: Any) -> Any:
             begun = time.time()
             answer = work(self, items, *arguments, **more)
@@ -179,62 +177,59 @@ def _hook(logs: str, simulated: bool) -> Callable[[], None]:
 
         return call
 
-    def simulate() -> None:
-        import sys
-        import time
-        import types
+    return (lambda: _simulate(noted)) if simulated else (lambda: _observe(noted))
 
-        class Captioner:
-            input_size = (height, width)
-            provenance = {"model": "waits", "revision": "0", "prompt_hash": "0", "settings": "{}"}  # noqa: RUF012
 
-            @classmethod
-            def load(cls, section: Any, *, device: str, dtype: str) -> Captioner:
-                return cls()
+def _simulate(noted: Callable[..., Any]) -> None:
+    """Replace the networks by ones that wait as long as a GPU would compute; torch is not imported."""
 
-            @noted
-            def caption(self, images: Any, *, seed: Any) -> list[str]:
-                time.sleep(latency * len(images) / batch)
-                return ["a person in a coat"] * len(images)
+    class Captioner:
+        input_size = (CROP_HEIGHT, CROP_WIDTH)
+        provenance = {"model": "waits", "revision": "0", "prompt_hash": "0", "settings": "{}"}  # noqa: RUF012
 
-        module = types.ModuleType("tvilfm.captioning.captioner")
-        module.Captioner = Captioner  # type: ignore[attr-defined]
-        sys.modules[module.__name__] = module
-
-        class Network:
-            @classmethod
-            def from_pretrained(cls, folder: Any) -> Network:
-                return cls()
-
-            def to(self, device: str) -> Network:
-                return self
-
-            def eval(self) -> Network:
-                return self
+        @classmethod
+        def load(cls, section: Any, *, device: str, dtype: str) -> Captioner:
+            return cls()
 
         @noted
-        def encode(network: Any, pixels: Any, modality: str) -> Any:
-            time.sleep(latency * len(pixels) / batch)
-            return np.zeros((len(pixels), dim), dtype=np.float32)
+        def caption(self, images: Any, *, seed: Any) -> list[str]:
+            time.sleep(LATENCY_S * len(images) / BATCH)
+            return ["a person in a coat"] * len(images)
 
-        models, extract = types.ModuleType("tvilfm.models"), types.ModuleType("tvilfm.models.encode")
-        models.TVILFM = Network  # type: ignore[attr-defined]
-        extract.encode_pixels = encode  # type: ignore[attr-defined]
-        extract.encode_texts = None  # type: ignore[attr-defined]
-        sys.modules[models.__name__], sys.modules[extract.__name__] = models, extract
+    class Network:
+        @classmethod
+        def from_pretrained(cls, folder: Any) -> Network:
+            return cls()
 
-    def watch() -> None:
-        import torch
+        def to(self, device: str) -> Network:
+            return self
 
-        import tvilfm.captioning.captioner
-        import tvilfm.models.encode
+        def eval(self) -> Network:
+            return self
 
-        torch.set_num_threads(1)
-        captioner = tvilfm.captioning.captioner.Captioner
-        captioner.caption = noted(captioner.caption)  # type: ignore[method-assign]
-        tvilfm.models.encode.encode_pixels = noted(tvilfm.models.encode.encode_pixels)
+    @noted
+    def encode(network: Any, pixels: Any, modality: str) -> Any:
+        time.sleep(LATENCY_S * len(pixels) / BATCH)
+        return np.zeros((len(pixels), DIM), dtype=np.float32)
 
-    return simulate if simulated else watch
+    parts: dict[str, dict[str, Any]] = {
+        "tvilfm.captioning.captioner": {"Captioner": Captioner},
+        "tvilfm.models": {"TVILFM": Network},
+        "tvilfm.models.encode": {"encode_pixels": encode, "encode_texts": None},
+    }
+    for name, contents in parts.items():
+        sys.modules[name] = types.ModuleType(name)
+        vars(sys.modules[name]).update(contents)
+
+
+def _observe(noted: Callable[..., Any]) -> None:
+    import tvilfm.captioning.captioner
+    import tvilfm.models.encode
+
+    torch.set_num_threads(1)
+    captioner = tvilfm.captioning.captioner.Captioner
+    captioner.caption = noted(captioner.caption)  # type: ignore[method-assign]
+    tvilfm.models.encode.encode_pixels = noted(tvilfm.models.encode.encode_pixels)
 
 
 def _rate(calls: list[dict[str, float]], workers: int) -> float:

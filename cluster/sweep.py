@@ -109,11 +109,7 @@ def sweep_space(
         size=size,
     )
     make_synthetic(base, Console(stderr=True))
-    # Tune's loggers would write every metric a second time, into Tune's folder.
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # its own ends a sweep at Ctrl-C as if it were finished
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are printed by name and are in the table
+    _quiet_tune()
     with session(base.cluster):
         require_room(base.cluster)
         try:
@@ -122,6 +118,14 @@ def sweep_space(
             raise KeyboardInterrupt("stopped: ended trials are kept; continue with --resume") from None
     _check_ended(sweep, _write_records(sweep))
     return folder
+
+
+def _quiet_tune() -> None:
+    # Tune's loggers would write every metric a second time, into Tune's folder.
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # its own ends a sweep at Ctrl-C as if it were finished
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are printed by name and are in the table
 
 
 def report_sweep(folder: Path) -> SweepData:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -188,29 +188,21 @@ def caption_images(
             parts.compact()
         captioned = _among(rows, captions.keys())
         missing = ~captioned if retry_bad else ~(captioned | _among(rows, quarantine.keys()))
-        jobs, work = [], []
-        for modality in MODALITIES:
-            of_modality = pc.equal(rows["modality"], modality).to_numpy()
-            chunks = fixed_chunks(rows.select(["image"]).filter(of_modality), missing[of_modality], section.batch)
-            if chunks.num_rows:
-                work.append(chunks)
-                jobs.append(
-                    CaptionJob(
-                        images=Place(root),
-                        captions=captions,
-                        quarantine=quarantine,
-                        modality=modality,
-                        captioner=with_absolute_model(getattr(section, modality)),
-                        device="cuda" if cluster.gpus_per_worker else "cpu",
-                        dtype=section.dtype,
-                        filter_colors=section.filter_colors,
-                        seed=seed,
-                        depth_range=depth_range,
-                        depot=depot,
-                    )
-                )
+        job = partial(
+            CaptionJob,
+            images=Place(root),
+            captions=captions,
+            quarantine=quarantine,
+            device="cuda" if cluster.gpus_per_worker else "cpu",
+            dtype=section.dtype,
+            filter_colors=section.filter_colors,
+            seed=seed,
+            depth_range=depth_range,
+            depot=depot,
+        )
+        work = _work(rows, missing, section, job)
         done, unread = int(len(rows) - missing.sum()), Counter[str]()
-        for report in _reports(jobs, work, out, section, cluster):
+        for report in _reports(work, out, section, cluster):
             done += report["done"]
             unread.update(report["unread"])
             if progress:
@@ -220,13 +212,28 @@ def caption_images(
         return _publish(rows, out, captions, quarantine, captioned, unread, time.monotonic() - started)
 
 
+def _work(
+    rows: pa.Table, missing: npt.NDArray[np.bool_], section: CaptionSection, job: Callable[..., CaptionJob]
+) -> list[tuple[CaptionJob, pa.Table]]:
+    """Return the job of each modality that has missing images, and their chunks."""
+    work = []
+    for modality in MODALITIES:
+        of_modality = pc.equal(rows["modality"], modality).to_numpy()
+        chunks = fixed_chunks(rows.select(["image"]).filter(of_modality), missing[of_modality], section.batch)
+        if chunks.num_rows:
+            captioner = with_absolute_model(getattr(section, modality))
+            work.append((job(modality=modality, captioner=captioner), chunks))
+    return work
+
+
 def _reports(
-    jobs: Sequence[CaptionJob], work: Sequence[pa.Table], out: str, section: CaptionSection, cluster: ClusterSection
+    work: Sequence[tuple[CaptionJob, pa.Table]], out: str, section: CaptionSection, cluster: ClusterSection
 ) -> Iterator[dict[str, Any]]:
     """Caption the chunks of each job, and yield the actors' report of each chunk."""
-    if jobs:
+    if work:
         resources = {"num_cpus": ACTOR_CPUS, "num_gpus": cluster.gpus_per_worker or None}
-        for job, chunks, size in zip(jobs, work, _introduce(jobs, out, resources), strict=True):
+        sizes = _introduce([job for job, _ in work], out, resources)
+        for (job, chunks), size in zip(work, sizes, strict=True):
             yield from _captioned(job, chunks, size, section, resources)
 
 

@@ -5,6 +5,7 @@ Shapes: Q queries.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -66,41 +67,34 @@ def draw_query_texts(
     Source: METHOD 6. Differs: with `evaluate.witness_draw: seeded`, `seed` decides the draw.
     """
     rows: list[dict[str, str]] = []
-    for split in splits:
-        for name in section.protocols:
-            protocol = get_protocol(name)
-            if protocol.query_modality != "infrared":
-                continue  # a visible query has colour, so it needs no text
-            query = select_query(manifest, protocol, split=split)
-            images = query["image"].to_pylist()
-            own, _ = texts_of(captions, images)
-            for source in section.text_sources:
-                texts: Sequence[str | None] = own
-                if source == "human":
-                    texts = [(human or {}).get(pid) for pid in query["pid"].to_pylist()]
-                elif source != "own":
-                    texts = witness_captions(
-                        manifest,
-                        captions,
-                        query,
-                        protocol,
-                        seed=seed,
-                        held_out=source == "witness-heldout",
-                        split=split,
-                        draw=section.witness_draw,
-                    )
-                rows += [
-                    {
-                        "protocol": name,
-                        "text_source": source,
-                        "split": split,
-                        "image": image,
-                        "text": text,
-                        "filter_text": filter_text,
-                    }
-                    for image, text, filter_text in zip(images, texts, own, strict=True)
-                    if text is not None
-                ]
+    for split, name in itertools.product(splits, section.protocols):
+        protocol = get_protocol(name)
+        if protocol.query_modality != "infrared":
+            continue  # a visible query has colour, so it needs no text
+        query = select_query(manifest, protocol, split=split)
+        images = query["image"].to_pylist()
+        own, _ = texts_of(captions, images)
+        for source in section.text_sources:
+            texts: Sequence[str | None] = own
+            if source == "human":
+                texts = [(human or {}).get(pid) for pid in query["pid"].to_pylist()]
+            elif source != "own":
+                texts = witness_captions(
+                    manifest,
+                    captions,
+                    query,
+                    protocol,
+                    seed=seed,
+                    held_out=source == "witness-heldout",
+                    split=split,
+                    draw=section.witness_draw,
+                )
+            common = {"protocol": name, "text_source": source, "split": split}
+            rows += [
+                {**common, "image": image, "text": text, "filter_text": filter_text}
+                for image, text, filter_text in zip(images, texts, own, strict=True)
+                if text is not None
+            ]
     return pa.Table.from_pylist(rows, schema=QUERY_TEXTS_SCHEMA)
 
 

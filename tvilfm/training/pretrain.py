@@ -83,16 +83,23 @@ def pretrain(
             labels[recipe] = torch.from_numpy(labels_NA[chosen]).to(device)
         maps = backbone(images["visible"], images["infrared"])
         features = dict(zip(parts, maps.mean(dim=(2, 3)).chunk(2), strict=True))
-        losses = [
-            F.cross_entropy(head(features[recipe]), labels[recipe][:, number])
-            for number, (name, head) in enumerate(zip(ATTRIBUTES, heads, strict=True))
-            for recipe in parts
-            if recipe == "visible" or name not in COLOUR_ATTRIBUTES
-        ]
-        loss = readings.add({"loss": torch.stack(losses).mean()})
+        loss = readings.add({"loss": _attribute_loss(heads, features, labels)})
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
     readings.read()
     backbone.eval()
+
+
+def _attribute_loss(
+    heads: nn.ModuleList, features: Mapping[Recipe, torch.Tensor], labels: Mapping[Recipe, torch.Tensor]
+) -> torch.Tensor:
+    """Return the mean cross entropy of all attributes that a modality shows."""
+    losses = [
+        F.cross_entropy(head(features[recipe]), labels[recipe][:, number])
+        for number, (name, head) in enumerate(zip(ATTRIBUTES, heads, strict=True))
+        for recipe in features
+        if recipe == "visible" or name not in COLOUR_ATTRIBUTES
+    ]
+    return torch.stack(losses).mean()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,8 @@ IMAGE_HEIGHT, IMAGE_WIDTH = 96, 48
 SUPERSAMPLING = 3
 VISIBLE_CAMERAS = (1, 2, 4, 5)
 INFRARED_CAMERAS = (3, 6)
+
+Colour = tuple[int, int, int]  # red, green, blue
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +48,13 @@ def render(person: Person, camid: int, index: int, *, seed: int) -> Rendering:
     canvas = _background(camera, rng, width, height, infrared)
     draw = ImageDraw.Draw(canvas)
 
-    def paint(part: str) -> tuple[int, int, int]:
+    def paint(part: str) -> Colour:
         if infrared:
             value = int(255 * (0.9 if part == "skin" else person.reflectance[part]))
             return value, value, value
         return (214, 170, 140) if part == "skin" else RGB[person.attributes[f"{part}_colour"]]
 
-    _draw_person(draw, person.attributes, paint, rng, width, height, scale)
+    _Figure(draw, person.attributes, paint, rng, width, height).draw()
     hidden: frozenset[str] = frozenset()
     if rng.random() < 0.12:
         hidden = _occlude(draw, rng, width, height, infrared)
@@ -81,7 +84,7 @@ def _background(
     hue, saturation = camera.random(), 0.0 if infrared else camera.uniform(0.05, 0.25)
     value = camera.uniform(0.25, 0.4) if infrared else camera.uniform(0.45, 0.75)
 
-    def shade(factor: float) -> tuple[int, int, int]:
+    def shade(factor: float) -> Colour:
         red, green, blue = colorsys.hsv_to_rgb(hue, saturation, min(1.0, value * factor))
         return int(red * 255), int(green * 255), int(blue * 255)
 
@@ -110,142 +113,181 @@ def _occlude(
     return frozenset()
 
 
-def _draw_person(draw, attributes, paint, rng, width, height, scale) -> None:  # type: ignore[no-untyped-def]
-    """Draw back to front: rear bag, legs, shoes, arms, torso and its pattern, head, hair, hat, hand bag."""
-    woman = attributes["sex"] == "woman"
-    size = rng.uniform(0.92, 1.04)
-    centre = width * (0.5 + rng.uniform(-0.06, 0.06))
-    head_y = height * (0.115 + rng.uniform(-0.015, 0.02))
-    unit = height * 0.01 * size
+class _Figure:
+    """A person in a pose, drawn from back to front. Lengths are in pixels of the canvas.
 
-    shoulder = (8.2 if woman else 10.2) * unit
-    hip = (7.6 if woman else 6.8) * unit
-    neck_y = head_y + 7.5 * unit
-    waist_y = neck_y + 28 * unit
-    foot_y = min(height * 0.985, waist_y + 43 * unit)
-    stride = rng.uniform(0.6, 3.6) * unit
-    swing = rng.uniform(-2.5, 2.5) * unit
+    Args:
+        canvas: where to draw.
+        attributes: of the person.
+        paint: the colour of a part.
+        rng: draws the pose.
+        width, height: of the canvas.
+    """
 
-    if attributes["bag"] == "backpack":
-        draw.rounded_rectangle(
-            (
-                centre - shoulder - 3.2 * unit,
-                neck_y + 2 * unit,
-                centre + shoulder + 3.2 * unit,
-                neck_y + 19 * unit,
-            ),
-            radius=4 * unit,
-            fill=paint("bag"),
-        )
+    def __init__(
+        self,
+        canvas: ImageDraw.ImageDraw,
+        attributes: Mapping[str, str],
+        paint: Callable[[str], Colour],
+        rng: np.random.Generator,
+        width: int,
+        height: int,
+    ) -> None:
+        self._canvas, self._attributes, self._paint = canvas, attributes, paint
+        woman = attributes["sex"] == "woman"
+        size = rng.uniform(0.92, 1.04)
+        self._centre = width * (0.5 + rng.uniform(-0.06, 0.06))
+        self._head_y = height * (0.115 + rng.uniform(-0.015, 0.02))
+        self._unit = height * 0.01 * size  # about one hundredth of the person's height
+        self._shoulder = (8.2 if woman else 10.2) * self._unit
+        self._hip = (7.6 if woman else 6.8) * self._unit
+        self._neck_y = self._head_y + 7.5 * self._unit
+        self._waist_y = self._neck_y + 28 * self._unit
+        self._foot_y = min(height * 0.985, self._waist_y + 43 * self._unit)
+        self._stride = rng.uniform(0.6, 3.6) * self._unit
+        self._swing = rng.uniform(-2.5, 2.5) * self._unit
 
-    leg_width = 2.9 * unit
-    bare_from = {"trousers": 1.0, "shorts": 0.42, "skirt": 0.55}[attributes["bottom"]]
-    for side in (-1, 1):
-        top_x, foot_x = centre + side * hip * 0.5, centre + side * (hip * 0.5 + stride)
-        draw.line((top_x, waist_y, foot_x, foot_y), fill=paint("skin"), width=int(leg_width * 1.6))
-        if attributes["bottom"] != "skirt":
-            knee = (top_x + (foot_x - top_x) * bare_from, waist_y + (foot_y - waist_y) * bare_from)
-            draw.line((top_x, waist_y - unit, *knee), fill=paint("bottom"), width=int(leg_width * 2.3))
-        draw.ellipse(
-            (foot_x - 3.6 * unit, foot_y - 3.4 * unit, foot_x + 3.6 * unit, foot_y + 1.2 * unit),
-            fill=paint("shoe"),
-        )
-    if attributes["bottom"] == "skirt":
-        hem = waist_y + (foot_y - waist_y) * bare_from
-        draw.polygon(
-            [
-                (centre - hip, waist_y - unit),
-                (centre + hip, waist_y - unit),
-                (centre + hip * 1.75, hem),
-                (centre - hip * 1.75, hem),
-            ],
-            fill=paint("bottom"),
-        )
+    def draw(self) -> None:
+        """Draw all parts."""
+        if self._attributes["bag"] == "backpack":
+            self._backpack()
+        self._legs()
+        if self._attributes["bottom"] == "skirt":
+            self._skirt()
+        self._arms()
+        self._torso()
+        if self._attributes["bag"] == "backpack":
+            self._straps()
+        self._head()
+        if self._attributes["hat"] == "cap":
+            self._cap()
+        if self._attributes["bag"] == "handbag":
+            self._handbag()
 
-    top_end = {"t-shirt": 0.0, "shirt": 1.0, "jacket": 2.0, "coat": 19.0}[attributes["top"]] * unit + waist_y
-    for side in (-1, 1):
-        start = (centre + side * shoulder * 0.92, neck_y + 3 * unit)
-        end = (centre + side * (shoulder * 1.25) + swing, waist_y + 4 * unit)
-        draw.line((*start, *end), fill=paint("skin"), width=int(3.2 * unit))
-        reach = 0.42 if attributes["top"] == "t-shirt" else 0.93
-        sleeve = (start[0] + (end[0] - start[0]) * reach, start[1] + (end[1] - start[1]) * reach)
-        draw.line((*start, *sleeve), fill=_darker(paint("top"), 0.9), width=int(4.6 * unit))
-    flare = 1.45 if attributes["top"] == "coat" else 1.0
-    torso = [
-        (centre - shoulder, neck_y + 1.2 * unit),
-        (centre - 3 * unit, neck_y - 0.8 * unit),
-        (centre + 3 * unit, neck_y - 0.8 * unit),
-        (centre + shoulder, neck_y + 1.2 * unit),
-        (centre + hip * flare, top_end),
-        (centre - hip * flare, top_end),
-    ]
-    draw.polygon(torso, fill=paint("top"))
-    stripe = _contrast(paint("top"))
-    body = (neck_y + 2.5 * unit, top_end - unit)
-    if attributes["pattern"] in ("striped", "checked"):
-        for y in np.arange(body[0], body[1], 4.6 * unit):
-            half = hip + (shoulder - hip) * max(0.0, (waist_y - y) / (waist_y - neck_y))
-            draw.line((centre - half * 0.97, y, centre + half * 0.97, y), fill=stripe, width=max(1, int(1.5 * unit)))
-    if attributes["pattern"] == "checked":
-        for x in np.arange(-hip * 0.9, hip * 0.95, 3.8 * unit):
-            draw.line((centre + x, body[0], centre + x, body[1]), fill=stripe, width=max(1, int(1.2 * unit)))
-    if attributes["top"] in ("jacket", "coat"):
-        draw.line((centre, neck_y, centre, top_end), fill=_darker(paint("top"), 0.45), width=int(1.5 * unit))
-        draw.polygon(
-            [
-                (centre - 3 * unit, neck_y - unit),
-                (centre + 3 * unit, neck_y - unit),
-                (centre, neck_y + 8 * unit),
-            ],
-            fill=_contrast(paint("top")),
-        )
-    if attributes["bag"] == "backpack":
+    def _backpack(self) -> None:
+        half, unit = self._shoulder + 3.2 * self._unit, self._unit
+        box = (self._centre - half, self._neck_y + 2 * unit, self._centre + half, self._neck_y + 19 * unit)
+        self._canvas.rounded_rectangle(box, radius=4 * unit, fill=self._paint("bag"))
+
+    def _straps(self) -> None:
+        unit = self._unit
         for side in (-1, 1):
-            x = centre + side * shoulder * 0.62
-            draw.line((x, neck_y + 0.5 * unit, x, neck_y + 15 * unit), fill=paint("bag"), width=int(1.8 * unit))
+            x = self._centre + side * self._shoulder * 0.62
+            line = (x, self._neck_y + 0.5 * unit, x, self._neck_y + 15 * unit)
+            self._canvas.line(line, fill=self._paint("bag"), width=int(1.8 * unit))
 
-    radius = 5.6 * unit
-    hair = paint("hair")
-    if attributes["hair"] == "long":
+    def _handbag(self) -> None:
+        unit, fill = self._unit, self._paint("bag")
+        x, y = self._centre + self._shoulder * 1.3 + self._swing, self._waist_y + 4 * unit
+        handle = (x - 3 * unit, y - 5 * unit, x + 3 * unit, y + 5 * unit)
+        self._canvas.arc(handle, 180, 360, fill=fill, width=SUPERSAMPLING)
+        self._canvas.rounded_rectangle((x - 4.6 * unit, y, x + 4.6 * unit, y + 9 * unit), radius=unit, fill=fill)
+
+    @property
+    def _bare_from(self) -> float:
+        """The share of a leg that the clothes cover."""
+        return {"trousers": 1.0, "shorts": 0.42, "skirt": 0.55}[self._attributes["bottom"]]
+
+    def _legs(self) -> None:
+        unit, waist_y, foot_y = self._unit, self._waist_y, self._foot_y
+        leg_width = 2.9 * unit
         for side in (-1, 1):
-            near, far = sorted((centre + side * radius * 0.72, centre + side * radius * 1.5))
-            draw.rounded_rectangle((near, head_y - radius, far, neck_y + 9 * unit), radius=2 * unit, fill=hair)
-    if attributes["hair"] == "ponytail":
-        draw.ellipse(
-            (centre + radius * 0.7, head_y - radius * 0.6, centre + radius * 2.1, head_y + radius * 2.4),
-            fill=hair,
-        )
-    draw.rectangle((centre - 2 * unit, head_y, centre + 2 * unit, neck_y + unit), fill=paint("skin"))
-    draw.ellipse((centre - radius, head_y - radius * 1.2, centre + radius, head_y + radius * 1.2), fill=paint("skin"))
-    draw.pieslice(
-        (centre - radius * 1.12, head_y - radius * 1.35, centre + radius * 1.12, head_y + radius * 0.9),
-        180,
-        360,
-        fill=hair,
-    )
-    if attributes["hat"] == "cap":
-        cap = _darker(paint("top"), 0.6)
-        draw.pieslice(
-            (centre - radius * 1.25, head_y - radius * 1.75, centre + radius * 1.25, head_y + radius * 0.7),
-            180,
-            360,
-            fill=cap,
-        )
-        draw.rectangle(
-            (centre - radius * 1.25, head_y - radius * 0.62, centre + radius * 1.9, head_y - radius * 0.3),
-            fill=cap,
-        )
-    if attributes["bag"] == "handbag":
-        x, y = centre + shoulder * 1.3 + swing, waist_y + 4 * unit
-        draw.arc((x - 3 * unit, y - 5 * unit, x + 3 * unit, y + 5 * unit), 180, 360, fill=paint("bag"), width=scale)
-        draw.rounded_rectangle((x - 4.6 * unit, y, x + 4.6 * unit, y + 9 * unit), radius=unit, fill=paint("bag"))
+            top_x = self._centre + side * self._hip * 0.5
+            foot_x = self._centre + side * (self._hip * 0.5 + self._stride)
+            skin = (top_x, waist_y, foot_x, foot_y)
+            self._canvas.line(skin, fill=self._paint("skin"), width=int(leg_width * 1.6))
+            if self._attributes["bottom"] != "skirt":
+                knee = (top_x + (foot_x - top_x) * self._bare_from, waist_y + (foot_y - waist_y) * self._bare_from)
+                trousers = (top_x, waist_y - unit, *knee)
+                self._canvas.line(trousers, fill=self._paint("bottom"), width=int(leg_width * 2.3))
+            shoe = (foot_x - 3.6 * unit, foot_y - 3.4 * unit, foot_x + 3.6 * unit, foot_y + 1.2 * unit)
+            self._canvas.ellipse(shoe, fill=self._paint("shoe"))
+
+    def _skirt(self) -> None:
+        centre, hip, top_y = self._centre, self._hip, self._waist_y - self._unit
+        hem_y = self._waist_y + (self._foot_y - self._waist_y) * self._bare_from
+        corners = [(centre - hip, top_y), (centre + hip, top_y), (centre + hip * 1.75, hem_y)]
+        self._canvas.polygon([*corners, (centre - hip * 1.75, hem_y)], fill=self._paint("bottom"))
+
+    def _arms(self) -> None:
+        unit = self._unit
+        reach = 0.42 if self._attributes["top"] == "t-shirt" else 0.93
+        for side in (-1, 1):
+            start = (self._centre + side * self._shoulder * 0.92, self._neck_y + 3 * unit)
+            end = (self._centre + side * (self._shoulder * 1.25) + self._swing, self._waist_y + 4 * unit)
+            self._canvas.line((*start, *end), fill=self._paint("skin"), width=int(3.2 * unit))
+            sleeve = (start[0] + (end[0] - start[0]) * reach, start[1] + (end[1] - start[1]) * reach)
+            self._canvas.line((*start, *sleeve), fill=_darker(self._paint("top"), 0.9), width=int(4.6 * unit))
+
+    def _torso(self) -> None:
+        unit, centre, neck_y, top = self._unit, self._centre, self._neck_y, self._attributes["top"]
+        end_y = {"t-shirt": 0.0, "shirt": 1.0, "jacket": 2.0, "coat": 19.0}[top] * unit + self._waist_y
+        flare = 1.45 if top == "coat" else 1.0
+        corners = [
+            (centre - self._shoulder, neck_y + 1.2 * unit),
+            (centre - 3 * unit, neck_y - 0.8 * unit),
+            (centre + 3 * unit, neck_y - 0.8 * unit),
+            (centre + self._shoulder, neck_y + 1.2 * unit),
+            (centre + self._hip * flare, end_y),
+            (centre - self._hip * flare, end_y),
+        ]
+        self._canvas.polygon(corners, fill=self._paint("top"))
+        self._pattern(neck_y + 2.5 * unit, end_y - unit)
+        if top in ("jacket", "coat"):
+            zip_line = (centre, neck_y, centre, end_y)
+            self._canvas.line(zip_line, fill=_darker(self._paint("top"), 0.45), width=int(1.5 * unit))
+            left, right = centre - 3 * unit, centre + 3 * unit
+            collar = [(left, neck_y - unit), (right, neck_y - unit), (centre, neck_y + 8 * unit)]
+            self._canvas.polygon(collar, fill=_contrast(self._paint("top")))
+
+    def _pattern(self, start_y: float, end_y: float) -> None:
+        """Draw the stripes of the torso between two heights."""
+        unit, centre, hip, stripe = self._unit, self._centre, self._hip, _contrast(self._paint("top"))
+        if self._attributes["pattern"] in ("striped", "checked"):
+            for y in np.arange(start_y, end_y, 4.6 * unit):
+                above = max(0.0, (self._waist_y - y) / (self._waist_y - self._neck_y))
+                half = hip + (self._shoulder - hip) * above
+                line = (centre - half * 0.97, y, centre + half * 0.97, y)
+                self._canvas.line(line, fill=stripe, width=max(1, int(1.5 * unit)))
+        if self._attributes["pattern"] == "checked":
+            for x in np.arange(-hip * 0.9, hip * 0.95, 3.8 * unit):
+                self._canvas.line((centre + x, start_y, centre + x, end_y), fill=stripe, width=max(1, int(1.2 * unit)))
+
+    @property
+    def _radius(self) -> float:
+        """Half the width of the head."""
+        return 5.6 * self._unit
+
+    def _head(self) -> None:
+        unit, centre, head_y, radius = self._unit, self._centre, self._head_y, self._radius
+        skin, hair = self._paint("skin"), self._paint("hair")
+        if self._attributes["hair"] == "long":
+            for side in (-1, 1):
+                near, far = sorted((centre + side * radius * 0.72, centre + side * radius * 1.5))
+                strand = (near, head_y - radius, far, self._neck_y + 9 * unit)
+                self._canvas.rounded_rectangle(strand, radius=2 * unit, fill=hair)
+        if self._attributes["hair"] == "ponytail":
+            tail = (centre + radius * 0.7, head_y - radius * 0.6, centre + radius * 2.1, head_y + radius * 2.4)
+            self._canvas.ellipse(tail, fill=hair)
+        self._canvas.rectangle((centre - 2 * unit, head_y, centre + 2 * unit, self._neck_y + unit), fill=skin)
+        face = (centre - radius, head_y - radius * 1.2, centre + radius, head_y + radius * 1.2)
+        self._canvas.ellipse(face, fill=skin)
+        top = (centre - radius * 1.12, head_y - radius * 1.35, centre + radius * 1.12, head_y + radius * 0.9)
+        self._canvas.pieslice(top, 180, 360, fill=hair)
+
+    def _cap(self) -> None:
+        centre, head_y, radius, fill = self._centre, self._head_y, self._radius, _darker(self._paint("top"), 0.6)
+        crown = (centre - radius * 1.25, head_y - radius * 1.75, centre + radius * 1.25, head_y + radius * 0.7)
+        self._canvas.pieslice(crown, 180, 360, fill=fill)
+        peak = (centre - radius * 1.25, head_y - radius * 0.62, centre + radius * 1.9, head_y - radius * 0.3)
+        self._canvas.rectangle(peak, fill=fill)
 
 
-def _darker(rgb: tuple[int, int, int], factor: float) -> tuple[int, int, int]:
+def _darker(rgb: Colour, factor: float) -> Colour:
     return int(rgb[0] * factor), int(rgb[1] * factor), int(rgb[2] * factor)
 
 
-def _contrast(rgb: tuple[int, int, int]) -> tuple[int, int, int]:
+def _contrast(rgb: Colour) -> Colour:
     """Return a stripe colour with contrast: darker on bright cloth, brighter on dark cloth."""
     if luminance(rgb) > 0.4:
         return _darker(rgb, 0.45)
