@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -27,34 +27,28 @@ from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
 
 from cluster.machines.room import largest_room, require_room
-from cluster.run import evaluator_of, learning_of, make_synthetic, run
+from cluster.run import learning_of, make_synthetic
 from cluster.session import session
-from cluster.stages.results import RESULTS_FILES
 from cluster.trackers import check_trackers
+from cluster.trial import DONE, ERROR_FILE, SPLIT_METRICS, WATCHED, error_path, metrics_of, run_trial
 from tvilfm.config import Config, load_config, to_yaml
 from tvilfm.evaluation.feasibility import require_feasible
-from tvilfm.evaluation.results import Results
-from tvilfm.evaluation.weight_sweep import SweptMetric, sweep_ensemble, weight_grid
 from tvilfm.place import write_whole
 from tvilfm.report.sweep import write_sweep_report
 from tvilfm.sweeps.check import check_same, check_space
 from tvilfm.sweeps.plan import Sweep
 from tvilfm.sweeps.results import SweepData, TrialRecord, read_trials
-from tvilfm.sweeps.space import Parameter, Space, Trial, written
-from tvilfm.terms import PARTS, Record, Split
+from tvilfm.sweeps.space import Parameter, Space, written
+from tvilfm.terms import PARTS, Record
 from tvilfm.versions import version_of
 
 TRIAL_MEMORY = 1_300_000_000  # bytes of a trial's driver process; its stages reserve CPUs themselves
-WATCHED = "watched_epoch"  # finished epochs of the stage that ASHA watches
-DONE = "finished"  # marks the last report of a trial; a trial that ASHA stopped never sends it
 TRIALS_FILE = "trials.jsonl"
 ENDED_FILE = "ended.jsonl"  # one line per ended run, written when it ends
-SPLIT_METRICS: dict[Split, tuple[str, ...]] = {"val": ("val_rank1", "val_mAP"), "test": ("rank1", "mAP", "mINP")}
 ALL_METRICS = [name for names in SPLIT_METRICS.values() for name in names]
 Status = Literal["done", "stopped", "failed"]
 SPACE_FILE = "space.json"
 BASE_FILE = "config.yaml"  # run description that all trials start from
-ERROR_FILE = "error.txt"
 EXPERIMENT = "tune"
 SPACES = Path(str(files("tune_spaces")))
 
@@ -206,7 +200,7 @@ def _tuner(sweep: Sweep, base: Config, *, resume: bool) -> Tuner:
         # Seeds of one setting come first: parallel trials then train different base models and need not wait.
         param_space = {"trial": tune.grid_search(sorted(sweep.runs))}
     trainable = tune.with_resources(
-        tune.with_parameters(_trial, sweep=sweep), PlacementGroupFactory([{"CPU": 0, "memory": TRIAL_MEMORY}])
+        tune.with_parameters(run_trial, sweep=sweep), PlacementGroupFactory([{"CPU": 0, "memory": TRIAL_MEMORY}])
     )
     if resume:
         # A failed trial keeps its id, by which Optuna knows it, and continues from its finished stages.
@@ -258,65 +252,6 @@ def _domain(parameter: Parameter) -> Any:
     return {"uniform": tune.uniform, "loguniform": tune.loguniform}[kind](low, high)
 
 
-def _trial(params: dict[str, Any], *, sweep: Sweep) -> None:
-    """Run one trial, in its own process."""
-    name = params["trial"] if "trial" in params else tune.get_context().get_trial_id()
-    path = _error_path(sweep.folder, name)
-    if path.exists():  # Tune restarts failed trials; do not repeat one that raised an error
-        raise RuntimeError(path.read_text())
-    try:
-        metrics = _run(sweep, sweep.trials_of(params, name)[0])
-    except Exception as error:
-        # Tune reports the error only after the trial has ended.
-        write_whole(path, str(error))
-        raise
-    tune.report({**metrics, DONE: True})
-
-
-def _error_path(folder: Path, name: str) -> Path:
-    return folder / "trials" / name / ERROR_FILE
-
-
-def _run(sweep: Sweep, trial: Trial) -> dict[str, float]:
-    """Run one trial and return its metrics."""
-    space, config = sweep.space, sweep.config(trial)
-    # Epochs are validated with the fusion query. Trials with another query or a test metric report only at their end.
-    live = space.metric.startswith("val_") and trial.query == "fusion"
-
-    def report(record: Record) -> None:
-        if live and space.metric in record:
-            watched = {WATCHED: int(record["epoch"]) + 1} if record["stage"] == space.scheduler.stage else {}
-            tune.report(
-                {space.metric: record[space.metric], "stage": record["stage"], "step": record["step"], **watched}
-            )
-
-    if space.free_steps is not None:
-        run(config, until="features", group=sweep.folder.name)
-        config = _with_best_weights(config, sweep, trial)
-    run(config, until="results", listener=report, group=sweep.folder.name)
-    return _metrics(config.run.path, trial.query)
-
-
-def _with_best_weights(config: Config, sweep: Sweep, trial: Trial) -> Config:
-    """Return the trial's config with the MER weights that are best on the validation identities."""
-    assert sweep.space.free_steps is not None
-    metric: SweptMetric = sweep.space.metric.removeprefix("val_")  # type: ignore[assignment]
-    weights = sweep_ensemble(evaluator_of(config, "val"), weight_grid(sweep.space.free_steps), metric=metric)
-    chosen = {f"evaluate.ensemble.{name}": weight for name, weight in weights.best.items()}
-    return sweep.config(replace(trial, overrides=(*trial.overrides, *written(chosen))))
-
-
-def _metrics(folder: Path, query: str) -> dict[str, float]:
-    """Return a query's metrics in the default table: `val_*` of validation identities, others of test identities."""
-    metrics: dict[str, float] = {}
-    for split, names in SPLIT_METRICS.items():
-        path = folder / RESULTS_FILES[split]
-        if path.exists():
-            (row,) = (row for row in Results.read(path).default_rows if row.query == query)
-            metrics |= {name: row.metric(name.removeprefix("val_")) for name in names}
-    return metrics
-
-
 def _records(sweep: Sweep, *, name: str, params: dict[str, Any], status: Status, reason: str) -> list[TrialRecord]:
     """Return one record for each trial that shares an ended run."""
     trials = sweep.trials_of(params, name)
@@ -339,7 +274,7 @@ def _records(sweep: Sweep, *, name: str, params: dict[str, Any], status: Status,
             query=trial.query,
             status=status,
             reason=reason,
-            metrics=_metrics(folder, trial.query) if status == "done" else {},
+            metrics=metrics_of(folder, trial.query) if status == "done" else {},
             chosen=chosen,
             learning=learning,
         )
@@ -381,7 +316,7 @@ class _Ends(Callback):
 
     def _error(self, trial: Any) -> str:
         """Return the last line of a trial's error; the lines before it are the traceback."""
-        path = _error_path(self._folder, _name(trial))
+        path = error_path(self._folder, _name(trial))
         lines = [line.strip() for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
         return lines[-1] if lines else ""
 

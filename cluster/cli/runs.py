@@ -149,7 +149,8 @@ def find_command(
             )
     from tvilfm.models.opening import open_model
     from tvilfm.retrieval.contact_sheet import write_contact_sheet
-    from tvilfm.retrieval.find import find, table_lines, write_csv, write_json
+    from tvilfm.retrieval.find import find
+    from tvilfm.retrieval.found import table_lines, write_csv, write_json
 
     def progress(done: int, total: int) -> None:
         if sys.stderr.isatty():

@@ -1,4 +1,4 @@
-"""Published caption files: read them into the caption table, and write them.
+"""Published caption files: read them into the caption table; `caption_writing` writes them.
 
 The files of METHOD 5 name an image by its path on the authors' machine. An entry is matched to the image of the
 manifest with the longest common end of the path (`caption_keys.py`).
@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from tvilfm.data.captions import BY_IDENTITY, IDENTITY_MAP, texts_of
+from tvilfm.data.captions import BY_IDENTITY, IDENTITY_MAP
 from tvilfm.data.manifest import CAPTION_SCHEMA, select
 from tvilfm.data.splits import TEST_SPLITS
 from tvilfm.data.text_files import read_text
-from tvilfm.datasets.caption_keys import match, names_of, published_name, without_root
+from tvilfm.datasets.caption_keys import match, names_of, without_root
 from tvilfm.datasets.caption_tables import match_table
 
 SENSORS = {"visible": "RGB", "infrared": "IR"}
@@ -72,7 +72,7 @@ def read_captions(manifest: pa.Table, root: Path, path: Path | None = None) -> p
     if path is None or path.suffix != ".parquet":
         return read_published(root, manifest, text_dir=path)
     table, matched = match_table(path, manifest)
-    _require_all(manifest, matched.found, {path: matched.unknown} if matched.unknown else {})
+    require_all(manifest, matched.found, {path: matched.unknown} if matched.unknown else {})
     rows = [matched.found[image] for image in manifest["image"].to_pylist()]
     return pa.Table.from_pylist(rows, schema=CAPTION_SCHEMA).replace_schema_metadata(
         {key: value for key, value in (table.schema.metadata or {}).items() if key == IDENTITY_MAP}
@@ -109,7 +109,7 @@ def read_published(root: Path, manifest: pa.Table, *, text_dir: Path | None = No
     captions = dict(collected.found)
     for image, text in identity_captions(manifest, captions, collected.identity_texts).items():
         captions[image], captioner[image] = Caption(text, None), BY_IDENTITY
-    _require_all(manifest, captions, collected.unknown)
+    require_all(manifest, captions, collected.unknown)
     table = _table([(image, captions[image], captioner[image]) for image in manifest["image"].to_pylist()])
     if not collected.identity_texts:
         return table
@@ -249,68 +249,6 @@ def collect(text_dir: Path, manifest: pa.Table) -> Collected:
     return Collected(found=captions, unknown=unknown, differing=differing, identity_texts=identity_texts)
 
 
-def write_published(
-    text_dir: Path, captions: pa.Table, manifest: pa.Table, *, key_root: str = "", arrays: bool = False
-) -> None:
-    """Write caption files in the published layout, in the same byte format as the released files.
-
-    The files are `Blip_{RGB,IR}/caption_dict_Blip_*.json`, `caption_llm_dict_Blip_*.json` (images with a rephrase) and
-    `Blip_RGB/id_caption_map_Blip_RGB.json`. Entries are in the order of the caption table.
-
-    Args:
-        text_dir: folder to write to; created if it is missing.
-        captions: caption table of images of the manifest.
-        manifest: manifest with the modality and identity of the images.
-        key_root: prefix of every image path, e.g. `datasets/regdb/`; the released code looks up keys with it.
-        arrays: also write SYSU-MM01's `train_text_*`, `train_llm_text_*` and `train_text_label_*.npy`.
-
-    Raises:
-        ValueError: `arrays` is true and a training image has no caption.
-
-    Source: METHOD 5. Differs: the released map lists an identity's captions in the order of a Python set, which cannot
-        be reproduced; ours lists them in the order of the caption table.
-    """
-    modality_of = dict(zip(manifest["image"].to_pylist(), manifest["modality"].to_pylist(), strict=True))
-    pid_of = dict(zip(manifest["image"].to_pylist(), manifest["pid"].to_pylist(), strict=True))
-    for modality, sensor in SENSORS.items():
-        rows = [row for row in captions.to_pylist() if modality_of[row["image"]] == modality]
-        folder = text_dir / f"Blip_{sensor}"
-        folder.mkdir(parents=True, exist_ok=True)
-        keys = [key_root + published_name(row["image"]) for row in rows]
-        plain = {key: {"description": row["caption"]} for key, row in zip(keys, rows, strict=True)}
-        rephrased = {
-            key: {"description": row["caption"], "aug_description": row["rephrased"]}
-            for key, row in zip(keys, rows, strict=True)
-            if row["rephrased"] is not None
-        }
-        _write_json(folder / f"caption_dict_Blip_{sensor}.json", plain, indent=None)
-        if rephrased:
-            _write_json(folder / f"caption_llm_dict_Blip_{sensor}.json", rephrased, indent=4)
-        if modality == "visible":
-            texts: dict[int, dict[str, None]] = {}
-            for row in rows:
-                texts.setdefault(pid_of[row["image"]], {})[row["caption"]] = None
-            by_identity = {str(pid): list(texts[pid]) for pid in sorted(texts)}
-            _write_json(folder / f"id_caption_map_Blip_{sensor}.json", by_identity, indent=4)
-        if arrays:
-            _write_sysu_arrays(folder, captions, manifest, modality)
-
-
-def _write_sysu_arrays(folder: Path, captions: pa.Table, manifest: pa.Table, modality: str) -> None:
-    rows = select(manifest, split=("train", "val"), modality=modality)
-    rows = rows.sort_by([("pid", "ascending"), ("camid", "ascending"), ("image", "ascending")])
-    written = {row["image"]: row for row in captions.to_pylist()}
-    _require_all(rows, written, {})
-    plain, rephrased = texts_of(captions, rows["image"].to_pylist())
-    # Labels number the training identities of both modalities together.
-    pids = np.unique(select(manifest, split=("train", "val"))["pid"].to_numpy())
-    labels = np.searchsorted(pids, rows["pid"].to_numpy())
-    sensor = SENSORS[modality]
-    np.save(folder / f"train_text_Blip_{sensor}.npy", np.array(plain))
-    np.save(folder / f"train_llm_text_Blip_{sensor}.npy", np.array(rephrased))
-    np.save(folder / f"train_text_label_Blip_{sensor}.npy", labels)
-
-
 def _table(entries: Iterable[tuple[str, Caption, str]]) -> pa.Table:
     rows = [
         {
@@ -325,7 +263,7 @@ def _table(entries: Iterable[tuple[str, Caption, str]]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=CAPTION_SCHEMA)
 
 
-def _require_all(manifest: pa.Table, captions: Mapping[str, object], unknown: Mapping[Path, list[str]]) -> None:
+def require_all(manifest: pa.Table, captions: Mapping[str, object], unknown: Mapping[Path, list[str]]) -> None:
     missing = [image for image in manifest["image"].to_pylist() if image not in captions]
     if not missing:
         return
@@ -396,7 +334,3 @@ def _read_array(path: Path, length: int) -> npt.NDArray[Any]:
             "Restore the dataset and its Text folder together."
         )
     return array
-
-
-def _write_json(path: Path, entries: object, *, indent: int | None) -> None:
-    path.write_text(json.dumps(entries, indent=indent), encoding="utf-8")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tvilfm.data.images import thumbnail
 from tvilfm.data.pixels import decode
-from tvilfm.retrieval.find import Found, printable
+from tvilfm.retrieval.found import Found, printable
 from tvilfm.terms import DepthRange
 
 HEIGHT = 224  # of an image, in pixels

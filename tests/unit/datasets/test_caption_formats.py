@@ -22,8 +22,8 @@ from tvilfm.datasets.caption_files import (
     read_identity_map,
     read_published,
     read_sysu_arrays,
-    write_published,
 )
+from tvilfm.datasets.caption_writing import write_published
 from tvilfm.datasets.sysu_mm01 import read as read_sysu
 from tvilfm.evaluation.protocols import get_protocol, select_query, witness_captions
 

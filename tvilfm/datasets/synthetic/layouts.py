@@ -19,7 +19,7 @@ import pyarrow as pa
 from PIL import Image
 
 from tvilfm.data.manifest import CAPTION_SCHEMA, build_manifest
-from tvilfm.datasets.caption_files import write_published
+from tvilfm.datasets.caption_writing import write_published
 from tvilfm.datasets.synthetic.people import Person, draw_people
 from tvilfm.datasets.synthetic.rendering import INFRARED_CAMERAS, VISIBLE_CAMERAS, render
 from tvilfm.datasets.synthetic.sentences import observe, write_sentence
