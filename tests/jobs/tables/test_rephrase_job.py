@@ -21,7 +21,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from cluster.tables import rephrasing as module
+from cluster.tables import rephrase_vllm
+from cluster.tables.rephrase_worker import RephraseJob
 from cluster.tables.rephrasing import rephrase_table
 from tests.paths import REPOSITORY
 from tvilfm.captioning.engines import EndpointRephraser, TransformersRephraser
@@ -290,13 +291,13 @@ def test_the_vllm_pipeline_is_built_for_chat_and_for_plain_models(
     GPT2LMHeadModel.from_pretrained(tiny_model).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     for folder, first in ((tiny_model, "TokenizeStage"), (tmp_path, "ChatTemplateStage")):
-        processor = module._vllm_processor(job_of(folder, folder), 0)
+        processor = rephrase_vllm._vllm_processor(job_of(folder, folder), 0)
         assert processor.list_stage_names()[0] == first
 
 
 def job_of(model: Path, out: Path) -> Any:
     asked = section(engine="vllm", model=str(model), retries=1)
-    return module._Job(section=asked, out=str(out), seed=0, device="cpu", dtype="float32", key=None)
+    return RephraseJob(section=asked, out=str(out), seed=0, device="cpu", dtype="float32", key=None)
 
 
 def test_passes_through_vllm_write_what_is_good_and_ask_again_for_the_rest(ray_session: None, tmp_path: Path) -> None:
@@ -307,18 +308,18 @@ def test_passes_through_vllm_write_what_is_good_and_ask_again_for_the_rest(ray_s
 
     def processor(attempt: int) -> Any:
         def answer(row: dict[str, Any]) -> dict[str, Any]:
-            asked = module._to_vllm(row, section=job.section, chat=True, seed=seed_of(0, attempt))
+            asked = rephrase_vllm._to_vllm(row, section=job.section, chat=True, seed=seed_of(0, attempt))
             number = int(row["image"][5:9])
             good = f"Somebody with the number {number} wears a coat."
             text = "A red coat." if number % 5 == 1 or (number % 5 == 2 and attempt == 0) else good
             answered = {**asked, "generated_text": text, "seed": asked["sampling_params"]["seed"]}
-            return module._from_vllm(answered, section=job.section, tries=attempt + 1)
+            return rephrase_vllm._from_vllm(answered, section=job.section, tries=attempt + 1)
 
         return lambda dataset: dataset.map(answer)
 
     done = []
     for attempt in range(2):
-        passes = module._one_pass(job, rows, processor(attempt), last=attempt == 1)
+        passes = rephrase_vllm._one_pass(job, rows, processor(attempt), last=attempt == 1)
         try:
             while True:
                 done.append(next(passes))
