@@ -36,6 +36,7 @@ import torch
 
 from cluster.places.finished import finished_run, gallery_of
 from cluster.run import evaluator_of
+from cluster.tables.indexing import index
 from tvilfm.config import Config, load_config
 from tvilfm.data.pixels import decode
 from tvilfm.evaluation.protocols import get_protocol
@@ -105,6 +106,7 @@ def _queries(config: Config) -> list[dict[str, Any]]:
 def _alone(config: Config, queries: Sequence[dict[str, Any]]) -> tuple[float, int]:
     """Return the median time (ms) of decode, encode and search in this process, and the size of the gallery."""
     run = finished_run(config)
+    index(config)
     data, gallery = run.config.data, gallery_of(run, config)
     torch.set_num_threads(1)
     model = TVILFM.from_pretrained(run.here(run.model)).eval()

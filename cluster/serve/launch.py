@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import tempfile
 import threading
 import webbrowser
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 
 import ray
@@ -46,7 +47,7 @@ def serving(config: Config) -> Iterator[str]:
 
         index(config)
     section = config.serve
-    with ExitStack() as stack:
+    with ExitStack() as quiet, ExitStack() as stack:
         stack.enter_context(session(config.cluster))
         _check_room(config, ray.cluster_resources())
         app = application({"config": config.model_dump(mode="json")})
@@ -63,6 +64,8 @@ def serving(config: Config) -> Iterator[str]:
             yield _address(section)
         finally:
             if joined is None:
+                # Serve's controller ends its own process, which Ray would print as a failure.
+                quiet.enter_context(redirect_stdout(io.StringIO()))
                 serve.shutdown()
             else:  # keep Serve for other applications
                 serve.delete(APPLICATION)

@@ -44,7 +44,9 @@ def served(
     where += [f"serve.port={port}", "cluster.extract_workers=1", *overrides]
     command = [sys.executable, "-m", "cluster", "serve", "--size", size, *where]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     address = f"http://127.0.0.1:{port}"
 
     def ready() -> bool:
@@ -117,6 +119,7 @@ def test_a_browser_signs_in_and_searches(untrained_run: UntrainedRun, ray_sessio
         browser.close()
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
+        assert process.stdout is not None and process.stdout.read() == ""
 
 
 def ray_lets_in(process: subprocess.Popen[str]) -> bool:
