@@ -34,7 +34,8 @@ class DataSection(Section):
     root: Path | None = Field(None, description="dataset folder; null = run.dir/data/synthetic-<size>-<seed>")
     split: int = Field(1, ge=1, le=10, description="RegDB: number of the split (1 to 10) to train and test on")
     captions: Path | None = Field(
-        None, description="folder of published caption files or caption table (.parquet); null = data.root/Text"
+        None,
+        description="folder of published caption files or caption table (.parquet, .csv); null = data.root/Text",
     )
     human_texts: Path | None = Field(
         None, description="JSON file {identity: sentence} of people's own words, for the text source human"

@@ -23,7 +23,7 @@ from tvilfm.data.manifest import CAPTION_SCHEMA, select
 from tvilfm.data.splits import TEST_SPLITS
 from tvilfm.data.text_files import read_text
 from tvilfm.datasets.caption_keys import match, names_of, without_root
-from tvilfm.datasets.caption_tables import match_table
+from tvilfm.datasets.caption_tables import is_table, match_table
 
 SENSORS = {"visible": "RGB", "infrared": "IR"}
 PUBLISHED = "published"
@@ -61,15 +61,15 @@ def read_captions(manifest: pa.Table, root: Path, path: Path | None = None) -> p
     Args:
         manifest: images to read captions for.
         root: dataset folder.
-        path: `data.captions`: a caption table (.parquet) or a folder in the published layout; None = `root/Text`.
+        path: `data.captions`: a caption table (.parquet, .csv) or a folder in the published layout; None = `root/Text`.
 
     Returns:
         Caption table, one row per image, in manifest order.
 
     Raises:
-        ValueError: as in `read_published`, or the Parquet file is not a caption table.
+        ValueError: as in `read_published`, or the file is not a caption table.
     """
-    if path is None or path.suffix != ".parquet":
+    if path is None or not is_table(path):
         return read_published(root, manifest, text_dir=path)
     table, matched = match_table(path, manifest)
     require_all(manifest, matched.found, {path: matched.unknown} if matched.unknown else {})

@@ -1,4 +1,4 @@
-"""Caption tables in Parquet: one row per image, with keys that may come from another machine."""
+"""Caption tables in Parquet or CSV: one row per image, with keys that may come from another machine."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
 from tvilfm.data.manifest import CAPTION_SCHEMA
+from tvilfm.data.text_files import read_text
 from tvilfm.datasets.caption_keys import match, names_of
 
 
@@ -59,18 +61,35 @@ def match_table(path: Path, manifest: pa.Table) -> tuple[pa.Table, Matched]:
     return table, Matched(found=found, unknown=unknown)
 
 
+def is_table(path: Path) -> bool:
+    """Return whether `data.captions` names a caption table, rather than a folder of published files."""
+    return path.suffix in (".parquet", ".csv")
+
+
+def _read_csv(path: Path) -> pa.Table:
+    types = {field.name: field.type for field in CAPTION_SCHEMA}
+    return pcsv.read_csv(
+        pa.BufferReader(read_text(path).encode()),
+        parse_options=pcsv.ParseOptions(newlines_in_values=True),
+        convert_options=pcsv.ConvertOptions(column_types=types, strings_can_be_null=True),
+    )
+
+
 def _read(path: Path) -> pa.Table:
     if not path.is_file():
         raise ValueError(f"data.captions: expected a caption table, got no file {path}. Check the path.")
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path) if path.suffix == ".parquet" else _read_csv(path)
     except pa.ArrowException as error:
-        raise ValueError(f"{path}: expected a Parquet table, got {error}. Write it again.") from None
-    missing = [name for name in CAPTION_SCHEMA.names if name not in table.column_names]
-    if missing:
-        raise ValueError(
-            f"data.captions: expected columns {CAPTION_SCHEMA.names}, got no {missing[0]} in {path}. Add the column."
-        )
+        raise ValueError(f"{path}: expected a table in Parquet or CSV, got {error}. Write it again.") from None
+    for field in CAPTION_SCHEMA:
+        if field.name in table.column_names:
+            continue
+        if not field.nullable:
+            raise ValueError(
+                f"data.captions: expected the columns image and caption, got no {field.name} in {path}. Add the column."
+            )
+        table = table.append_column(field, pa.nulls(table.num_rows, field.type))
     for name in CAPTION_SCHEMA.names:
         kind = table.schema.field(name).type
         value = kind.value_type if pa.types.is_dictionary(kind) else kind

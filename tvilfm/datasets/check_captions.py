@@ -11,7 +11,7 @@ from tvilfm.config import DataSection
 from tvilfm.data.manifest import select
 from tvilfm.data.tokens import CONTEXT, count_tokens, tokenize
 from tvilfm.datasets.caption_files import PUBLISHED, SENSORS, Collected, collect, identity_captions
-from tvilfm.datasets.caption_tables import match_table
+from tvilfm.datasets.caption_tables import is_table, match_table
 from tvilfm.datasets.findings import Count, Fault
 from tvilfm.terms import is_blank
 
@@ -23,7 +23,7 @@ def check_captions(section: DataSection, root: Path, manifest: pa.Table) -> tupl
     """Return the counts and faults of the captions at `data.captions`: a caption table or published files."""
     text_dir = section.captions or root / "Text"
     try:
-        if text_dir.suffix == ".parquet":
+        if is_table(text_dir):
             return _check_table(text_dir, root, manifest)
         collected = collect(text_dir, manifest)
     except ValueError as error:

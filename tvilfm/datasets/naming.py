@@ -31,6 +31,7 @@ class Naming:
     pattern: re.Pattern[str]
 
 
+READ_BY_FOLDER = re.compile(r"(?:visible|infrared)/[^/]+/[0-9]+/[^/]+")
 NAMINGS = (
     Naming(
         "folders visible/<pid>/<camid>/<track>/",
@@ -57,7 +58,7 @@ def recognize(root: Path, name: str) -> Iterator[Fault]:
             return
     names = list_images(root)
     naming, fitting = _best(names)
-    if naming is not None:
+    if naming is not None and not (name == "folder" and all(map(READ_BY_FOLDER.fullmatch, fitting))):
         needs = "" if "modality" in naming.pattern.groupindex else " --infrared-cameras <numbers>"
         yield Fault(
             what=f"{len(fitting)} of {len(names)} images are organized by {naming.what}",

@@ -328,10 +328,24 @@ def test_a_caption_table_of_our_own_is_read_in_manifest_order(sysu: tuple[pa.Tab
     with pytest.raises(ValueError, match=rf"got none for 1 of {manifest.num_rows}, the first {captions['image'][0]}"):
         read_captions(manifest, tmp_path, path)
     pq.write_table(captions.drop_columns(["caption"]), path)
-    with pytest.raises(ValueError, match=r"data.captions: expected columns .* got no caption"):
+    with pytest.raises(ValueError, match=r"data.captions: expected the columns image and caption, got no caption"):
         read_captions(manifest, tmp_path, path)
     with pytest.raises(ValueError, match=r"data.captions: expected a caption table, got no file"):
         read_captions(manifest, tmp_path, tmp_path / "no.parquet")
+
+
+def test_a_caption_table_needs_only_images_and_captions(sysu: tuple[pa.Table, pa.Table], tmp_path: Path) -> None:
+    manifest, captions = sysu
+    needed = captions.select(["image", "caption"])
+    pq.write_table(needed, tmp_path / "captions.parquet")
+    rows = zip(*needed.to_pydict().values(), strict=True)
+    lines = ["image,caption,mood", *(f'{image},"{caption}, ""as said""",good' for image, caption in rows)]
+    (tmp_path / "captions.csv").write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    read = read_captions(manifest, tmp_path, tmp_path / "captions.parquet")
+    assert read["caption"].equals(captions["caption"]) and read["rephrased"].null_count == captions.num_rows
+    from_csv = read_captions(manifest, tmp_path, tmp_path / "captions.csv")
+    assert from_csv["caption"].to_pylist() == [f'{text}, "as said"' for text in captions["caption"].to_pylist()]
+    assert from_csv.schema.equals(captions.schema, check_metadata=False)
 
 
 def test_writing_and_reading_is_the_identity(sysu: tuple[pa.Table, pa.Table], tmp_path: Path) -> None:

@@ -74,6 +74,15 @@ def test_a_layout_of_another_reader_is_recognized(tmp_path: Path) -> None:
         assert f"looks like {layout}" in note.what and note.fix == f"Set data.name={layout}."
 
 
+def test_no_table_is_proposed_for_the_layout_that_the_reader_reads(tmp_path: Path) -> None:
+    root = tmp_path / "people"
+    write_layout(root, Size(train=2, val=1, test=2, images_per_camera=1), seed=0, layout="folder")
+    with (root / "splits.csv").open("a") as file:
+        file.write("1,test\n")
+    (fault,) = check_dataset(DataSection(name="folder", root=root), root).faults
+    assert "expected each identity in one split, got 1 in train (line 2) and in test (line 7)" in fault.what
+
+
 def test_the_cameras_of_each_modality_must_be_told(rendered: Path, tmp_path: Path) -> None:
     relaid(rendered, tmp_path, "{padded}_c{camera}s1_{file}")
     with pytest.raises(ValueError, match=r"expected some of the cameras 1, 2, 3, 4, 5, 6, got none"):
