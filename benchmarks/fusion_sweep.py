@@ -80,7 +80,7 @@ def evaluate_ensemble(evaluator: Evaluator) -> list[RankingMetrics]:
     draws = []
     for trial in range(protocol.num_trials):
         gallery = evaluator.gallery(protocol, trial)
-        similarity_QG = evaluator.ensemble_similarity(parts, gallery)
+        similarity_QG = evaluator.ensemble_similarity(parts, gallery)(slice(None))
         labels = (column(table, name) for name in ("pid", "camid") for table in (query, gallery))
         draws.append(ranking_metrics(similarity_QG, *labels, protocol=protocol.dataset))
     return draws

@@ -123,12 +123,12 @@ def evaluated_rankings(config: Config, evaluator: Evaluator) -> Iterator[Ranking
                 shown=frozenset(image_G),
             )
 
-        alone_QG = evaluator.similarity(evaluator.image_vectors(asking, base=True), drawn, base=True)
+        alone_QG = evaluator.similarity(evaluator.image_vectors(asking, base=True), drawn, base=True)(slice(None))
         yield from (ranking(row, None, None, alone_QG[row]) for row in range(len(contents)))
         for source in config.evaluate.text_sources:
             texts = evaluator.texts(protocol, source)
             if texts is None:
                 continue
-            ensemble_QG = evaluator.ensemble_similarity(evaluator.part_vectors(asking, texts), drawn)
+            ensemble_QG = evaluator.ensemble_similarity(evaluator.part_vectors(asking, texts), drawn)(slice(None))
             rows = zip(texts.kept, texts.texts, texts.filter_texts, ensemble_QG, strict=True)
             yield from (ranking(*row) for row in rows)

@@ -35,6 +35,7 @@ from tvilfm.models.similarity import similarity
 from tvilfm.terms import Split, TextSource
 
 Similarity = npt.NDArray[np.float32]
+Rows = Callable[[slice], Similarity]  # queries -> their rows of the similarity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,21 +149,26 @@ class Evaluator:
                         results.append(self._case(kind, source, protocol, kept, self._asks(kind, parts)))
         return results
 
-    def similarity(self, vectors_QD: Tensor, gallery: pa.Table, *, base: bool) -> Similarity:
-        """Return the (Q, G) similarity of query vectors to gallery images, re-ranked according to `rerank`."""
+    def similarity(self, vectors_QD: Tensor, gallery: pa.Table, *, base: bool) -> Rows:
+        """Return what computes rows of the (Q, G) similarity to gallery images, re-ranked according to `rerank`.
+
+        Rows are computed when they are asked for; only k-reciprocal re-ranking computes all of them at once.
+        """
         rerank, gallery_GD = self._section.rerank, self.image_vectors(gallery, base=base)
         if rerank.method == "none":
-            similarity_QG = similarity(vectors_QD, gallery_GD)
-        else:
-            unit_QD = F.normalize(vectors_QD, dim=1)  # an ensemble vector is a sum
-            if rerank.method == "k_reciprocal":
-                similarity_QG = k_reciprocal_rerank(
-                    unit_QD, gallery_GD, k1=rerank.k1, k2=rerank.k2, lambda_value=rerank.lambda_value
-                )
-            else:
-                expanded_QD = expand_queries(unit_QD, gallery_GD, k=rerank.k, alpha=rerank.alpha)
-                similarity_QG = similarity(expanded_QD, gallery_GD)
-        return _numbers(similarity_QG)
+            return lambda rows: _numbers(similarity(vectors_QD[rows], gallery_GD))
+        unit_QD = F.normalize(vectors_QD, dim=1)  # an ensemble vector is a sum
+        if rerank.method == "k_reciprocal":
+            similarity_QG = _numbers(
+                k_reciprocal_rerank(unit_QD, gallery_GD, k1=rerank.k1, k2=rerank.k2, lambda_value=rerank.lambda_value)
+            )
+            return lambda rows: similarity_QG[rows]
+
+        def expanded(rows: slice) -> Similarity:
+            expanded_QD = expand_queries(unit_QD[rows], gallery_GD, k=rerank.k, alpha=rerank.alpha)
+            return _numbers(similarity(expanded_QD, gallery_GD))
+
+        return expanded
 
     def votes(self, parts: Mapping[str, Tensor], gallery: pa.Table) -> dict[str, Tensor]:
         """Return the (Q, G) votes of each part of the ensemble, before weighting and re-ranking.
@@ -177,8 +183,8 @@ class Evaluator:
             return votes
         return {name: (of_part / temperature).softmax(dim=1) for name, of_part in votes.items()}
 
-    def ensemble_similarity(self, parts: Mapping[str, Tensor], gallery: pa.Table) -> Similarity:
-        """Return the (Q, G) similarity of the ensemble: one search with the summed vectors, or a sum of soft votes.
+    def ensemble_similarity(self, parts: Mapping[str, Tensor], gallery: pa.Table) -> Rows:
+        """Return what computes rows of the ensemble's similarity: one search with the summed vectors, or soft votes.
 
         Args:
             parts: unit vectors from `part_vectors`.
@@ -189,13 +195,18 @@ class Evaluator:
         ensemble = self._section.ensemble
         if ensemble.temperature is None:
             return self.similarity(ensemble_query(parts, ensemble.weights), gallery, base=False)
-        return _numbers(ensemble_query(self.votes(parts, gallery), ensemble.weights))
 
-    def _asks_alone(self, query: pa.Table) -> Callable[[pa.Table], Similarity]:
+        def voted(rows: slice) -> Similarity:
+            votes = self.votes({name: vectors[rows] for name, vectors in parts.items()}, gallery)
+            return _numbers(ensemble_query(votes, ensemble.weights))
+
+        return voted
+
+    def _asks_alone(self, query: pa.Table) -> Callable[[pa.Table], Rows]:
         vectors_QD = self.image_vectors(query, base=True)
         return lambda gallery: self.similarity(vectors_QD, gallery, base=True)
 
-    def _asks(self, kind: str, parts: Mapping[str, Tensor]) -> Callable[[pa.Table], Similarity]:
+    def _asks(self, kind: str, parts: Mapping[str, Tensor]) -> Callable[[pa.Table], Rows]:
         if kind == "ensemble":
             return lambda gallery: self.ensemble_similarity(parts, gallery)
         return lambda gallery: self.similarity(parts[kind], gallery, base=False)
@@ -206,7 +217,7 @@ class Evaluator:
         source: TextSource,
         protocol: Protocol,
         query: pa.Table,
-        ask: Callable[[pa.Table], Similarity],
+        ask: Callable[[pa.Table], Rows],
     ) -> CaseResult:
         trials, chances = [], []
         for trial in range(protocol.num_trials):

@@ -4,7 +4,8 @@ All three need only the rank of each true match: one plus the number of kept gal
 `counting` counts. Queries are processed in order of identity: in a gallery sorted by identity, as every protocol here
 draws it, the matches of a chunk are then close together, which makes counting faster.
 
-Queries are independent of each other: chunks limit the memory and never change a result.
+Queries are independent of each other: blocks and chunks limit the memory and never change a result. A matrix that does
+not fit into memory is given as a function that computes blocks of its rows.
 
 Shape suffixes: Q query, G gallery, R query rows of one chunk, P true matches of a query (padded to the maximum of the
 chunk), M true matches of one chunk in one list, I identities, K ranks.
@@ -12,9 +13,9 @@ chunk), M true matches of one chunk in one list, I identities, K ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -25,12 +26,15 @@ from torch import Tensor
 from tvilfm.evaluation.counting import Ignored, Ints, Matrix, count_ahead, take_rows
 
 MetricRule = Literal["sysu_mm01", "regdb", "llcm", "market1501"]
+Rows = Callable[[slice], Matrix]  # queries -> their rows of the similarity matrix
 Labels = npt.NDArray[Any] | Tensor | Sequence[int]
 _Floats = npt.NDArray[np.float64]
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 # Similarities that one thread processes at a time, at most 16 MB when copied.
 CHUNK_ELEMENTS = 2**21
+# Similarities that a function computes at a time, 512 MB in single precision.
+BLOCK_ELEMENTS = 2**27
 # Below this number of similarities (about 0.3 ms of work), starting threads costs more than it saves.
 _WORTH_THREADS = 2**17
 
@@ -55,7 +59,7 @@ class RankingMetrics:
 
 
 def ranking_metrics(
-    similarity_QG: Matrix,
+    similarity_QG: Matrix | Rows,
     query_pids: Labels,
     gallery_pids: Labels,
     query_camids: Labels,
@@ -80,7 +84,8 @@ def ranking_metrics(
 
     Args:
         similarity_QG: [Q, G] float16, bfloat16, float32 or float64; higher is closer; without NaN; not necessarily
-            normalised. A numpy array, or a torch tensor on any device (compared on that device).
+            normalised. A numpy array, a torch tensor on any device (compared on that device), or a function that
+            returns the rows of a slice of the queries.
         query_pids: [Q] identity of each query.
         gallery_pids: [G] identity of each gallery image.
         query_camids: [Q] camera of each query.
@@ -103,15 +108,24 @@ def ranking_metrics(
         infrared-only LLCM row by the SYSU-MM01 rule; pass `sysu_mm01` to repeat that.
     """
     _check_options(protocol, max_rank=max_rank, chunk_elements=chunk_elements)
-    matrix = _checked_similarity(similarity_QG)
-    num_queries, num_gallery = int(matrix.shape[0]), int(matrix.shape[1])
+    if callable(similarity_QG):
+        rows_of, num_queries, num_gallery = similarity_QG, len(query_pids), len(gallery_pids)
+        step = max(1, BLOCK_ELEMENTS // max(1, num_gallery))
+    else:
+        matrix = _checked_similarity(similarity_QG)
+        rows_of, (num_queries, num_gallery), step = matrix.__getitem__, matrix.shape, matrix.shape[0]
     labels = _Labels(
         query_pids=_checked_labels("query_pids", query_pids, num_queries),
         gallery_pids=_checked_labels("gallery_pids", gallery_pids, num_gallery),
         query_camids=_checked_labels("query_camids", query_camids, num_queries),
         gallery_camids=_checked_labels("gallery_camids", gallery_camids, num_gallery),
     )
-    return _mean(_scores(matrix, labels, protocol, chunk_elements), max_rank)
+    parts: list[_Scores] = []
+    for start in range(0, num_queries, step):
+        block = slice(start, min(start + step, num_queries))
+        part = _checked_similarity(rows_of(block), (block.stop - block.start, num_gallery))
+        parts += _scores(part, labels.of(block), protocol, chunk_elements)
+    return _mean(parts, max_rank)
 
 
 def _check_options(protocol: str, **counts: int) -> None:
@@ -129,6 +143,9 @@ class _Labels:
     gallery_pids: Ints
     query_camids: Ints
     gallery_camids: Ints
+
+    def of(self, queries: slice) -> _Labels:
+        return replace(self, query_pids=self.query_pids[queries], query_camids=self.query_camids[queries])
 
 
 @dataclass(frozen=True)
@@ -251,10 +268,10 @@ def _mean(parts: list[_Scores], max_rank: int) -> RankingMetrics:
     )
 
 
-def _checked_similarity(matrix: Matrix) -> Matrix:
+def _checked_similarity(matrix: Matrix, shape: tuple[int, int] | None = None) -> Matrix:
     matrix = matrix.detach() if isinstance(matrix, Tensor) else np.asarray(matrix)
     dtype = str(matrix.dtype).removeprefix("torch.")
-    if matrix.ndim != 2 or dtype not in _FLOATS or 0 in matrix.shape:
+    if matrix.ndim != 2 or dtype not in _FLOATS or 0 in matrix.shape or shape not in (None, tuple(matrix.shape)):
         raise ValueError(
             f"similarity_QG: expected a matrix of queries by gallery in {', '.join(_FLOATS)}, got shape "
             f"{tuple(matrix.shape)} in {dtype}. Pass one row per query and one column per gallery image."

@@ -5,7 +5,10 @@ Shapes: Q queries, R rows of a gallery, D feature.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+ROWS = 2**15  # of the gallery that are in double precision at a time: 512 MB of 2,048-dimensional features
 
 
 def similarity(query_QD: Tensor, gallery_RD: Tensor) -> Tensor:
@@ -17,4 +20,5 @@ def similarity(query_QD: Tensor, gallery_RD: Tensor) -> Tensor:
 
     Source: METHOD 8. Differs: the released code sums in single precision.
     """
-    return (query_QD.double() @ gallery_RD.double().T).float()
+    query_QD = query_QD.double()
+    return torch.cat([(query_QD @ part.double().T).float() for part in torch.split(gallery_RD, ROWS)], dim=1)

@@ -16,7 +16,7 @@ from tvilfm.config import Config, to_yaml
 from tvilfm.data.captions import texts_of
 from tvilfm.data.manifest import column, rows_of, select
 from tvilfm.data.people import person_name
-from tvilfm.evaluation.evaluator import CaseResult, Evaluator, default_case
+from tvilfm.evaluation.evaluator import CaseResult, Evaluator, Rows, default_case
 from tvilfm.evaluation.protocols import Protocol, get_protocol, ignored_gallery
 from tvilfm.evaluation.query_texts import QueryTexts
 from tvilfm.evaluation.results import ResultRow, Results
@@ -138,7 +138,7 @@ def _examples(
     query: pa.Table,
     gallery: pa.Table,
     texts: QueryTexts | None,
-    similarity: Mapping[str, npt.NDArray[np.float32]],
+    similarity: Mapping[str, Rows],
     kept: Mapping[str, npt.NDArray[np.int64]],
     manifest: pa.Table,
     pixels: npt.NDArray[np.uint8],
@@ -155,7 +155,8 @@ def _examples(
         ignored = ignored_gallery(protocol, int(query_pids[row]), int(query_camids[row]), gallery)
         rankings = {}
         for kind, of_kind in similarity.items():
-            scores = of_kind[int(np.searchsorted(kept[kind], row))]
+            place = int(np.searchsorted(kept[kind], row))
+            (scores,) = of_kind(slice(place, place + 1))
             order = [g for g in np.argsort(-scores, kind="stable") if not ignored[g]][:TOP]
             rankings[kind] = RankedRow(
                 images=[pixels[gallery_pixels[g]] for g in order],

@@ -394,8 +394,10 @@ def asked_of_own_captions(
     found = evaluator.texts(protocol, "own")
     assert found is not None
     parts = evaluator.part_vectors(query, found)
-    similarity = {name: evaluator.similarity(vectors, gallery, base=False) for name, vectors in parts.items()}
-    similarity["ensemble"] = evaluator.ensemble_similarity(parts, gallery)
+    similarity = {
+        name: evaluator.similarity(vectors, gallery, base=False)(slice(None)) for name, vectors in parts.items()
+    }
+    similarity["ensemble"] = evaluator.ensemble_similarity(parts, gallery)(slice(None))
     by_hand = [parts_by_hand(model, images, texts, name) for name in query["image"].to_pylist()]
     rows = [images.vectors_ND[images.keys.index(name)] for name in gallery["image"].to_pylist()]
     return similarity, by_hand, np.stack([unit_by_hand(model.head, row) for row in rows])
@@ -431,3 +433,29 @@ def test_a_second_look_is_taken_of_every_query(
         else:
             expected = expand_queries_loop(vectors, gallery, 3, 2) @ gallery.T
         np.testing.assert_allclose(similarity[name], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("second_look", ["none", "k_reciprocal", "query_expansion", "temperature"])
+def test_blocks_of_queries_and_of_the_gallery_give_the_metrics_of_the_whole(
+    model: TVILFM,
+    manifest: pa.Table,
+    captions: pa.Table,
+    images: FeatureTable,
+    texts: FeatureTable,
+    second_look: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ensemble, rerank = SECTION.ensemble, RerankSection(k1=4, k2=2, k=3)
+    if second_look == "temperature":
+        ensemble = ensemble.model_copy(update={"temperature": 0.1})
+    else:
+        rerank = rerank.model_copy(update={"method": second_look})
+    section = SECTION.model_copy(update={"ensemble": ensemble, "rerank": rerank})
+    evaluator = make_evaluator(model, manifest, captions, images, texts, section=section)
+    whole = evaluator.evaluate()
+    monkeypatch.setattr("tvilfm.models.similarity.ROWS", 2)
+    monkeypatch.setattr("tvilfm.evaluation.metrics.BLOCK_ELEMENTS", 3 * len(PIDS))
+    for block, expected in zip(evaluator.evaluate(), whole, strict=True):
+        for ours, theirs in zip(block.trials, expected.trials, strict=True):
+            assert ours.cmc.tolist() == theirs.cmc.tolist()
+            assert (ours.mAP, ours.mINP) == pytest.approx((theirs.mAP, theirs.mINP), abs=1e-12)

@@ -48,6 +48,27 @@ def check(case: Case, rule: MetricRule, *, max_rank: int = 20, **options: Any) -
 
 
 @pytest.mark.parametrize("rule", RULES)
+def test_a_matrix_that_is_computed_in_blocks_gives_the_metrics_of_the_whole(
+    rule: MetricRule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    similarity, *labels = make_case(3, 31, 40, 6, levels=5)
+    whole = ranking_metrics(similarity, *labels, protocol=rule)
+    monkeypatch.setattr(metrics_module, "BLOCK_ELEMENTS", 4 * 40)
+    sizes = []
+
+    def rows(queries: slice) -> np.ndarray:
+        sizes.append(queries.stop - queries.start)
+        return similarity[queries]
+
+    blocks = ranking_metrics(rows, *labels, protocol=rule)
+    assert sizes == [4] * 7 + [3]
+    assert blocks.cmc.tolist() == whole.cmc.tolist() and blocks.num_valid_queries == whole.num_valid_queries
+    assert (blocks.mAP, blocks.mINP) == pytest.approx((whole.mAP, whole.mINP), abs=1e-12)
+    with pytest.raises(ValueError, match=r"similarity_QG: expected .* got shape \(31, 40\)"):
+        ranking_metrics(lambda queries: similarity, *labels, protocol=rule)
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("by_pid", [False, True])
 @pytest.mark.parametrize("levels", [None, 1, 3])
 @pytest.mark.parametrize(
