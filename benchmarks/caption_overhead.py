@@ -26,7 +26,7 @@ import ray
 import torch
 
 from benchmarks.claim import Claim
-from benchmarks.gpu_caption import build_blip, crops
+from benchmarks.gpu.captioning import build_blip, crops
 from cluster.session import session
 from cluster.tables.captioning import caption_images
 from tvilfm.captioning.captioner import Captioner

@@ -31,7 +31,7 @@ import ray
 import torch
 
 from benchmarks.claim import Claim
-from benchmarks.gpu_caption import CROP_HEIGHT, CROP_WIDTH, build_blip, crops
+from benchmarks.gpu.captioning import CROP_HEIGHT, CROP_WIDTH, build_blip, crops
 from tvilfm.config import CaptionerSection, CaptionSection, ClusterSection
 from tvilfm.models import TVILFM, ModelSpec
 

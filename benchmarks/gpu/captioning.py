@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu_caption`: images/s of a BLIP-large-sized captioner against its batch size, on a GPU.
+"""`python -m benchmarks.gpu.captioning`: images/s of a BLIP-large-sized captioner against its batch size, on a GPU.
 
 Weights are random, as speed does not depend on them, and every sentence has exactly 30 new tokens. Measured are the
 captioner of this repository in half precision, the one-at-a-time loop that it replaces (float32, as the released demo
@@ -30,7 +30,7 @@ from tvilfm.config import CaptionerSection
 from tvilfm.data.pixels import decode
 
 CROP_HEIGHT, CROP_WIDTH = 288, 144
-RESULTS = Path(__file__).parent / "results" / "gpu_caption.jsonl"
+RESULTS = Path(__file__).parent.parent / "results" / "gpu_caption.jsonl"
 # Vision, text, tokens. `large` is Salesforce/blip-image-captioning-large; `small` has 1 % of its work.
 SHAPES: dict[str, dict[str, Any]] = {
     "large": {
@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="JSON lines file; default benchmarks/results, none with --tiny")
     chosen = parser.parse_args(arguments)
     if not chosen.tiny and not torch.cuda.is_available():
-        raise SystemExit("gpu_caption: expected a CUDA device, got none. Use --tiny to see that it runs.")
+        raise SystemExit("gpu.captioning: expected a CUDA device, got none. Use --tiny to check that it runs.")
     torch.set_num_threads(1)  # decoding is stated for one CPU
     device = "cpu" if chosen.tiny else "cuda"
     machine = platform.processor() if chosen.tiny else torch.cuda.get_device_name()
