@@ -20,17 +20,15 @@ RETRY_S = 1.0  # after a failure of the database; until then, the loaded rows ar
 
 
 class GallerySearcher:
-    """Searcher in a replica's process or, with `serve.shards`, of a share of the rows in its own.
+    """Searcher in a replica's process.
 
     Args:
         config: sections `gallery` and `serve`.
-        space: space of the model that is served.
-        shard: number of the share; None = all rows.
+        gallery: the gallery of this process.
     """
 
-    def __init__(self, config: Config, space: str, shard: int | None = None) -> None:
-        share = None if shard is None else (shard, config.serve.shards)
-        self._gallery = Gallery.open(config.gallery_url, section=config.gallery, space_id=space, share=share)
+    def __init__(self, config: Config, gallery: Gallery) -> None:
+        self._gallery = gallery
         device = "cuda" if config.serve.searcher_gpus > 0 else "cpu"
         self._searcher = Searcher(self._gallery, config.gallery, device=device)
         self._batch = config.serve.batch
@@ -78,3 +76,17 @@ class GallerySearcher:
                 for _ in self._gallery.wait(every_s):
                     self._refresh()
             time.sleep(RETRY_S)
+
+
+class Shard(GallerySearcher):
+    """Searcher of a share of the rows, in a process of its own (`serve.shards`).
+
+    Args:
+        config: sections `gallery` and `serve`.
+        space: space of the model that is served.
+        number: number of the share.
+    """
+
+    def __init__(self, config: Config, space: str, number: int) -> None:
+        share = (number, config.serve.shards)
+        super().__init__(config, Gallery.open(config.gallery_url, section=config.gallery, space_id=space, share=share))

@@ -342,7 +342,7 @@ def test_a_batch_counts_questions_and_not_the_requests_that_bring_them(
     untrained_run: UntrainedRun, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small_gallery(untrained_run.config, database, batch=3)
-    replica, sizes, search = GallerySearcher(config, "space"), [], Searcher.search
+    replica, sizes, search = GallerySearcher(config, Gallery.open(database)), [], Searcher.search
 
     def counted(self: Searcher, queries: Sequence[Query], requests: Sequence[Request]) -> list[Answer]:
         sizes.append(len(queries))
@@ -358,7 +358,7 @@ def test_a_batch_counts_questions_and_not_the_requests_that_bring_them(
 def test_a_searcher_sees_a_write_at_once_if_asked_for_its_version_and_else_soon(
     untrained_run: UntrainedRun, database: str
 ) -> None:
-    replica = GallerySearcher(small_gallery(untrained_run.config, database, follow_s=3600), "space")
+    replica = GallerySearcher(small_gallery(untrained_run.config, database, follow_s=3600), Gallery.open(database))
     gallery = Gallery.open(database)
     asked = Query(parts={"text": torch.eye(4)[1]}, base=False, space_id="space", filter_text_source="none")
     version = gallery.delete(["b"]).version

@@ -27,7 +27,7 @@ from tvilfm.config import Config, load_config
 from tvilfm.data.manifest import select
 from tvilfm.retrieval.gallery import Gallery
 from tvilfm.service.client import Client, ServiceError
-from tvilfm.service.keys import add_key
+from tvilfm.service.keys import KeyFile, add_key
 
 # Twenty take ten minutes: TVILFM_LIVES=20 pytest tests/jobs/serve/test_serve_command.py -k killed
 LIVES = int(os.environ.get("TVILFM_LIVES", "2"))
@@ -86,7 +86,7 @@ def test_every_query_of_the_demo_ranks_over_http_as_its_evaluation_ranks_it(ray_
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
 def test_a_browser_signs_in_and_searches(untrained_run: UntrainedRun, ray_session: None, tmp_path: Path) -> None:
     make_gallery(untrained_run.config, tmp_path)
-    token = add_key(tmp_path / "keys", "desk", ["read"])
+    token = add_key(KeyFile(tmp_path / "keys"), "desk", ["read"])
     (name, *_) = select(untrained_run.manifest, split="query", modality="infrared")["image"].to_pylist()
     with (
         served(untrained_run.config, tmp_path, f"serve.keys={tmp_path / 'keys'}") as (process, address),
