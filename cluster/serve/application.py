@@ -100,7 +100,9 @@ def application(args: dict[str, Any]) -> serve.Application:
     if section.shared_encoders:
         from cluster.serve.encoder import Encoder
 
-        encoder = _part(config, Encoder, ENCODER_CPUS, gpus, section.shared_encoders).bind(config, run, captioner)
+        encoder = _part(config, Encoder, ENCODER_CPUS, gpus, section.shared_encoders).bind(
+            config, run, facts.space_id, captioner
+        )
         gpus = 0
     if section.shards > 1:
         from cluster.serve.searcher import Shard

@@ -61,14 +61,17 @@ class Replica:
         shards: Sequence[DeploymentHandle[Any]] = (),
     ) -> None:
         from cluster.serve.encoder import Encoder
+        from cluster.serve.metrics import Watch
         from cluster.serve.remote import RemoteEncoder, Shards
         from cluster.serve.searcher import GallerySearcher
 
         self._config = config
         self.facts = facts
         self._gallery = Gallery.open(config.gallery_url, section=config.gallery, space_id=facts.space_id)
-        self._encoder = Encoder(config, run, captioner) if encoder is None else RemoteEncoder(encoder)
-        self._searcher = Shards(shards) if shards else GallerySearcher(config, self._gallery)
+        self._encoder = Encoder(config, run, facts.space_id, captioner) if encoder is None else RemoteEncoder(encoder)
+        local = None if shards else GallerySearcher(config, self._gallery)
+        self._searcher = Shards(shards) if local is None else local
+        Watch(self._gallery.database, None if local is None else local.searcher)
         self._under_way = 0
         threading.Thread(target=self._expire, daemon=True).start()
         self._seconds = Histogram(

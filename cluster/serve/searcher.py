@@ -11,6 +11,7 @@ from typing import Any
 from ray import serve
 
 from cluster.serve.common import in_batches, keep_going
+from cluster.serve.metrics import Watch
 from tvilfm.config import Config
 from tvilfm.retrieval.gallery import Gallery
 from tvilfm.retrieval.query import Query
@@ -30,7 +31,7 @@ class GallerySearcher:
     def __init__(self, config: Config, gallery: Gallery) -> None:
         self._gallery = gallery
         device = "cuda" if config.serve.searcher_gpus > 0 else "cpu"
-        self._searcher = Searcher(self._gallery, config.gallery, device=device)
+        self.searcher = Searcher(self._gallery, config.gallery, device=device)
         self._batch = config.serve.batch
         self._lock = threading.Lock()  # one refresh at a time; searches continue meanwhile
         self.search.set_max_batch_size(config.serve.batch)  # type: ignore[attr-defined]
@@ -53,22 +54,22 @@ class GallerySearcher:
         """Return once the rows are loaded."""
 
     def _search(self, queries: Sequence[Query], requests: Sequence[Request], versions: set[int]) -> list[Answer]:
-        if not all(self._searcher.snapshot.includes(version) for version in versions):
+        if not all(self.searcher.snapshot.includes(version) for version in versions):
             self._refresh()
-        return in_batches(self._searcher.search, self._batch, queries, requests)
+        return in_batches(self.searcher.search, self._batch, queries, requests)
 
     def _facts(self) -> dict[str, Any]:
         return {
             "images": self._gallery.count(),
-            "version": self._searcher.snapshot.version,
-            "search": self._searcher.kind,
+            "version": self.searcher.snapshot.version,
+            "search": self.searcher.kind,
             "cameras": self._gallery.cameras(),
             "gallery_in_use": self._gallery.in_use,
         }
 
     def _refresh(self) -> None:
         with self._lock:
-            self._searcher.refresh()
+            self.searcher.refresh()
 
     def _follow(self, every_s: float) -> None:
         while True:
@@ -90,3 +91,4 @@ class Shard(GallerySearcher):
     def __init__(self, config: Config, space: str, number: int) -> None:
         share = (number, config.serve.shards)
         super().__init__(config, Gallery.open(config.gallery_url, section=config.gallery, space_id=space, share=share))
+        Watch(self._gallery.database, self.searcher)

@@ -125,6 +125,12 @@ class Database:
             finally:
                 connection.autocommit = False
 
+    @property
+    def connections(self) -> tuple[int, int]:
+        """The number of connections, and of threads that wait for one."""
+        stats = self._pool.get_stats()
+        return stats["pool_size"], stats.get("requests_waiting", 0)
+
     def close(self) -> None:
         """Close the connections; also done at the end of the process."""
         self._closed()

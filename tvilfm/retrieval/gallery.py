@@ -343,7 +343,9 @@ class Gallery:
 
         return self.database.run(read)
 
-    def nearest(self, vector_D: npt.NDArray[np.float32], *, base: bool, count: int, where: Where) -> pa.Table:
+    def nearest(
+        self, vector_D: npt.NDArray[np.float32], *, base: bool, count: int, where: Where, by_scan: bool = False
+    ) -> pa.Table:
         """Return about the `count` rows most similar to a vector, unordered; see `store.GalleryStore.nearest`."""
         column = sql.Identifier("base" if base else "current")
         wanted = count * self._section.refine
@@ -353,7 +355,7 @@ class Gallery:
 
         def read(connection: Connection) -> pa.Table:
             # The index reads only so many rows that do not match, so it is no help with a filter that few rows match.
-            few = where != Where() and self._count(connection, condition, values, FEW_ROWS + 1) <= FEW_ROWS
+            few = by_scan or (where != Where() and self._count(connection, condition, values, FEW_ROWS + 1) <= FEW_ROWS)
             rows = None if few else self._by_index(connection, column, condition, values, wanted)
             if rows is None or rows.num_rows < count:
                 rows = self._by_scan(connection, column, condition, values)
