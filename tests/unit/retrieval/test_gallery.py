@@ -465,7 +465,7 @@ def test_the_documented_role_of_a_service_can_serve_but_not_drop_rewrite_the_aud
     gallery: Gallery, database: str
 ) -> None:
     gallery.upsert(rows(["a"]), space_id=SPACE)
-    (grants,) = re.findall(r"```sql\n(.*?)```", (REPOSITORY / "docs" / "service.md").read_text(), re.DOTALL)
+    (grants,) = re.findall(r"```sql\n(.*?)```", (REPOSITORY / "docs" / "operations.md").read_text(), re.DOTALL)
     role = f"service_{uuid.uuid4().hex}"
     with psycopg.connect(database, autocommit=True) as connection:
         connection.execute("REVOKE CREATE ON SCHEMA public FROM public")
@@ -494,6 +494,21 @@ def test_the_documented_role_of_a_service_can_serve_but_not_drop_rewrite_the_aud
     ):
         with serving.database.session() as connection, pytest.raises(psycopg.errors.InsufficientPrivilege):
             connection.execute(command.encode())
+
+
+def test_the_documented_update_after_a_restored_dump_ends_reading_all_rows_again(
+    gallery: Gallery, database: str
+) -> None:
+    gallery.upsert(rows(["a", "b"]), space_id=SPACE)
+    with psycopg.connect(database) as connection:  # a dump brings transactions of a server that counted further
+        connection.execute("ALTER TABLE image DISABLE TRIGGER USER")
+        connection.execute("UPDATE image SET written = '999999999999'")
+        connection.execute("ALTER TABLE image ENABLE TRIGGER USER")
+    assert gallery.changes(gallery.snapshot()).rows.num_rows == 2
+    (update,) = re.findall(r"`(UPDATE image .*)`", (REPOSITORY / "docs" / "operations.md").read_text())
+    with psycopg.connect(database) as connection:
+        connection.execute(update.encode())
+    assert gallery.changes(gallery.snapshot()).rows.num_rows == 0 and set(content(gallery)) == {"a", "b"}
 
 
 def test_a_database_that_is_gone_is_tried_twice(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:

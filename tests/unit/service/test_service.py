@@ -448,6 +448,24 @@ def test_a_key_opens_what_it_is_for_and_nothing_else(
     service.backend.gallery.close()
 
 
+def test_a_key_may_search_so_often_in_a_minute(untrained_run: UntrainedRun, tmp_path: Path, database: str) -> None:
+    token = add_key(KeyFile(tmp_path / "keys"), "desk", ["read"], per_minute=2)
+    service = Service(untrained_run, database, keys=tmp_path / "keys")
+    service.checker._clock = lambda: 45.0  # one minute for all requests
+    headers = {HEADER: token}
+
+    def ask() -> httpx.Response:
+        return service.client.post("/v1/search", json={"sentence": "a coat"}, headers=headers)
+
+    assert [ask().status_code for _ in range(2)] == [200, 200]
+    refused = ask()
+    assert (refused.status_code, refused.headers["Retry-After"]) == (429, "16")
+    assert "expected at most 2 searches and writes in a minute" in refused.json()["error"]
+    assert service.client.get("/v1/status", headers=headers).status_code == 200  # a page shows thumbnails all the time
+    assert len(service.audited()) == 2
+    service.backend.gallery.close()
+
+
 def test_a_body_is_read_when_its_sender_may_send_it(untrained_run: UntrainedRun, tmp_path: Path, database: str) -> None:
     reader, writer = (add_key(KeyFile(tmp_path / "keys"), scope, [scope]) for scope in ("read", "write"))
     service = Service(untrained_run, database, keys=tmp_path / "keys")
