@@ -130,7 +130,7 @@ def test_the_page_of_the_demo_shows_hits_at_both_widths(ray_session: None, tmp_p
     """Also makes the images in docs/img; see `make screenshots`."""
     config = load_config(REPOSITORY / "ray_config.yaml", size="small")
     make_gallery(config, tmp_path)
-    image = config.data_root / "cam3" / "0111" / "0001.jpg"
+    image = config.data_root / "cam3" / "0418" / "0001.jpg"
     folder = Path(os.environ.get("TVILFM_SCREENSHOTS", tmp_path))
     with served(config, tmp_path, size="small") as (_, address), sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -139,7 +139,7 @@ def test_the_page_of_the_demo_shows_hits_at_both_widths(ray_session: None, tmp_p
             page.goto(address)
             page.locator("#image").set_input_files(image)
             page.get_by_label("Description", exact=True).fill(
-                "a boy with ponytail black hair, wearing a purple plaid overcoat with green bottoms"
+                "a woman with long black hair, wearing a yellow checked coat and a brown skirt"
             )
             page.get_by_role("button", name="Search", exact=True).click()
             first = page.locator("#hits li").first.locator("img")
