@@ -7,7 +7,7 @@ MUTANTS ?=
 TWO := --numprocesses 2 --dist loadfile
 PROGRAMS := chromium redis-server
 
-.PHONY: demo demo-full test test-long test-programs lint mutants bench clean
+.PHONY: demo demo-full test test-long test-programs screenshots lint mutants bench clean
 
 demo: $(STAMP)
 	$(BIN)/tvilfm run --size $(SIZE)
@@ -22,6 +22,10 @@ test: $(STAMP)
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long $(TWO)
+
+# The images of the page in docs/img, from the run of `make demo`.
+screenshots: $(STAMP)
+	TVILFM_SCREENSHOTS=docs/img $(BIN)/python -m pytest -m long tests/jobs/serve/test_serve_command.py -k page_of_the_demo
 
 # A browser and a Redis, which pip does not have; tests that need one are skipped without it. Debian, as root.
 test-programs:

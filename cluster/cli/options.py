@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 import yaml
@@ -60,6 +61,22 @@ Overrides = Annotated[
         autocompletion=complete_key,
     ),
 ]
+
+
+def time_of(option: str, text: str, *, sign: Literal[-1, 1]) -> datetime:
+    """Return the time of an option: days or hours from now (1) or ago (-1), or a date (UTC unless it has a zone).
+
+    Raises:
+        ValueError: the text is neither.
+    """
+    units = {"d": timedelta(days=1), "h": timedelta(hours=1)}
+    try:
+        if text[-1:] in units:
+            return datetime.now(UTC) + sign * int(text[:-1]) * units[text[-1]]
+        time = datetime.fromisoformat(text)
+    except (ValueError, OverflowError):
+        raise ValueError(f"--{option}: expected days (7d), hours (12h) or a date (2026-05-01), got {text}.") from None
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
 def described(path: Path | None, size: str | None, arguments: list[str] | None) -> Config:

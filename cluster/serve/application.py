@@ -13,7 +13,7 @@ from cluster.serve.replica import Replica
 from tvilfm.config import CaptionerSection, Config, EvaluateSection
 from tvilfm.retrieval.gallery import Gallery
 from tvilfm.retrieval.spaces import ModelSpaces
-from tvilfm.service.keys import KeyFile
+from tvilfm.service.keys import key_store
 from tvilfm.service.messages import ModelFacts, Weights
 
 REPLICA_CPUS, ENCODER_CPUS, SHARD_CPUS = 0.8, 0.8, 0.4  # two replicas fit on two CPUs
@@ -90,23 +90,26 @@ def application(args: dict[str, Any]) -> serve.Application:
         logging.getLogger("ray.serve").warning(difference)
     section, gpus = config.serve, config.cluster.gpus_per_worker
     captioner = filter_captioner(config, run)
-    if section.keys is not None:
-        KeyFile(section.keys)
     facts = _facts(config, run, spaces_of(run))
     check_reachable(config)
-    Gallery.open(config.gallery_url, space_id=facts.space_id).close()
+    gallery = Gallery.open(config.gallery_url, space_id=facts.space_id)
+    if section.keys is not None:
+        key_store(section.keys, gallery.database).read()
+    gallery.close()
     encoder, shards = None, []
     if section.shared_encoders:
         from cluster.serve.encoder import Encoder
 
-        encoder = _part(config, Encoder, ENCODER_CPUS, gpus, section.shared_encoders).bind(config, run, captioner)
+        encoder = _part(config, Encoder, ENCODER_CPUS, gpus, section.shared_encoders).bind(
+            config, run, facts.space_id, captioner
+        )
         gpus = 0
     if section.shards > 1:
-        from cluster.serve.searcher import GallerySearcher
+        from cluster.serve.searcher import Shard
 
-        for shard in range(section.shards):
-            part = _part(config, GallerySearcher, SHARD_CPUS, section.searcher_gpus, 1, name=f"Shard{shard}")
-            shards.append(part.bind(config, facts.space_id, shard))
+        for number in range(section.shards):
+            part = _part(config, Shard, SHARD_CPUS, section.searcher_gpus, 1, name=f"Shard{number}")
+            shards.append(part.bind(config, facts.space_id, number))
     else:
         gpus += section.searcher_gpus
     replica = serve.deployment(

@@ -22,9 +22,16 @@ from tvilfm.retrieval.query import Query, QueryEncoder, Question
 
 
 class Encoder:
-    """Encoder of images and sentences, in a replica's process or, if replicas share it, in its own."""
+    """Encoder of images and sentences, in a replica's process or, if replicas share it, in its own.
 
-    def __init__(self, config: Config, run: FinishedRun, captioner: CaptionerSection | None) -> None:
+    Args:
+        config: sections `serve` and `cluster`.
+        run: the run whose model is served.
+        space: space of that model.
+        captioner: see `application.filter_captioner`.
+    """
+
+    def __init__(self, config: Config, run: FinishedRun, space: str, captioner: CaptionerSection | None) -> None:
         device = "cuda" if config.cluster.gpus_per_worker > 0 else "cpu"
         self._model = TVILFM.from_pretrained(run.here(run.model), mapped=True).to(device).eval()
         self._captioner = None
@@ -36,6 +43,7 @@ class Encoder:
         self._encoder = QueryEncoder(
             self._model,
             **self._size,
+            space=space,
             filter_text=run.config.loss.filter_text,
             captioner=None if self._captioner is None else self._caption,
         )

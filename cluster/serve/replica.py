@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ from tvilfm.config import CaptionerSection, Config
 from tvilfm.retrieval.gallery import Gallery
 from tvilfm.retrieval.store import Change, Unavailable
 from tvilfm.service.backend import Busy
+from tvilfm.service.key_checker import KeyChecker
+from tvilfm.service.keys import key_store
 from tvilfm.service.messages import ModelFacts, Status
 
 if TYPE_CHECKING:
@@ -59,14 +61,17 @@ class Replica:
         shards: Sequence[DeploymentHandle[Any]] = (),
     ) -> None:
         from cluster.serve.encoder import Encoder
+        from cluster.serve.metrics import Watch
         from cluster.serve.remote import RemoteEncoder, Shards
         from cluster.serve.searcher import GallerySearcher
 
         self._config = config
         self.facts = facts
-        self._gallery = Gallery.open(config.gallery_url, space_id=facts.space_id)
-        self._encoder = Encoder(config, run, captioner) if encoder is None else RemoteEncoder(encoder)
-        self._searcher = Shards(shards) if shards else GallerySearcher(config, facts.space_id)
+        self._gallery = Gallery.open(config.gallery_url, section=config.gallery, space_id=facts.space_id)
+        self._encoder = Encoder(config, run, facts.space_id, captioner) if encoder is None else RemoteEncoder(encoder)
+        local = None if shards else GallerySearcher(config, self._gallery)
+        self._searcher = Shards(shards) if local is None else local
+        Watch(self._gallery.database, None if local is None else local.searcher)
         self._under_way = 0
         threading.Thread(target=self._expire, daemon=True).start()
         self._seconds = Histogram(
@@ -77,11 +82,15 @@ class Replica:
     def __serve_build_asgi_app__(self) -> FastAPI:
         from tvilfm.service.app import create_app
 
-        config = self._config
+        config, checker = self._config, None
+        if config.serve.keys is not None:
+            checker = KeyChecker(key_store(config.serve.keys, self._gallery.database), self._gallery.database)
+            checker.follow()
         return create_app(
             self,
             config.serve,
             thumbnail_height=config.gallery.thumbnail_height,
+            checker=checker,
             observe=lambda stage, seconds: self._seconds.observe(seconds, tags={"stage": stage}),
         )
 
@@ -117,8 +126,12 @@ class Replica:
     async def delete_person(self, pid: int, *, by: str | None) -> Change:
         return await asyncio.to_thread(self._gallery.delete_person, pid, by=by)
 
-    async def note_searches(self, answers: Sequence[Answer], *, by: str | None) -> None:
-        entries = [(answer.version, [hit.id for hit in answer.hits]) for answer in answers]
+    async def note_searches(
+        self, answers: Sequence[Answer], facts: Sequence[Mapping[str, Any]], *, by: str | None
+    ) -> None:
+        entries = [
+            (answer.version, [hit.id for hit in answer.hits], how) for answer, how in zip(answers, facts, strict=True)
+        ]
         await asyncio.to_thread(self._gallery.note, "search", entries, by=by)
 
     async def picture(self, id: str) -> bytes | None:

@@ -11,6 +11,7 @@ from typing import Any
 from ray import serve
 
 from cluster.serve.common import in_batches, keep_going
+from cluster.serve.metrics import Watch
 from tvilfm.config import Config
 from tvilfm.retrieval.gallery import Gallery
 from tvilfm.retrieval.query import Query
@@ -20,19 +21,17 @@ RETRY_S = 1.0  # after a failure of the database; until then, the loaded rows ar
 
 
 class GallerySearcher:
-    """Searcher in a replica's process or, with `serve.shards`, of a share of the rows in its own.
+    """Searcher in a replica's process.
 
     Args:
         config: sections `gallery` and `serve`.
-        space: space of the model that is served.
-        shard: number of the share; None = all rows.
+        gallery: the gallery of this process.
     """
 
-    def __init__(self, config: Config, space: str, shard: int | None = None) -> None:
-        share = None if shard is None else (shard, config.serve.shards)
-        self._gallery = Gallery.open(config.gallery_url, section=config.gallery, space_id=space, share=share)
+    def __init__(self, config: Config, gallery: Gallery) -> None:
+        self._gallery = gallery
         device = "cuda" if config.serve.searcher_gpus > 0 else "cpu"
-        self._searcher = Searcher(self._gallery, config.gallery, device=device)
+        self.searcher = Searcher(self._gallery, config.gallery, device=device)
         self._batch = config.serve.batch
         self._lock = threading.Lock()  # one refresh at a time; searches continue meanwhile
         self.search.set_max_batch_size(config.serve.batch)  # type: ignore[attr-defined]
@@ -55,22 +54,22 @@ class GallerySearcher:
         """Return once the rows are loaded."""
 
     def _search(self, queries: Sequence[Query], requests: Sequence[Request], versions: set[int]) -> list[Answer]:
-        if not all(self._searcher.snapshot.includes(version) for version in versions):
+        if not all(self.searcher.snapshot.includes(version) for version in versions):
             self._refresh()
-        return in_batches(self._searcher.search, self._batch, queries, requests)
+        return in_batches(self.searcher.search, self._batch, queries, requests)
 
     def _facts(self) -> dict[str, Any]:
         return {
             "images": self._gallery.count(),
-            "version": self._searcher.snapshot.version,
-            "search": self._searcher.kind,
+            "version": self.searcher.snapshot.version,
+            "search": self.searcher.kind,
             "cameras": self._gallery.cameras(),
             "gallery_in_use": self._gallery.in_use,
         }
 
     def _refresh(self) -> None:
         with self._lock:
-            self._searcher.refresh()
+            self.searcher.refresh()
 
     def _follow(self, every_s: float) -> None:
         while True:
@@ -78,3 +77,18 @@ class GallerySearcher:
                 for _ in self._gallery.wait(every_s):
                     self._refresh()
             time.sleep(RETRY_S)
+
+
+class Shard(GallerySearcher):
+    """Searcher of a share of the rows, in a process of its own (`serve.shards`).
+
+    Args:
+        config: sections `gallery` and `serve`.
+        space: space of the model that is served.
+        number: number of the share.
+    """
+
+    def __init__(self, config: Config, space: str, number: int) -> None:
+        share = (number, config.serve.shards)
+        super().__init__(config, Gallery.open(config.gallery_url, section=config.gallery, space_id=space, share=share))
+        Watch(self._gallery.database, self.searcher)

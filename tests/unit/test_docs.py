@@ -20,7 +20,18 @@ from tests.paths import REPOSITORY
 from tvilfm.config import fidelity_table
 from tvilfm.sweeps.space import Space, load_space
 
-DOCS = ("service", "cluster", "runs", "reproduce", "cameras", "extend", "method", "architecture", "writing")
+DOCS = (
+    "service",
+    "operations",
+    "cluster",
+    "runs",
+    "reproduce",
+    "cameras",
+    "extend",
+    "method",
+    "architecture",
+    "writing",
+)
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{name}.md" for name in DOCS))
 RUN_COMMANDS = ("run", "train", "evaluate", "index", "serve")  # take the folder of a run, which no fresh clone has
 # Programs of others that the pages name; everything else has to be ours.
@@ -73,16 +84,25 @@ def test_a_picture_of_any_size_reaches_curl(tmp_path: Path, line: str) -> None:
     assert base64.b64decode(json.loads(done.stdout)["image"]) == picture and "--json @-" in line
 
 
+def test_the_page_of_the_service_fits_on_three_printed_pages() -> None:
+    assert len((REPOSITORY / "docs" / "service.md").read_text().split()) < 1400
+    for width in (1280, 390):
+        assert (REPOSITORY / "docs" / "img" / f"page-{width}.png").stat().st_size < 300_000
+
+
+def headings(file: Path) -> set[str]:
+    """Return the anchors of a page's headings."""
+    named = re.findall(r"^#+ (.*)", file.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w ]", "", heading).strip().lower().replace(" ", "-") for heading in named}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_of_the_documentation_lead_somewhere(page: str) -> None:
     text = (REPOSITORY / page).read_text()
-    headings = {
-        re.sub(r"[^\w ]", "", heading).strip().lower().replace(" ", "-") for heading in re.findall(r"#+ (.*)", text)
-    }
-    for target in re.findall(r"\]\(([^)]+)\)", text):
-        assert target[1:] in headings if target.startswith("#") else ((REPOSITORY / page).parent / target).exists(), (
-            target
-        )
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        target, _, heading = link.partition("#")
+        file = (REPOSITORY / page).parent / target if target else REPOSITORY / page
+        assert file.exists() and (not heading or heading in headings(file)), link
     for name in re.findall(r"`(test_\w+\.py)`", text):
         assert list((REPOSITORY / "tests").rglob(name)), name
     for path in re.findall(r"`((?:cluster|tvilfm|benchmarks|tune_spaces)/[\w./]+)`", text):

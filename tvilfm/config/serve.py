@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
+from typing import Literal
 from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field, model_validator
@@ -57,7 +58,11 @@ class ServeSection(Section):
 
     host: str = Field("127.0.0.1", description="address to listen on; all addresses except loopback require serve.keys")
     port: int = Field(8000, ge=1, le=65535, description="port to listen on")
-    keys: Path | None = Field(None, description="file of API keys (`tvilfm keys add`); null = no keys, loopback only")
+    keys: Literal["database"] | Path | None = Field(
+        None,
+        description="API keys (`tvilfm keys add`): database = those in the gallery's database, or a file, such as a "
+        "secret of Kubernetes; null = no keys, loopback only",
+    )
     tls_cert: Path | None = Field(None, description="certificate (PEM) for HTTPS; null = HTTP")
     tls_key: Path | None = Field(None, description="private key (PEM) of serve.tls_cert")
     captioner: str | None = Field(
@@ -95,8 +100,8 @@ class ServeSection(Section):
     def _agree(self) -> ServeSection:
         if self.keys is None and not is_loopback(self.host):
             raise ValueError(
-                f"keys: expected a file of API keys with host {self.host}, got null. "
-                "Create one with `tvilfm keys add`, or set host to 127.0.0.1."
+                f"keys: expected database, or a file of API keys, with host {self.host}, got null. "
+                "Create keys with `tvilfm keys add`, or set host to 127.0.0.1."
             )
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_key: expected both tls_cert and tls_key or neither, got one. Set the other one too.")

@@ -95,11 +95,17 @@ class Database:
 
         Raises:
             Unavailable: the server does not answer, or has no room left.
+            PermissionError: the role lacks a permission.
         """
         for is_last in (False, True):
             try:
                 with self._pool.connection(timeout=PATIENCE_S if is_last else FIRST_S) as connection:
                     return work(connection)
+            except errors.InsufficientPrivilege as error:
+                raise PermissionError(
+                    f"gallery.url: expected the permission for this in {_shown(self.url)}, got: {_first_line(error)}. "
+                    "Use the role of the owner of the database, or grant it."
+                ) from None
             except psycopg.OperationalError as error:  # lost, locked in a circle, or out of room
                 if is_last:
                     raise Unavailable(
@@ -118,6 +124,12 @@ class Database:
                 yield connection
             finally:
                 connection.autocommit = False
+
+    @property
+    def connections(self) -> tuple[int, int]:
+        """The number of connections, and of threads that wait for one."""
+        stats = self._pool.get_stats()
+        return stats["pool_size"], stats.get("requests_waiting", 0)
 
     def close(self) -> None:
         """Close the connections; also done at the end of the process."""

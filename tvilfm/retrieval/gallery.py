@@ -16,9 +16,8 @@ Shapes: N rows, D feature.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -33,6 +32,7 @@ from psycopg import sql
 from psycopg.rows import dict_row
 
 from tvilfm.config import GallerySection
+from tvilfm.retrieval.audit import write_entry
 from tvilfm.retrieval.database import Connection, Database
 from tvilfm.retrieval.hnsw import build_indexes, unindexed
 from tvilfm.retrieval.records import INCOMING, INCOMING_TYPES, READ, condition_of, records_of, table_of
@@ -193,26 +193,26 @@ class Gallery:
         """
         self.check_space(space_id)
         rows = checked(rows, self._schema)
-        records = records_of(rows, self.heads, position)
+        records, ids = records_of(rows, self.heads, position), rows["id"].to_pylist()
 
-        def write(connection: Connection) -> int:
+        def write(connection: Connection) -> tuple[int, Sequence[str]]:
             connection.execute(INCOMING)
             with connection.cursor() as cursor, cursor.copy("COPY incoming FROM STDIN (FORMAT BINARY)") as copy:
                 copy.set_types(INCOMING_TYPES)
                 for record in records:
                     copy.write_row(record)
             first = _reserve(connection, rows.num_rows) if position is None else 0
-            return connection.execute(MERGE, {"gallery": self.number, "first": first}).rowcount
+            return connection.execute(MERGE, {"gallery": self.number, "first": first}).rowcount, ids
 
-        return self._change("upsert", write, by=by, ids=rows["id"].to_pylist())
+        return self._change("upsert", write, by=by)
 
     def delete(self, ids: Sequence[str], *, by: str | None = None) -> Change:
         """Delete rows by id; missing ids are ignored."""
-        return self._delete("delete", "id = ANY(%(ids)s)", {"ids": list(ids)}, by=by, ids=list(ids))
+        return self._delete("delete", "id = ANY(%(ids)s)", {"ids": list(ids)}, by=by, ids=ids)
 
     def delete_person(self, pid: int, *, by: str | None = None) -> Change:
-        """Delete every row of an identity."""
-        return self._delete("delete person", "pid = %(pid)s", {"pid": pid}, by=by, pid=pid)
+        """Delete every row of an identity. The audit trail keeps their ids, so that the erasure can be proven."""
+        return self._delete("delete person", "pid = %(pid)s", {"pid": pid}, by=by, ids=None, pid=pid)
 
     def delete_camera(self, camid: int, *, by: str | None = None) -> Change:
         """Delete every row of a camera."""
@@ -230,18 +230,21 @@ class Gallery:
 
         def forget(connection: Connection) -> None:
             connection.execute("DELETE FROM removed WHERE time < %s", (now - KEPT_REMOVED,))
+            connection.execute("DELETE FROM key_use WHERE minute < %s", (now - KEPT_REMOVED,))
             if audit_days is not None:
                 connection.execute("DELETE FROM audit WHERE time < %s", (now - timedelta(days=audit_days),))
 
         self.database.run(forget)
 
-    def note(self, action: str, entries: Sequence[tuple[int, Sequence[str]]], *, by: str | None) -> None:
-        """Add entries to the audit trail: gallery version and ids of hits."""
+    def note(
+        self, action: str, entries: Sequence[tuple[int, Sequence[str], Mapping[str, Any]]], *, by: str | None
+    ) -> None:
+        """Add entries to the audit trail: gallery version, ids of hits, and facts."""
 
         def write(connection: Connection) -> None:
             connection.execute("SET LOCAL synchronous_commit = off")  # a crash of the server may lose the last second
-            for version, ids in entries:
-                _note(connection, action, by, version, ids, {})
+            for version, ids, facts in entries:
+                write_entry(connection, action, by=by, version=version, ids=ids, facts=facts)
 
         self.database.run(write)
 
@@ -340,7 +343,9 @@ class Gallery:
 
         return self.database.run(read)
 
-    def nearest(self, vector_D: npt.NDArray[np.float32], *, base: bool, count: int, where: Where) -> pa.Table:
+    def nearest(
+        self, vector_D: npt.NDArray[np.float32], *, base: bool, count: int, where: Where, by_scan: bool = False
+    ) -> pa.Table:
         """Return about the `count` rows most similar to a vector, unordered; see `store.GalleryStore.nearest`."""
         column = sql.Identifier("base" if base else "current")
         wanted = count * self._section.refine
@@ -350,7 +355,7 @@ class Gallery:
 
         def read(connection: Connection) -> pa.Table:
             # The index reads only so many rows that do not match, so it is no help with a filter that few rows match.
-            few = where != Where() and self._count(connection, condition, values, FEW_ROWS + 1) <= FEW_ROWS
+            few = by_scan or (where != Where() and self._count(connection, condition, values, FEW_ROWS + 1) <= FEW_ROWS)
             rows = None if few else self._by_index(connection, column, condition, values, wanted)
             if rows is None or rows.num_rows < count:
                 rows = self._by_scan(connection, column, condition, values)
@@ -507,25 +512,47 @@ class Gallery:
         return f"image_{self.number}"
 
     def _change(
-        self, action: str, work: Callable[[Connection], int], *, by: str | None, ids: Sequence[str] = (), **facts: Any
+        self, action: str, work: Callable[[Connection], tuple[int, Sequence[str]]], *, by: str | None, **facts: Any
     ) -> Change:
-        """Make a change and its entry in the audit trail in one transaction."""
+        """Make a change and its entry in the audit trail in one transaction.
+
+        Args:
+            action: name of the change in the entry.
+            work: returns the number of affected rows, and the ids in the entry.
+            by, facts: of the entry.
+        """
 
         def write(connection: Connection) -> Change:
-            count: int = work(connection)
+            count, ids = work(connection)
             (version,) = connection.execute("SELECT pg_current_xact_id()::text::bigint").fetchone() or (0,)
-            _note(connection, action, by, version, ids, facts | {"count": count})
+            write_entry(connection, action, by=by, version=version, ids=ids, facts=facts | {"count": count})
             return Change(version=version, count=count)
 
         return self.database.run(write)
 
-    def _delete(self, action: str, condition: str, values: dict[str, Any], *, by: str | None, **facts: Any) -> Change:
+    def _delete(
+        self,
+        action: str,
+        condition: str,
+        values: dict[str, Any],
+        *,
+        by: str | None,
+        ids: Sequence[str] | None = (),
+        **facts: Any,
+    ) -> Change:
+        """Delete the rows of a condition. `ids` are those of the audit entry; None = those of the deleted rows."""
+        returning = " RETURNING id" if ids is None else ""
         query = (
             "DELETE FROM image WHERE gallery = %(gallery)s AND id = ANY(ARRAY(SELECT id FROM image "
-            f"WHERE gallery = %(gallery)s AND {condition} ORDER BY id FOR UPDATE))"
+            f"WHERE gallery = %(gallery)s AND {condition} ORDER BY id FOR UPDATE)){returning}"
         ).encode()
         values = values | {"gallery": self.number}
-        return self._change(action, lambda connection: int(connection.execute(query, values).rowcount), by=by, **facts)
+
+        def work(connection: Connection) -> tuple[int, Sequence[str]]:
+            done = connection.execute(query, values)
+            return done.rowcount, sorted(id for (id,) in done) if ids is None else ids
+
+        return self._change(action, work, by=by, **facts)
 
     def _count(
         self, connection: Connection, condition: sql.Composable, values: dict[str, Any], limit: int | None
@@ -618,10 +645,3 @@ def _reserve(connection: Connection, count: int) -> int:
 def _snapshot(connection: Connection) -> Snapshot:
     (text,) = connection.execute("SELECT pg_current_snapshot()::text").fetchone() or ("",)
     return Snapshot(text)
-
-
-def _note(
-    connection: Connection, action: str, by: str | None, version: int, ids: Sequence[str], facts: dict[str, Any]
-) -> None:
-    query = "INSERT INTO audit (key, action, version, ids, facts) VALUES (%s, %s, %s, %s, %s)"
-    connection.execute(query, (by, action, version, list(ids), json.dumps(facts)))

@@ -110,6 +110,7 @@ class QueryEncoder:
     Args:
         model: in eval mode, on its device.
         height, width: image size in pixels that the model was trained at.
+        space: name of the model's spaces; None = a hash of all its weights (`spaces.space_id`).
         filter_text: `loss.filter_text` of the training: True for SFF, False for its ablation (fusion without a filter).
         captioner: function from infrared images (uint8, H x W x 3, original size) to sentences; None = no captioner.
     """
@@ -120,12 +121,13 @@ class QueryEncoder:
         *,
         height: int,
         width: int,
+        space: str | None = None,
         filter_text: bool = True,
         captioner: Callable[[Sequence[Pixels]], Sequence[str]] | None = None,
     ) -> None:
         self._model, self._filter_text, self._captioner = model, filter_text, captioner
         self._size = {"height": height, "width": width}
-        self.space_id = space_id(model, height=height, width=width)
+        self.space_id = space or space_id(model, height=height, width=width)
 
     def encode(self, questions: Sequence[Question]) -> list[Query]:
         """Return the vectors of the questions, in order. Each image and each distinct sentence is encoded once.

@@ -26,6 +26,7 @@ from tvilfm.retrieval.store import GalleryStore, Snapshot
 from tvilfm.terms import SearchKind
 
 OLD_S = 12 * 3600.0  # a copy that was not updated for so long is loaded again; see `gallery.KEPT_REMOVED`
+RECALLED = 10  # nearest rows of a sample of the recall
 MORE = 4  # growth of the number of ranked rows when they contain too few identities
 
 
@@ -109,6 +110,7 @@ class Searcher:
     def __init__(self, gallery: GalleryStore, section: GallerySection, *, device: str = "cpu") -> None:
         self.gallery, self._section, self._device = gallery, section, torch.device(device)
         self._state = self._load(None)
+        self._latest: tuple[Tensor, bool] | None = None  # query that the database answered, and whether it is base
 
     @property
     def snapshot(self) -> Snapshot:
@@ -119,6 +121,35 @@ class Searcher:
     def kind(self) -> SearchKind:
         """How queries are answered: in memory, with the database's index, or by reading every row if it has none."""
         return self.gallery.kind if self._state.exact is None else "exact"
+
+    @property
+    def age_s(self) -> float | None:
+        """Longest time for which a committed change may be missing in the copy; None = there is no copy."""
+        state = self._state
+        return None if state.exact is None else time.monotonic() - state.loaded_s
+
+    def sample_recall(self) -> float | None:
+        """Return the share of the `RECALLED` nearest rows that the index found for the latest query.
+
+        This compares the query with every row.
+
+        Returns:
+            None if the index answered no query since the last call.
+        """
+        latest, self._latest = self._latest, None
+        if latest is None or self.kind != "index":
+            return None
+        vector_D, base = latest
+        found, true = (
+            set(
+                self._nearest(vector_D, Where(), RECALLED, base=base, by_scan=by_scan)
+                .head(RECALLED)
+                .facts["id"]
+                .to_pylist()
+            )
+            for by_scan in (False, True)
+        )
+        return len(found & true) / len(true) if true else None
 
     def refresh(self) -> None:
         """Take in what was committed since the last call.
@@ -189,13 +220,15 @@ class Searcher:
             yield from state.exact.rank(vectors_QD, wheres, count, base=base)
             return
         for vector_D, where in zip(vectors_QD, wheres, strict=True):
-            table = self.gallery.nearest(vector_D.numpy(), base=base, count=count, where=where)
-            vectors_RD = tensor_of(table[column_of(base)])
-            scores_R = similarity(vector_D[None], vectors_RD)[0].numpy()
-            best_K = best_first(scores_R, table["position"].to_numpy())
-            yield Ranked(
-                candidates=table.select(FACTS), vectors_RD=vectors_RD, rows_K=best_K, scores_K=scores_R[best_K]
-            )
+            self._latest = (vector_D, base)
+            yield self._nearest(vector_D, where, count, base=base)
+
+    def _nearest(self, vector_D: Tensor, where: Where, count: int, *, base: bool, by_scan: bool = False) -> Ranked:
+        table = self.gallery.nearest(vector_D.numpy(), base=base, count=count, where=where, by_scan=by_scan)
+        vectors_RD = tensor_of(table[column_of(base)])
+        scores_R = similarity(vector_D[None], vectors_RD)[0].numpy()
+        best_K = best_first(scores_R, table["position"].to_numpy())
+        return Ranked(candidates=table.select(FACTS), vectors_RD=vectors_RD, rows_K=best_K, scores_K=scores_R[best_K])
 
 
 def _weights(query: Query, request: Request) -> dict[str, float]:

@@ -132,7 +132,9 @@ class GalleryStore(Protocol):
     def snapshot(self) -> Snapshot:
         """Return what is committed now."""
 
-    def nearest(self, vector_D: npt.NDArray[np.float32], *, base: bool, count: int, where: Where) -> pa.Table:
+    def nearest(
+        self, vector_D: npt.NDArray[np.float32], *, base: bool, count: int, where: Where, by_scan: bool = False
+    ) -> pa.Table:
         """Return about the `count` rows most similar to a vector, unordered, with the columns of `rows.STORED`.
 
         It returns fewer only if fewer rows match the filter.
@@ -142,6 +144,7 @@ class GalleryStore(Protocol):
             base: whether the base stage's vectors are compared.
             count: number of rows.
             where: filter on the rows.
+            by_scan: compare with every row, without an index.
         """
 
     def wait(self, seconds: float) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
@@ -11,8 +10,9 @@ from fastapi import HTTPException, Request, Response
 from fastapi.routing import APIRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tvilfm.service import keys
 from tvilfm.service.errors import problem
+from tvilfm.service.key_checker import KeyChecker
+from tvilfm.service.keys import Scope as KeyScope
 from tvilfm.service.messages import HEADER
 
 
@@ -24,7 +24,7 @@ def guarded(check: Callable[[Request], None]) -> type[APIRoute]:
             handle = super().get_route_handler()
 
             async def checked(request: Request) -> Response:
-                await asyncio.to_thread(check, request)
+                check(request)
                 return await handle(request)
 
             return checked
@@ -32,9 +32,12 @@ def guarded(check: Callable[[Request], None]) -> type[APIRoute]:
     return Guarded
 
 
-def needs(scope: keys.Scope, key_file: keys.KeyFile | None) -> Callable[[Request], None]:
-    """Return a check that rejects requests without the scope."""
-    if key_file is None:
+def needs(scope: KeyScope, checker: KeyChecker | None) -> Callable[[Request], None]:
+    """Return a check that rejects requests without the scope, and those above the limit of their key.
+
+    Requests with GET do not count: a page gets a thumbnail with each.
+    """
+    if checker is None:
 
         def anybody(request: Request) -> None:
             if request.method != "GET" and _is_of_another_site(request):
@@ -45,12 +48,18 @@ def needs(scope: keys.Scope, key_file: keys.KeyFile | None) -> Callable[[Request
 
     def check(request: Request) -> None:
         token = request.headers.get(HEADER)
-        key = key_file.find(token) if token else None
+        key = checker.find(token) if token else None
         if key is None:
-            got = "a wrong one" if token else "none"
+            got = "a wrong or an expired one" if token else "none"
             raise HTTPException(401, f"{HEADER}: expected an API key, got {got}. Ask an operator for one.")
         if scope not in key.scopes:
             raise HTTPException(403, f"{HEADER}: expected a key with scope {scope}, got one with {list(key.scopes)}.")
+        if request.method != "GET" and (wait_s := checker.wait_s(key)):
+            raise HTTPException(
+                429,
+                f"{HEADER}: expected at most {key.per_minute} searches and writes in a minute, got more. Retry later.",
+                {"Retry-After": str(wait_s)},
+            )
         request.state.key = key.name
 
     return check

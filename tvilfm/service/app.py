@@ -1,8 +1,8 @@
 """The HTTP service: check API keys, validate requests, call a `Backend`, and map errors to status codes.
 
 401: missing or wrong key. 403: key without the scope, or a page of another site. 409: conflict with the state of the
-gallery. 413: body too large. 422: invalid request. 429: too many waiting requests. 503: a replica is being replaced.
-429 and 503 have a Retry-After header.
+gallery. 413: body too large. 422: invalid request. 429: too many waiting requests, or too many with this key. 503: a
+replica is being replaced. 429 and 503 have a Retry-After header.
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ from tvilfm.retrieval import search
 from tvilfm.retrieval.query import Query, Question
 from tvilfm.retrieval.rows import VECTORS, Where, row_schema
 from tvilfm.retrieval.store import Change, Unavailable
-from tvilfm.service import errors, keys, messages
+from tvilfm.service import errors, messages
 from tvilfm.service.access import BodyLimit, guarded, needs
 from tvilfm.service.backend import Backend, Busy
+from tvilfm.service.key_checker import KeyChecker
+from tvilfm.service.keys import SCOPES
 from tvilfm.service.messages import HEADER, Bulk, SearchAnswer, SearchBatch, SearchQuery, Status, Written
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
@@ -61,14 +63,16 @@ def create_app(
     section: ServeSection,
     *,
     thumbnail_height: int,
+    checker: KeyChecker | None = None,
     observe: Observe = lambda stage, seconds: None,
 ) -> FastAPI:
     """Return the service as an ASGI application.
 
     Args:
         backend: encodes, searches and writes.
-        section: limits, and the file of keys.
+        section: limits.
         thumbnail_height: height in pixels of the thumbnails that are stored with the vectors.
+        checker: checks keys; None = every program on this machine may send requests, and others may not.
         observe: called with the name (decode, encode, search, write) and the seconds of each finished stage.
     """
     app = FastAPI(
@@ -78,9 +82,8 @@ def create_app(
         redoc_url=None,
     )
     handlers = _Handlers(backend, section, thumbnail_height, observe)
-    key_file = None if section.keys is None else keys.KeyFile(section.keys)
-    read, write, admin = (guarded(needs(scope, key_file)) for scope in keys.SCOPES)
-    documented = [] if key_file is None else [Depends(APIKeyHeader(name=HEADER, auto_error=False))]
+    read, write, admin = (guarded(needs(scope, checker)) for scope in SCOPES)
+    documented = [] if checker is None else [Depends(APIKeyHeader(name=HEADER, auto_error=False))]
 
     def route(path: str, handler: Callable[..., Awaitable[Any]], method: str, who: type[APIRoute], **more: Any) -> None:
         more |= {"methods": [method], "dependencies": documented, "responses": PROBLEMS}
@@ -105,7 +108,7 @@ def create_app(
     app.add_exception_handler(Unavailable, partial(errors.try_again, 503))
     app.add_exception_handler(Exception, errors.fault)
     app.add_middleware(BodyLimit, max_bytes=int(section.max_body_mb * 1e6))
-    if key_file is None:
+    if checker is None:
         # Without keys, every program on this machine may send requests. This blocks pages in a browser on this machine
         # that reach the service under another host name (DNS rebinding).
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, section.host], www_redirect=False)
@@ -200,7 +203,8 @@ class _Handlers:
                 raise HTTPException(
                     409, f"min_version: expected at most {answer.version}, the latest, got {query.min_version}."
                 )
-        await self._backend.note_searches(answers, by=request.state.key)
+        noted = [_noted(query, one) for query, one in zip(queries, asked, strict=True)]
+        await self._backend.note_searches(answers, noted, by=request.state.key)
         return [_answer(query, answer, own) for query, answer, own in zip(queries, answers, requests, strict=True)]
 
     async def _queries(self, asked: Sequence[SearchQuery]) -> list[Query]:
@@ -333,6 +337,12 @@ def _request(query: SearchQuery, weights: messages.Weights) -> search.Request:
         ),
         by_identity=query.by_identity,
     )
+
+
+def _noted(query: Query, asked: SearchQuery) -> dict[str, Any]:
+    """Return how a client searched, for the audit trail; never the image or the words."""
+    fields = {"k", "like", "cameras", "exclude_cameras", "since", "until", "by_identity"}
+    return {"modalities": list(query.parts), **asked.model_dump(mode="json", include=fields, exclude_defaults=True)}
 
 
 def _answer(query: Query, answer: search.Answer, asked: search.Request) -> SearchAnswer:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -55,8 +55,10 @@ class Backend(Protocol):
     async def delete_person(self, pid: int, *, by: str | None) -> Change:
         """Remove all rows of an identity."""
 
-    async def note_searches(self, answers: Sequence[Answer], *, by: str | None) -> None:
-        """Add the answers of a request to the audit trail."""
+    async def note_searches(
+        self, answers: Sequence[Answer], facts: Sequence[Mapping[str, Any]], *, by: str | None
+    ) -> None:
+        """Add the answers of a request to the audit trail, with facts about how the client searched for each."""
 
     async def picture(self, id: str) -> bytes | None:
         """Return the thumbnail of a row as JPEG, or None if there is none."""

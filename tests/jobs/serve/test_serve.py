@@ -342,7 +342,7 @@ def test_a_batch_counts_questions_and_not_the_requests_that_bring_them(
     untrained_run: UntrainedRun, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small_gallery(untrained_run.config, database, batch=3)
-    replica, sizes, search = GallerySearcher(config, "space"), [], Searcher.search
+    replica, sizes, search = GallerySearcher(config, Gallery.open(database)), [], Searcher.search
 
     def counted(self: Searcher, queries: Sequence[Query], requests: Sequence[Request]) -> list[Answer]:
         sizes.append(len(queries))
@@ -358,14 +358,14 @@ def test_a_batch_counts_questions_and_not_the_requests_that_bring_them(
 def test_a_searcher_sees_a_write_at_once_if_asked_for_its_version_and_else_soon(
     untrained_run: UntrainedRun, database: str
 ) -> None:
-    replica = GallerySearcher(small_gallery(untrained_run.config, database, follow_s=3600), "space")
+    replica = GallerySearcher(small_gallery(untrained_run.config, database, follow_s=3600), Gallery.open(database))
     gallery = Gallery.open(database)
     asked = Query(parts={"text": torch.eye(4)[1]}, base=False, space_id="space", filter_text_source="none")
     version = gallery.delete(["b"]).version
     (answer,) = replica._search([asked], [Request(weights={})], {version})
     assert [hit.id for hit in answer.hits] == ["a", "c"] and answer.version >= version
     version = gallery.delete(["a"]).version
-    until(lambda: replica._searcher.snapshot.includes(version))  # the database tells it
+    until(lambda: replica.searcher.snapshot.includes(version))  # the database tells it
     facts = asyncio.run(replica.facts())
     assert (facts["images"], facts["cameras"], facts["search"], facts["gallery_in_use"]) == (1, [3], "exact", True)
 
@@ -457,9 +457,9 @@ def test_prometheus_finds_every_metric_that_the_dashboard_shows(address: str) ->
     (node,) = ray.nodes()
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     dashboard = (Path(machines.__file__).parent / "templates" / "grafana_service.json").read_text()
-    # A refusal or a fault is counted once there was one.
-    shown = set(re.findall(r"\bray_\w+", dashboard)) - {"ray_tvilfm_refused_total"}
-    assert len(shown) > 6
+    # A refusal is counted once there was one, and a recall only where the index answers.
+    shown = set(re.findall(r"\bray_\w+", dashboard)) - {"ray_tvilfm_refused_total", "ray_tvilfm_recall"}
+    assert len(shown) > 9
 
     def scraped() -> str:
         return httpx.get(url, trust_env=False).text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import signal
@@ -11,10 +12,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
 import pytest
+from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
 from cluster.run import evaluator_of
@@ -25,12 +28,15 @@ from tests.processes import descendants, free_ports, kill_all, kill_tree, until
 from tests.untrained_run import UntrainedRun, evaluated_rankings
 from tvilfm.config import Config, load_config
 from tvilfm.data.manifest import select
+from tvilfm.retrieval.database import Database
 from tvilfm.retrieval.gallery import Gallery
 from tvilfm.service.client import Client, ServiceError
-from tvilfm.service.keys import add_key
+from tvilfm.service.keys import KeyTable, add_key
+from tvilfm.service.messages import HEADER
 
 # Twenty take ten minutes: TVILFM_LIVES=20 pytest tests/jobs/serve/test_serve_command.py -k killed
 LIVES = int(os.environ.get("TVILFM_LIVES", "2"))
+DEMO = REPOSITORY / "runs" / "demo" / "results.json"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
@@ -74,7 +80,7 @@ def make_gallery(config: Config, folder: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not (REPOSITORY / "runs" / "demo" / "results.json").exists(), reason="needs the run of `make demo`")
+@pytest.mark.skipif(not DEMO.exists(), reason="needs the run of `make demo`")
 def test_every_query_of_the_demo_ranks_over_http_as_its_evaluation_ranks_it(ray_session: None, tmp_path: Path) -> None:
     config = load_config(REPOSITORY / "ray_config.yaml", size="small")
     make_gallery(config, tmp_path)
@@ -88,10 +94,11 @@ def test_every_query_of_the_demo_ranks_over_http_as_its_evaluation_ranks_it(ray_
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
 def test_a_browser_signs_in_and_searches(untrained_run: UntrainedRun, ray_session: None, tmp_path: Path) -> None:
     make_gallery(untrained_run.config, tmp_path)
-    token = add_key(tmp_path / "keys", "desk", ["read"])
+    store = KeyTable(Database.open(str(tmp_path / "gallery")))
+    token = add_key(store, "desk", ["read"], expires=datetime.now(UTC) + timedelta(days=1), per_minute=100)
     (name, *_) = select(untrained_run.manifest, split="query", modality="infrared")["image"].to_pylist()
     with (
-        served(untrained_run.config, tmp_path, f"serve.keys={tmp_path / 'keys'}") as (process, address),
+        served(untrained_run.config, tmp_path, "serve.keys=database") as (process, address),
         sync_playwright() as playwright,
     ):
         with pytest.raises(ServiceError, match="401"), Client(address) as stranger:
@@ -104,22 +111,48 @@ def test_a_browser_signs_in_and_searches(untrained_run: UntrainedRun, ray_sessio
         page.on("request", lambda request: faults.append(request.url) if not _own(request.url, address) else None)
         page.goto(address)
         _sign_in_and_search(page, token, untrained_run.root / name)
-        folder = os.environ.get("TVILFM_SCREENSHOTS")
-        if folder:
-            page.screenshot(path=Path(folder) / "service.png")
         page.set_viewport_size({"width": 390, "height": 844})
         page.get_by_role("button", name="Search", exact=True).click()
         expect(page.locator("#hits li").first.locator("img")).to_be_in_viewport(ratio=1)
-        if folder:
-            page.screenshot(path=Path(folder) / "service-phone.png")
         with page.expect_response("**/v1/search") as similar:
             page.get_by_role("button", name="more like hit 2").click()
         assert similar.value.json()["modalities"] == ["visible"]
         assert faults == []
         browser.close()
+        store.remove("desk")
+        until(lambda: _status(address, token) == 401, 5)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
         assert process.stdout is not None and process.stdout.read() == ""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
+@pytest.mark.skipif(not DEMO.exists(), reason="needs the run of `make demo`")
+def test_the_page_of_the_demo_shows_hits_at_both_widths(ray_session: None, tmp_path: Path) -> None:
+    """Also makes the images in docs/img; see `make screenshots`."""
+    config = load_config(REPOSITORY / "ray_config.yaml", size="small")
+    make_gallery(config, tmp_path)
+    image = config.data_root / "cam3" / "0418" / "0001.jpg"
+    folder = Path(os.environ.get("TVILFM_SCREENSHOTS", tmp_path))
+    with served(config, tmp_path, size="small") as (_, address), sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        for width, height in ((1280, 900), (390, 844)):
+            page = browser.new_page(viewport={"width": width, "height": height})
+            page.goto(address)
+            page.locator("#image").set_input_files(image)
+            page.get_by_label("Description", exact=True).fill(
+                "a woman with long black hair, wearing a yellow checked coat and a brown skirt"
+            )
+            page.get_by_role("button", name="Search", exact=True).click()
+            first = page.locator("#hits li").first.locator("img")
+            expect(first).to_be_in_viewport(ratio=1)
+            expect(first).to_have_js_property("complete", True)
+            shot = folder / f"page-{width}.png"
+            content = Image.open(io.BytesIO(page.screenshot(animations="disabled")))
+            content.convert("RGB").quantize(256).save(shot, optimize=True)
+            assert shot.stat().st_size < 300_000
+        browser.close()
 
 
 def ray_lets_in(process: subprocess.Popen[str]) -> bool:
@@ -134,6 +167,10 @@ def ray_lets_in(process: subprocess.Popen[str]) -> bool:
     return "in" in done.stdout
 
 
+def _status(address: str, token: str) -> int:
+    return httpx.get(f"{address}/v1/status", headers={HEADER: token}, trust_env=False).status_code
+
+
 def _own(url: str, address: str) -> bool:
     return url.startswith((address, "blob:", "data:"))
 
@@ -144,7 +181,7 @@ def _sign_in_and_search(page: Page, token: str, picture: Path) -> None:
         page.get_by_label("API key").fill(key)
         page.get_by_role("dialog").get_by_role("button", name="Sign in").click()
         if key != token:
-            expect(page.get_by_role("alert")).to_contain_text("got a wrong one")
+            expect(page.get_by_role("alert")).to_contain_text("got a wrong or an expired one")
     expect(page.get_by_role("dialog")).to_be_hidden()
     expect(page.locator("#status")).to_contain_text("16 images")
 

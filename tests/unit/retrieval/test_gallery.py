@@ -28,6 +28,8 @@ from tvilfm.retrieval.gallery import Gallery
 from tvilfm.retrieval.rows import Where, vector_column, vectors_of
 from tvilfm.retrieval.spaces import Heads
 from tvilfm.retrieval.store import Snapshot, Unavailable
+from tvilfm.service.key_checker import KeyChecker
+from tvilfm.service.keys import KeyTable, add_key
 
 SPACE, OTHER, DIM = "feed-96x48", "beef-96x48", 8
 
@@ -185,7 +187,7 @@ def test_a_write_and_its_audit_entry_are_one_transaction(
     erased = gallery.delete_person(3, by="officer").version
     assert audit(gallery) == [
         ("ingest", "upsert", version, ["a", "b"], {"count": 2}),
-        ("officer", "delete person", erased, [], {"pid": 3, "count": 2}),
+        ("officer", "delete person", erased, ["a", "b"], {"pid": 3, "count": 2}),
     ]
     gallery.upsert(rows(["c"], pid=4), space_id=SPACE)
     with psycopg.connect(database, autocommit=True) as connection:
@@ -459,23 +461,54 @@ def test_a_role_without_permissions_is_told_so(new_database: Any) -> None:
         Database.open(url.replace("postgres:@", "stranger@"))
 
 
-def test_the_documented_role_of_a_service_can_serve_but_neither_drop_nor_rewrite_the_audit_trail(
+def test_the_documented_role_of_a_service_can_serve_but_not_drop_rewrite_the_audit_trail_or_make_keys(
     gallery: Gallery, database: str
 ) -> None:
     gallery.upsert(rows(["a"]), space_id=SPACE)
-    (grants,) = re.findall(r"```sql\n(.*?)```", (REPOSITORY / "docs" / "service.md").read_text(), re.DOTALL)
+    (grants,) = re.findall(r"```sql\n(.*?)```", (REPOSITORY / "docs" / "operations.md").read_text(), re.DOTALL)
     role = f"service_{uuid.uuid4().hex}"
     with psycopg.connect(database, autocommit=True) as connection:
         connection.execute("REVOKE CREATE ON SCHEMA public FROM public")
         connection.execute(grants.replace("tvilfm_service", role).encode())
     serving = Gallery.open(database.replace("postgres:@", f"{role}@"))
     version = serving.upsert(rows(["a", "b"], pid=1), space_id=SPACE, by="ingest").version
-    serving.note("search", [(version, ["a"])], by="desk")
+    serving.note("search", [(version, ["a"], {"modalities": ["text"]})], by="desk")
     assert serving.delete_person(1).count == 2 and serving.changes(None).rows.num_rows == 0
     serving.expire(rows_days=1, audit_days=None)
-    for command in ("DROP TABLE image", "UPDATE audit SET key = 'me'", "DELETE FROM audit", "DELETE FROM gallery"):
+    token = add_key(KeyTable(gallery.database), "desk", ["read"], per_minute=1)
+    checker = KeyChecker(KeyTable(serving.database), serving.database)
+    key = checker.find(token)
+    assert key is not None and checker.wait_s(key) == 0
+    checker.sync()
+    with pytest.raises(PermissionError, match=r"expected the permission for this in .*: permission denied for table"):
+        add_key(KeyTable(serving.database), "mine", ["admin"])
+    for command in (
+        "DROP TABLE image",
+        "UPDATE audit SET key = 'me'",
+        "DELETE FROM audit",
+        "INSERT INTO audit (time, action) VALUES ('2020-01-01', 'search')",
+        "INSERT INTO audit (role, action) VALUES ('postgres', 'search')",
+        "UPDATE api_key SET scopes = '{admin}'",
+        "DELETE FROM api_key",
+        "DELETE FROM gallery",
+    ):
         with serving.database.session() as connection, pytest.raises(psycopg.errors.InsufficientPrivilege):
             connection.execute(command.encode())
+
+
+def test_the_documented_update_after_a_restored_dump_ends_reading_all_rows_again(
+    gallery: Gallery, database: str
+) -> None:
+    gallery.upsert(rows(["a", "b"]), space_id=SPACE)
+    with psycopg.connect(database) as connection:  # a dump brings transactions of a server that counted further
+        connection.execute("ALTER TABLE image DISABLE TRIGGER USER")
+        connection.execute("UPDATE image SET written = '999999999999'")
+        connection.execute("ALTER TABLE image ENABLE TRIGGER USER")
+    assert gallery.changes(gallery.snapshot()).rows.num_rows == 2
+    (update,) = re.findall(r"`(UPDATE image .*)`", (REPOSITORY / "docs" / "operations.md").read_text())
+    with psycopg.connect(database) as connection:
+        connection.execute(update.encode())
+    assert gallery.changes(gallery.snapshot()).rows.num_rows == 0 and set(content(gallery)) == {"a", "b"}
 
 
 def test_a_database_that_is_gone_is_tried_twice(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -321,6 +322,29 @@ def test_a_large_gallery_is_searched_by_the_index_with_the_same_answer(
                 precise.search(queries, requests), approximate.search(queries, requests), strict=True
             ):
                 assert [(hit.id, hit.score) for hit in theirs.hits] == [(hit.id, hit.score) for hit in mine.hits]
+
+
+def test_a_sample_of_the_recall_compares_the_latest_query_with_every_row(
+    gallery: Gallery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searching = searcher(gallery, exact_limit=10, ef_search=400, refine=20)
+    asked = query(unit(np.random.default_rng(0), 1)[0])
+    searching.search([asked], [Request(weights={}, k=3)])
+    assert searching.sample_recall() is None  # no index
+    gallery.build_index(workers=0)
+    searching.search([asked], [Request(weights={}, k=3)])
+    assert searching.sample_recall() == 1.0
+    assert searching.sample_recall() is None  # no query since then
+    searching.search([asked], [Request(weights={}, k=3)])
+    by_index = searching.gallery._by_index  # type: ignore[attr-defined]
+    best = ids(searcher(gallery).search([asked], [Request(weights={}, k=5)])[0])
+
+    def without_best(*arguments: Any) -> pa.Table:
+        rows = by_index(*arguments)
+        return rows.filter(pa.array([id not in best for id in rows["id"].to_pylist()]))
+
+    monkeypatch.setattr(searching.gallery, "_by_index", without_best)
+    assert searching.sample_recall() == 0.5
 
 
 def test_shares_say_what_each_modality_adds_and_sum_to_the_score(gallery: Gallery) -> None:
