@@ -31,14 +31,14 @@ def index_command(
         typer.Option(help="Folder or URI of your own images; default: the run's test images.", show_default=False),
     ] = None,
     camid: Annotated[
-        int | None,
-        typer.Option(help="Number of the camera that took --images.", show_default=False, min=0, max=2**31 - 1),
+        str | None,
+        typer.Option(help="Camera that took --images, such as 4 or entrance-2.", show_default=False),
     ] = None,
     manifest: Annotated[
         str | None,
         typer.Option(
             help="Parquet or CSV file that lists the images: path below --images, camera, and optionally id, person "
-            "(numbers) and time.",
+            "and time.",
             show_default=False,
         ),
     ] = None,
