@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ import ray
 from cluster.places.finished import FinishedRun, check_reachable, finished_run, gallery_of
 from cluster.progress import counted
 from cluster.session import plain_errors, session
+from cluster.tables.boxed import Shots, boxed_rows
 from cluster.tables.images import list_images, read_pictures, reference
 from tvilfm.config import Config
 from tvilfm.data.manifest import select
@@ -75,26 +77,41 @@ def index(
     images: str | None = None,
     camid: str | None = None,
     manifest: str | None = None,
+    boxes: str | None = None,
+    fps: float | None = None,
+    start: datetime | None = None,
     again: bool = False,
 ) -> Indexed:
     """Write images of people into the gallery and put it in use.
 
     Args:
         config: sections `run` (the run), `gallery` (the gallery and its index) and `cluster` (the workers).
-        images: folder or URI of images; None = the visible test images of the run.
+        images: folder or URI of images or frames, or with `boxes` also a video; None = the visible test images of the
+            run.
         camid: camera that took `images`.
         manifest: Parquet or CSV file with a row per image: `path` below `images` and `camera`, and optionally `id`,
             `person` and `time`; None = all images below `images`.
+        boxes: file of boxes of people in the frames of `images`, see `data.boxes.read_boxes`; None = `images` are
+            crops.
+        fps: frames per second; None = as the video says.
+        start: aware time of the first frame; None = unknown.
         again: write rows again that the gallery already has.
 
     Raises:
-        ValueError: the run is not finished, the manifest is invalid, or no image can be read.
+        ValueError: the run is not finished, the manifest or the boxes are invalid, or no image can be read.
     """
-    run = finished_run(config)
+    run, faults = finished_run(config), list[str]()
+    if boxes is None and (fps is not None or start is not None):
+        raise ValueError("--boxes: expected boxes beside --fps and --start, got none. Set --boxes, or leave these out.")
     if images is None:
-        if manifest is not None:
-            raise ValueError("--images: expected the folder that the paths of --manifest start from, got none.")
+        if manifest is not None or boxes is not None:
+            raise ValueError("--images: expected what --manifest or --boxes describes, got none. Set --images.")
         rows, root = _tested(run), str(run.config.data_root.absolute())
+    elif boxes is not None:
+        if manifest is not None:
+            raise ValueError("--boxes: expected either --boxes or --manifest, got both. Leave one out.")
+        rows, faults = boxed_rows(images, boxes, Shots(camid=camid, fps=fps, start=start))
+        rows, root = _valid(rows), images
     else:
         rows, root = _listed(images, camid) if manifest is None else _described_by(manifest, images), images
     with session(config.cluster), plain_errors():
@@ -105,12 +122,12 @@ def index(
         # Equal scores rank in the order of the rows, however fast each worker is.
         first = gallery.reserve(missing.num_rows)
         missing = missing.append_column("position", pa.array(first + np.arange(missing.num_rows)))
-        written, faults = 0, []
+        written, unusable = 0, len(faults)
         with counted("index", "images") as progress:
             for report in _reports(missing, root, run, config, gallery.space_id):
                 written += report["written"]
                 faults += report["faults"]
-                progress.update(written + len(faults), missing.num_rows)
+                progress.update(written + len(faults) - unusable, missing.num_rows)
         if faults and not written and not known.any():
             raise ValueError(f"--images: expected images, got {len(faults)} invalid files. First: {faults[0]}")
         if gallery.count(config.gallery.exact_limit + 1) > config.gallery.exact_limit and gallery.unindexed():
@@ -197,15 +214,31 @@ def _texts(column: pa.ChunkedArray) -> pa.Array:
 
 
 def _rows(names: Sequence[str], ids: Sequence[str], camid: Any, *, pid: Any = None, time: Any = None) -> pa.Table:
-    for id in ids:
+    pid = pa.nulls(len(names), pa.string()) if pid is None else pid
+    time = pa.nulls(len(names), TIME) if time is None else time
+    return _valid(pa.table({"name": list(names), "id": list(ids), "camid": camid, "pid": pid, "time": time}))
+
+
+def _valid(rows: pa.Table) -> pa.Table:
+    """Return rows whose images of nobody have no person.
+
+    Raises:
+        ValueError: an id, a person or a camera is too long or not printable.
+    """
+    for id in rows["id"].to_pylist():
         if not is_id(id):  # the service could neither return it nor delete it
             raise ValueError(
                 f"--images: expected paths of at most {MAX_ID} printable characters, got {id[:MAX_ID]!r}. Rename it."
             )
-    pid = pa.nulls(len(names), pa.string()) if pid is None else pid
-    pid = pc.if_else(pc.match_substring_regex(pid, NOBODY), pa.scalar(None, pa.string()), pid)
-    time = pa.nulls(len(names), TIME) if time is None else time
-    return pa.table({"name": list(names), "id": list(ids), "camid": camid, "pid": pid, "time": time})
+    for name in ("pid", "camid"):
+        for text in rows[name].unique().drop_null().to_pylist():
+            if not is_name(text):
+                raise ValueError(
+                    f"--{'manifest' if name == 'pid' else 'camid'}: expected people and cameras of at most {MAX_ID} "
+                    f"printable characters, got {text[:MAX_ID]!r}. Rename it."
+                )
+    people = pc.if_else(pc.match_substring_regex(rows["pid"], NOBODY), pa.scalar(None, pa.string()), rows["pid"])
+    return rows.set_column(rows.column_names.index("pid"), "pid", people)
 
 
 def _ids(root: str, names: Sequence[str]) -> list[str]:
