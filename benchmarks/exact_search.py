@@ -41,8 +41,8 @@ class MemoryStore:
         vectors = vector_column(vectors_GD)
         columns = {
             "id": [f"row-{n}" for n in numbers],
-            "pid": numbers // 20,
-            "camid": (numbers % 6 + 1).astype(np.int32),
+            "pid": [str(n // 20) for n in numbers],
+            "camid": [str(n % 6 + 1) for n in numbers],
         }
         empty = {"time": pa.nulls(len(numbers), TIME), "image": pa.nulls(len(numbers), pa.string())}
         places = {"position": numbers, "stamp": numbers}
@@ -79,7 +79,7 @@ def exact_search() -> Claim:
     generator = torch.Generator().manual_seed(0)
     vectors_GD = unit(generator, ROWS)
     searcher = searcher_of(vectors_GD.numpy())
-    request = Request(weights=WEIGHTS, k=K, where=Where(exclude_cameras=frozenset((2,))))
+    request = Request(weights=WEIGHTS, k=K, where=Where(exclude_cameras=frozenset(("2",))))
     seconds: dict[str, list[float]] = {}
     ratios, figures = {}, {}
     for batch in (1, 32):

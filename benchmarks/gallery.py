@@ -78,8 +78,8 @@ def write(gallery: Gallery, numbers: range, vectors_ND: Tensor) -> None:
     """Write rows whose raw features are the vectors."""
     columns = {
         "id": [f"row-{n}" for n in numbers],
-        "camid": [n % CAMERAS for n in numbers],
-        "pid": [n // IDENTITIES for n in numbers],
+        "camid": [str(n % CAMERAS) for n in numbers],
+        "pid": [str(n // IDENTITIES) for n in numbers],
         "raw": vector_column(vectors_ND[numbers.start : numbers.stop].numpy()),
     }
     gallery.upsert(pa.table(columns), space_id=SPACE)
@@ -166,7 +166,7 @@ def measure(rows: int) -> dict[str, Any]:
     figures: dict[str, Any] = {"rows": rows, "dim": DIM}
     with filled(rows, exact_limit=rows) as (gallery, vectors_ND, rate):
         figures["ingest_rows_per_s"] = round(rate)
-        queries, camera = queries_of(vectors_ND), Where(cameras=frozenset((7,)))
+        queries, camera = queries_of(vectors_ND), Where(cameras=frozenset(("7",)))
         started = time.perf_counter()
         exact = Searcher(gallery, GallerySection(exact_limit=rows))
         figures["load_into_memory_s"] = round(time.perf_counter() - started, 1)
@@ -186,7 +186,8 @@ def measure(rows: int) -> dict[str, Any]:
         figures["index_during_writes_ms"] = while_written(gallery, vectors_ND, searched(indexed, queries))
         figures["recall_at_10"] = measure_recall(gallery, queries=QUERIES).recall["vector"]
         figures["upsert_one_ms"] = milliseconds(lambda number: write(gallery, range(number, number + 1), vectors_ND))
-        figures["erase_person_ms"] = milliseconds(lambda number: gallery.delete_person(rows // IDENTITIES - 1 - number))
+        last = rows // IDENTITIES - 1
+        figures["erase_person_ms"] = milliseconds(lambda number: gallery.delete_person(str(last - number)))
         figures["bytes_per_row"] = round(gallery.describe().bytes / rows)
         figures["process_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     return figures

@@ -15,6 +15,7 @@ import torch
 from tvilfm.captioning.conv_captioner import build_conv_captioner
 from tvilfm.config import Config, load_config, to_yaml
 from tvilfm.data.manifest import select
+from tvilfm.data.people import with_people
 from tvilfm.data.pixels import decode_files
 from tvilfm.data.splits import TEST_SPLITS
 from tvilfm.datasets import read_dataset
@@ -43,7 +44,7 @@ class Ranking:
     image: bytes
     sentence: str | None
     infrared_caption: str | None
-    exclude_cameras: frozenset[int]
+    exclude_cameras: frozenset[str]
     names: list[str]
     shown: frozenset[str]
 
@@ -66,6 +67,7 @@ def write_untrained_run(folder: Path, benchmark: Path) -> UntrainedRun:
     draw_statistics(model)
     model.eval()
     manifest = read_dataset("synthetic", benchmark)
+    manifest = with_people(manifest, {pid: f"p{pid:04}" for pid in manifest["pid"].unique().to_pylist()})
     captions = read_captions(manifest, benchmark, None)
     keys, parts = [], []
     for modality in ("visible", "infrared"):
@@ -118,7 +120,7 @@ def evaluated_rankings(config: Config, evaluator: Evaluator) -> Iterator[Ranking
                 image=contents[row],
                 sentence=sentence,
                 infrared_caption=caption,
-                exclude_cameras=frozenset((2,) * (camids[row] == 3)),
+                exclude_cameras=frozenset(("2",) * (camids[row] == 3)),
                 names=[image_G[place] for place in order if not (camids[row] == 3 and camid_G[place] == 2)],
                 shown=frozenset(image_G),
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from typing import Literal, get_args
 
@@ -26,11 +27,22 @@ DepthRange = Literal["percentiles"] | tuple[float, float] | None
 Record = dict[str, float | int | str]  # one step or epoch of a training stage
 
 MAX_ID = 512  # characters
+NOBODY = r"^-[0-9]+$"  # text of an identity that marks images of nobody
 
 
 def is_id(id: str) -> bool:
     """Return whether a gallery row can have this id: printable, and not longer than `MAX_ID`."""
     return 0 < len(id) <= MAX_ID and id.isprintable()
+
+
+def is_name(text: str) -> bool:
+    """Return whether a gallery row can have this person or camera: an id without spaces around it."""
+    return is_id(text) and text == text.strip()
+
+
+def is_nobody(person: str) -> bool:
+    """Return whether the text of an identity marks images of nobody, as `-1` in Market-1501."""
+    return re.search(NOBODY, person) is not None
 
 
 def is_blank(text: str) -> bool:

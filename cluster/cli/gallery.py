@@ -84,8 +84,8 @@ def optimize_command(
 @app.command("delete")
 def delete_command(
     id: Annotated[list[str] | None, typer.Option(help="Id of an image; may be repeated.", show_default=False)] = None,
-    person: Annotated[int | None, typer.Option(help="Every image of this person.", show_default=False)] = None,
-    camera: Annotated[int | None, typer.Option(help="Every image of this camera.", show_default=False)] = None,
+    person: Annotated[str | None, typer.Option(help="Every image of this person.", show_default=False)] = None,
+    camera: Annotated[str | None, typer.Option(help="Every image of this camera.", show_default=False)] = None,
     before: Annotated[
         datetime | None, typer.Option(help="Every image taken before this time (UTC).", show_default=False)
     ] = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,16 +40,30 @@ def index_command(
         typer.Option(help="Folder or URI of your own images; default: the run's test images.", show_default=False),
     ] = None,
     camid: Annotated[
-        int | None,
-        typer.Option(help="Number of the camera that took --images.", show_default=False, min=0, max=2**31 - 1),
+        str | None,
+        typer.Option(help="Camera that took --images, such as 4 or entrance-2.", show_default=False),
     ] = None,
     manifest: Annotated[
         str | None,
         typer.Option(
             help="Parquet or CSV file that lists the images: path below --images, camera, and optionally id, person "
-            "(numbers) and time.",
+            "and time.",
             show_default=False,
         ),
+    ] = None,
+    boxes: Annotated[
+        str | None,
+        typer.Option(
+            help="COCO JSON, MOTChallenge text or CSV: boxes of people in --images, a folder of frames or a video.",
+            show_default=False,
+        ),
+    ] = None,
+    fps: Annotated[
+        float | None,
+        typer.Option(help="Frames per second of --images; default: as the video says.", show_default=False, min=0.001),
+    ] = None,
+    start: Annotated[
+        datetime | None, typer.Option(help="Time of the first frame of --images (UTC).", show_default=False)
     ] = None,
     again: Annotated[bool, typer.Option(help="Encode and write images again that the gallery already has.")] = False,
     config: ConfigOption = None,
@@ -61,7 +75,17 @@ def index_command(
 
     where = [] if gallery is None else [f"gallery.url={json.dumps(gallery)}"]
     described_run = described(config, size, [*(overrides or []), *where])
-    for line in index(described_run, images=images, camid=camid, manifest=manifest, again=again).lines():
+    result = index(
+        described_run,
+        images=images,
+        camid=camid,
+        manifest=manifest,
+        boxes=boxes,
+        fps=fps,
+        start=None if start is None else start.replace(tzinfo=UTC),
+        again=again,
+    )
+    for line in result.lines():
         typer.echo(line)
 
 

@@ -30,7 +30,7 @@ from tvilfm.place import Place
 # Parameters of commands that name data or results, and those that name files sent with the job.
 CHECKED = ("run", "train", "evaluate", "tune")  # commands that run stages on a dataset
 DATA_PARAMETERS = (
-    *("out", "images", "manifest", "captions", "gallery", "folder", "run", "file"),
+    *("out", "images", "manifest", "boxes", "captions", "gallery", "folder", "run", "file"),
     *("model", "image", "html", "csv", "as_json", "origin", "root"),
 )
 PROGRAM_PARAMETERS = ("config", "space")

@@ -123,7 +123,7 @@ class Replica:
     async def delete(self, ids: Sequence[str], *, by: str | None) -> Change:
         return await asyncio.to_thread(self._gallery.delete, ids, by=by)
 
-    async def delete_person(self, pid: int, *, by: str | None) -> Change:
+    async def delete_person(self, pid: str, *, by: str | None) -> Change:
         return await asyncio.to_thread(self._gallery.delete_person, pid, by=by)
 
     async def note_searches(

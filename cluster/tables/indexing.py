@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -23,9 +24,11 @@ import ray
 from cluster.places.finished import FinishedRun, check_reachable, finished_run, gallery_of
 from cluster.progress import counted
 from cluster.session import plain_errors, session
+from cluster.tables.boxed import Shots, boxed_rows
 from cluster.tables.images import list_images, read_pictures, reference
 from tvilfm.config import Config
 from tvilfm.data.manifest import select
+from tvilfm.data.people import people_of
 from tvilfm.data.splits import TEST_SPLITS
 from tvilfm.data.text_files import decode_text
 from tvilfm.evaluation.features import FeatureTable
@@ -35,7 +38,7 @@ from tvilfm.models.encode import encode_pixels
 from tvilfm.place import Place
 from tvilfm.retrieval.gallery import Gallery
 from tvilfm.retrieval.rows import TIME, vector_column
-from tvilfm.terms import MAX_ID, is_id
+from tvilfm.terms import MAX_ID, NOBODY, is_id, is_name
 
 MANIFEST_COLUMNS = ("path", "camera", "id", "person", "time")  # of --manifest; the first two are required
 SHOWN_FAULTS = 5
@@ -72,28 +75,43 @@ def index(
     config: Config,
     *,
     images: str | None = None,
-    camid: int | None = None,
+    camid: str | None = None,
     manifest: str | None = None,
+    boxes: str | None = None,
+    fps: float | None = None,
+    start: datetime | None = None,
     again: bool = False,
 ) -> Indexed:
     """Write images of people into the gallery and put it in use.
 
     Args:
         config: sections `run` (the run), `gallery` (the gallery and its index) and `cluster` (the workers).
-        images: folder or URI of images; None = the visible test images of the run.
-        camid: number of the camera that took `images`.
+        images: folder or URI of images or frames, or with `boxes` also a video; None = the visible test images of the
+            run.
+        camid: camera that took `images`.
         manifest: Parquet or CSV file with a row per image: `path` below `images` and `camera`, and optionally `id`,
-            `person` (a number) and `time`; None = all images below `images`.
+            `person` and `time`; None = all images below `images`.
+        boxes: file of boxes of people in the frames of `images`, see `data.boxes.read_boxes`; None = `images` are
+            crops.
+        fps: frames per second; None = as the video says.
+        start: aware time of the first frame; None = unknown.
         again: write rows again that the gallery already has.
 
     Raises:
-        ValueError: the run is not finished, the manifest is invalid, or no image can be read.
+        ValueError: the run is not finished, the manifest or the boxes are invalid, or no image can be read.
     """
-    run = finished_run(config)
+    run, faults = finished_run(config), list[str]()
+    if boxes is None and (fps is not None or start is not None):
+        raise ValueError("--boxes: expected boxes beside --fps and --start, got none. Set --boxes, or leave these out.")
     if images is None:
-        if manifest is not None:
-            raise ValueError("--images: expected the folder that the paths of --manifest start from, got none.")
+        if manifest is not None or boxes is not None:
+            raise ValueError("--images: expected what --manifest or --boxes describes, got none. Set --images.")
         rows, root = _tested(run), str(run.config.data_root.absolute())
+    elif boxes is not None:
+        if manifest is not None:
+            raise ValueError("--boxes: expected either --boxes or --manifest, got both. Leave one out.")
+        rows, faults = boxed_rows(images, boxes, Shots(camid=camid, fps=fps, start=start))
+        rows, root = _valid(rows), images
     else:
         rows, root = _listed(images, camid) if manifest is None else _described_by(manifest, images), images
     with session(config.cluster), plain_errors():
@@ -104,12 +122,12 @@ def index(
         # Equal scores rank in the order of the rows, however fast each worker is.
         first = gallery.reserve(missing.num_rows)
         missing = missing.append_column("position", pa.array(first + np.arange(missing.num_rows)))
-        written, faults = 0, []
+        written, unusable = 0, len(faults)
         with counted("index", "images") as progress:
             for report in _reports(missing, root, run, config, gallery.space_id):
                 written += report["written"]
                 faults += report["faults"]
-                progress.update(written + len(faults), missing.num_rows)
+                progress.update(written + len(faults) - unusable, missing.num_rows)
         if faults and not written and not known.any():
             raise ValueError(f"--images: expected images, got {len(faults)} invalid files. First: {faults[0]}")
         if gallery.count(config.gallery.exact_limit + 1) > config.gallery.exact_limit and gallery.unindexed():
@@ -128,15 +146,19 @@ def _tested(run: FinishedRun) -> pa.Table:
     if get_protocol(run.config.evaluate.protocols[0]).images_per_camera is not None:
         table = table.sort_by([("pid", "ascending"), ("camid", "ascending"), ("image", "ascending")])
     names = table["image"].to_pylist()
-    pid = pc.if_else(pc.less(table["pid"], 0), pa.scalar(None, pa.int64()), table["pid"])  # distractors are nobody
+    written = people_of(table)
+    people = pa.array([written.get(pid, str(pid)) for pid in table["pid"].to_pylist()])
     raw = vector_column(FeatureTable.read(run.here(run.features)).select(names))
-    return _rows(names, names, table["camid"], pid=pid).append_column("raw", raw)
+    return _rows(names, names, table["camid"].cast(pa.string()), pid=people).append_column("raw", raw)
 
 
-def _listed(uri: str, camid: int | None) -> pa.Table:
+def _listed(uri: str, camid: str | None) -> pa.Table:
     """Return rows for all images below a folder, whose identities are not known."""
-    if camid is None:
-        raise ValueError("--camid: expected the camera of --images, got none. Set --camid to its number.")
+    if camid is None or not is_name(camid):
+        raise ValueError(
+            f"--camid: expected the camera of --images, got {camid or 'none'}. Set --camid to its name, such as 4 or "
+            "entrance-2."
+        )
     names = list_images(uri, "visible")["image"].to_pylist()
     return _rows(names, _ids(uri, names), pa.repeat(camid, len(names)))
 
@@ -151,7 +173,10 @@ def _described_by(manifest: str, root: str) -> pa.Table:
     if manifest.endswith(".parquet"):
         table = pq.read_table(pa.BufferReader(content))
     else:
-        table = pcsv.read_csv(pa.BufferReader(decode_text(content, manifest).encode()))
+        texts = pcsv.ConvertOptions(
+            column_types=dict.fromkeys(MANIFEST_COLUMNS[:4], pa.string()), null_values=[""], strings_can_be_null=True
+        )
+        table = pcsv.read_csv(pa.BufferReader(decode_text(content, manifest).encode()), convert_options=texts)
     unknown = sorted(set(table.column_names) - set(MANIFEST_COLUMNS))
     lacking = sorted(set(MANIFEST_COLUMNS[:2]) - set(table.column_names))
     if unknown or lacking:
@@ -160,12 +185,18 @@ def _described_by(manifest: str, root: str) -> pa.Table:
             f"got {table.column_names}."
         )
     columns = {}
-    for name, kind in zip(MANIFEST_COLUMNS, (pa.string(), pa.int32(), pa.string(), pa.int64(), TIME), strict=True):
-        if name in table.column_names:
-            try:
-                columns[name] = table[name].cast(kind).combine_chunks()
-            except pa.ArrowException as error:
-                raise ValueError(f"--manifest: expected {kind} in column {name} of {manifest}, got: {error}.") from None
+    for name in set(MANIFEST_COLUMNS) & set(table.column_names):
+        try:
+            columns[name] = table[name].cast(TIME).combine_chunks() if name == "time" else _texts(table[name])
+        except pa.ArrowException as error:
+            raise ValueError(
+                f"--manifest: expected {'times' if name == 'time' else 'texts'} in column {name} of {manifest}, "
+                f"got: {error}."
+            ) from None
+    for name in set(columns) - {"person", "time"}:
+        if columns[name].null_count:
+            row = columns[name].is_valid().index(False).as_py()
+            raise ValueError(f"--manifest: expected a {name} in every row of {manifest}, got none in row {row + 1}.")
     names = columns["path"].to_pylist()
     ids = columns["id"].to_pylist() if "id" in columns else _ids(root, names)
     if len(set(ids)) < len(ids):
@@ -174,15 +205,40 @@ def _described_by(manifest: str, root: str) -> pa.Table:
     return _rows(names, ids, columns["camera"], pid=columns.get("person"), time=columns.get("time"))
 
 
+def _texts(column: pa.ChunkedArray) -> pa.Array:
+    """Return texts without spaces around them; blank ones are null, and pandas' 7.0 of a column with gaps is `7`."""
+    if pa.types.is_floating(column.type):
+        column = column.cast(pa.int64())
+    texts = pc.utf8_trim_whitespace(column.cast(pa.string()).combine_chunks())
+    return pc.if_else(pc.equal(texts, ""), pa.scalar(None, pa.string()), texts)
+
+
 def _rows(names: Sequence[str], ids: Sequence[str], camid: Any, *, pid: Any = None, time: Any = None) -> pa.Table:
-    for id in ids:
+    pid = pa.nulls(len(names), pa.string()) if pid is None else pid
+    time = pa.nulls(len(names), TIME) if time is None else time
+    return _valid(pa.table({"name": list(names), "id": list(ids), "camid": camid, "pid": pid, "time": time}))
+
+
+def _valid(rows: pa.Table) -> pa.Table:
+    """Return rows whose images of nobody have no person.
+
+    Raises:
+        ValueError: an id, a person or a camera is too long or not printable.
+    """
+    for id in rows["id"].to_pylist():
         if not is_id(id):  # the service could neither return it nor delete it
             raise ValueError(
                 f"--images: expected paths of at most {MAX_ID} printable characters, got {id[:MAX_ID]!r}. Rename it."
             )
-    nobody, never = pa.nulls(len(names), pa.int64()), pa.nulls(len(names), TIME)
-    pid, time = nobody if pid is None else pid, never if time is None else time
-    return pa.table({"name": list(names), "id": list(ids), "camid": camid, "pid": pid, "time": time})
+    for name in ("pid", "camid"):
+        for text in rows[name].unique().drop_null().to_pylist():
+            if not is_name(text):
+                raise ValueError(
+                    f"--{'manifest' if name == 'pid' else 'camid'}: expected people and cameras of at most {MAX_ID} "
+                    f"printable characters, got {text[:MAX_ID]!r}. Rename it."
+                )
+    people = pc.if_else(pc.match_substring_regex(rows["pid"], NOBODY), pa.scalar(None, pa.string()), rows["pid"])
+    return rows.set_column(rows.column_names.index("pid"), "pid", people)
 
 
 def _ids(root: str, names: Sequence[str]) -> list[str]:
@@ -237,7 +293,7 @@ class GalleryFiller:
                 else encode_pixels(self._model, batch["pixels"], "visible")
             )
             columns = {name: pa.array(batch[name]) for name in ("id", "camid", "image", "thumbnail")}
-            columns["pid"] = pa.array(batch["pid"], pa.int64(), from_pandas=True)  # NaN = identity not known
+            columns["pid"] = pa.array(batch["pid"], pa.string(), from_pandas=True)  # of a chunk without people: NaN
             columns["time"] = pa.array(batch["time"], TIME, from_pandas=True)
             table = pa.table(columns | {"raw": vector_column(raw)})
             self._gallery.upsert(table, space_id=self._gallery.space_id, position=batch["position"])

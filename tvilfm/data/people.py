@@ -32,7 +32,7 @@ def number_people(written: Iterable[str]) -> tuple[dict[str, int], dict[int, str
     spelled = {text: spelling(text) for text in written}
     values = {person: _as_number(person) for person in spelled.values()}
     if None in values.values():
-        people = sorted((person for person, value in values.items() if value is None or value >= 0), key=_natural)
+        people = sorted((person for person, value in values.items() if value is None or value >= 0), key=natural)
         values |= {person: number for number, person in enumerate(people, start=1)}
     numbers = {text: value for text, person in spelled.items() if (value := values[person]) is not None}
     names: dict[int, str] = {}
@@ -71,6 +71,7 @@ def _as_number(text: str) -> int | None:
     return int(text)
 
 
-def _natural(text: str) -> tuple[list[tuple[int, int, str]], str]:
+def natural(text: str) -> tuple[list[tuple[int, int, str]], str]:
+    """Return the key that sorts `p2` before `p10`."""
     parts = re.split(r"([0-9]+)", text)
     return [(0, int(part), "") if part.isascii() and part.isdigit() else (1, 0, part) for part in parts if part], text

@@ -72,7 +72,7 @@ class Ranked:
 
     def first_of_each_identity(self) -> Ranked:
         """Return the best row of each identity; a row without an identity counts as its own."""
-        seen: set[int] = set()
+        seen: set[str] = set()
         first = []
         for row, pid in enumerate(self.candidates["pid"].take(self.rows_K).to_pylist()):
             if pid not in seen:

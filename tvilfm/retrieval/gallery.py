@@ -32,6 +32,7 @@ from psycopg import sql
 from psycopg.rows import dict_row
 
 from tvilfm.config import GallerySection
+from tvilfm.data.people import natural
 from tvilfm.retrieval.audit import write_entry
 from tvilfm.retrieval.database import Connection, Database
 from tvilfm.retrieval.hnsw import build_indexes, unindexed
@@ -76,7 +77,7 @@ class Description:
     """
 
     rows: int
-    cameras: dict[int, int]
+    cameras: dict[str, int]
     months: dict[str | None, int]
     oldest: datetime | None
     bytes: int
@@ -210,11 +211,11 @@ class Gallery:
         """Delete rows by id; missing ids are ignored."""
         return self._delete("delete", "id = ANY(%(ids)s)", {"ids": list(ids)}, by=by, ids=ids)
 
-    def delete_person(self, pid: int, *, by: str | None = None) -> Change:
+    def delete_person(self, pid: str, *, by: str | None = None) -> Change:
         """Delete every row of an identity. The audit trail keeps their ids, so that the erasure can be proven."""
         return self._delete("delete person", "pid = %(pid)s", {"pid": pid}, by=by, ids=None, pid=pid)
 
-    def delete_camera(self, camid: int, *, by: str | None = None) -> Change:
+    def delete_camera(self, camid: str, *, by: str | None = None) -> Change:
         """Delete every row of a camera."""
         return self._delete("delete camera", "camid = %(camid)s", {"camid": camid}, by=by, camid=camid)
 
@@ -430,8 +431,8 @@ class Gallery:
         """How rows are searched in the database: with an index, or by reading every row."""
         return "index" if not self.unindexed() else "scan"
 
-    def cameras(self) -> list[int]:
-        """Return the cameras that have rows."""
+    def cameras(self) -> list[str]:
+        """Return the cameras that have rows, in natural order (`2` before `10`)."""
         # One step of the index per camera, instead of one per row.
         query = """
             WITH RECURSIVE known AS (
@@ -442,9 +443,8 @@ class Gallery:
             ) SELECT camid FROM known WHERE camid IS NOT NULL
         """
         values = {"gallery": self.number}
-        return [
-            camid for (camid,) in self.database.run(lambda connection: connection.execute(query, values).fetchall())
-        ]
+        found = self.database.run(lambda connection: connection.execute(query, values).fetchall())
+        return sorted((camid for (camid,) in found), key=natural)
 
     def describe(self) -> Description:
         """Return facts about the rows; this reads an entry per row."""
@@ -453,7 +453,7 @@ class Gallery:
             def rows(query: str) -> list[tuple[Any, ...]]:
                 return connection.execute(query.encode(), {"gallery": self.number}).fetchall()
 
-            cameras = dict(rows("SELECT camid, count(*) FROM image WHERE gallery = %(gallery)s GROUP BY 1 ORDER BY 1"))
+            cameras = dict(rows("SELECT camid, count(*) FROM image WHERE gallery = %(gallery)s GROUP BY 1"))
             months = rows(
                 "SELECT to_char(time AT TIME ZONE 'UTC', 'YYYY-MM') AS month, count(*) FROM image "
                 "WHERE gallery = %(gallery)s GROUP BY 1 ORDER BY 1"
@@ -462,7 +462,7 @@ class Gallery:
             ((size,),) = rows(f"SELECT pg_total_relation_size('{self._table}')")
             return Description(
                 rows=sum(cameras.values()),
-                cameras=cameras,
+                cameras={camera: cameras[camera] for camera in sorted(cameras, key=natural)},
                 months=dict(months),
                 oldest=oldest,
                 bytes=size,

@@ -18,16 +18,16 @@ from psycopg import sql
 from tvilfm.retrieval.rows import FACTS, TIME, VECTORS, Where, vector_column, vectors_of
 from tvilfm.retrieval.spaces import Heads
 
-FACT_TYPES = (pa.string(), pa.int64(), pa.int32(), TIME, pa.string(), pa.int64())
+FACT_TYPES = (pa.string(), pa.string(), pa.string(), TIME, pa.string(), pa.int64())
 READ = (*FACTS, "stamp", "raw", "given")  # columns that `table_of` reads
 INCOMING = """
     CREATE TEMP TABLE IF NOT EXISTS incoming (
-        number integer, id text, position bigint, pid bigint, camid integer, time timestamptz, image text,
+        number integer, id text, position bigint, pid text, camid text, time timestamptz, image text,
         thumbnail bytea, raw vector, given vector, current halfvec, base halfvec
     ) ON COMMIT DELETE ROWS
 """
 INCOMING_TYPES = (
-    *("int4", "text", "int8", "int8", "int4", "timestamptz", "text", "bytea"),
+    *("int4", "text", "int8", "text", "text", "timestamptz", "text", "bytea"),
     *("vector", "vector", "halfvec", "halfvec"),
 )
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tvilfm.terms import MAX_ID, is_id
+from tvilfm.terms import MAX_ID, is_id, is_name
 
 TIME = pa.timestamp("us", "UTC")
 OPTIONAL = ("raw", "vector", "vector_base", "pid", "time", "image", "thumbnail")
@@ -30,7 +30,8 @@ def row_schema(dim: int, width: int) -> pa.Schema:
     null.
 
     id: unique. raw: feature before the heads. vector, vector_base: unit vectors from the current and the base stage's
-    head. time: when the image was taken. image: reference to the original image. thumbnail: a JPEG.
+    head. pid, camid: person and camera as people write them; numbers become their text. time: when the image was taken.
+    image: reference to the original image. thumbnail: a JPEG.
 
     Args:
         dim: length of the vectors.
@@ -43,8 +44,8 @@ def row_schema(dim: int, width: int) -> pa.Schema:
             pa.field("raw", pa.list_(pa.float32(), width)),
             pa.field("vector", vector),
             pa.field("vector_base", vector),
-            pa.field("pid", pa.int64()),
-            pa.field("camid", pa.int32(), nullable=False),
+            pa.field("pid", pa.string()),
+            pa.field("camid", pa.string(), nullable=False),
             pa.field("time", TIME),
             pa.field("image", pa.string()),
             pa.field("thumbnail", pa.binary()),
@@ -57,7 +58,8 @@ def checked(rows: pa.Table, schema: pa.Schema) -> pa.Table:
 
     Raises:
         ValueError: a column is missing or has another type, an id is empty, too long or given twice, a row has not
-            either a raw feature or both vectors, or a vector is not a unit vector.
+            either a raw feature or both vectors, a vector is not a unit vector, or a person or camera is not as
+            `terms.is_name` expects it.
     """
     for field in schema:
         if field.name not in rows.column_names:
@@ -75,6 +77,13 @@ def checked(rows: pa.Table, schema: pa.Schema) -> pa.Table:
     if len(set(ids)) < len(ids):
         twice = next(id for id in ids if ids.count(id) > 1)
         raise ValueError(f"rows.id: expected each id once, got {twice!r} twice. Send only the last one.")
+    for name in ("pid", "camid"):
+        for text in rows[name].unique().drop_null().to_pylist():
+            if not is_name(text):
+                raise ValueError(
+                    f"rows.{name}: expected 1 to {MAX_ID} printable characters without spaces around them, got "
+                    f"{text[:MAX_ID]!r}."
+                )
     raw_N, current_N, base_N = (rows[name].is_valid().to_numpy() for name in ("raw", *VECTORS))
     if (wrong := np.flatnonzero((raw_N == current_N) | (current_N != base_N))).size:
         raise ValueError(
@@ -99,12 +108,12 @@ class Where:
 
     Attributes:
         cameras: cameras to search; None = all.
-        exclude_cameras: cameras to skip: the query's own, or camera 2 for queries of camera 3 as in SYSU-MM01.
+        exclude_cameras: cameras to skip: the query's own, or camera `2` for queries of camera `3` as in SYSU-MM01.
         since, until: aware times, both inclusive; None = no bound. A row without a time is outside every window.
     """
 
-    cameras: frozenset[int] | None = None
-    exclude_cameras: frozenset[int] = frozenset()
+    cameras: frozenset[str] | None = None
+    exclude_cameras: frozenset[str] = frozenset()
     since: datetime | None = None
     until: datetime | None = None
 
@@ -113,9 +122,9 @@ class Where:
         camid, time = pc.field("camid"), pc.field("time")
         terms = []
         if self.cameras is not None:
-            terms.append(camid.isin(pa.array(sorted(self.cameras), pa.int32())))
+            terms.append(camid.isin(pa.array(sorted(self.cameras), pa.string())))
         if self.exclude_cameras:
-            terms.append(~camid.isin(pa.array(sorted(self.exclude_cameras), pa.int32())))
+            terms.append(~camid.isin(pa.array(sorted(self.exclude_cameras), pa.string())))
         if self.since is not None:
             terms.append(time >= pa.scalar(self.since, TIME))
         if self.until is not None:

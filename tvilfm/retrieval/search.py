@@ -60,8 +60,8 @@ class Hit:
     id: str
     score: float
     shares: dict[str, float]
-    pid: int | None
-    camid: int
+    pid: str | None
+    camid: str
     time: datetime | None
     image: str | None
     position: int
@@ -81,7 +81,7 @@ def merged(answers: Sequence[Answer], request: Request) -> Answer:
     if request.by_identity:
         first: dict[object, Hit] = {}
         for hit in hits:
-            first.setdefault(hit.id if hit.pid is None else hit.pid, hit)
+            first.setdefault((hit.pid, hit.id if hit.pid is None else None), hit)
         hits = list(first.values())
     return Answer(hits=hits[: request.k], version=min(answer.version for answer in answers))
 

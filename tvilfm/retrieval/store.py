@@ -111,10 +111,10 @@ class GalleryStore(Protocol):
     def delete(self, ids: Sequence[str], *, by: str | None = None) -> Change:
         """Delete rows by id; missing ids are ignored."""
 
-    def delete_person(self, pid: int, *, by: str | None = None) -> Change:
+    def delete_person(self, pid: str, *, by: str | None = None) -> Change:
         """Delete every row of an identity."""
 
-    def delete_camera(self, camid: int, *, by: str | None = None) -> Change:
+    def delete_camera(self, camid: str, *, by: str | None = None) -> Change:
         """Delete every row of a camera."""
 
     def delete_before(self, time: datetime, *, by: str | None = None) -> Change:
@@ -153,8 +153,8 @@ class GalleryStore(Protocol):
     def count(self, limit: int | None = None) -> int:
         """Return the number of rows, or `limit` if there are more."""
 
-    def cameras(self) -> list[int]:
-        """Return the cameras that have rows."""
+    def cameras(self) -> list[str]:
+        """Return the cameras that have rows, in natural order."""
 
     @property
     def in_use(self) -> bool:

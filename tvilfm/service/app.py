@@ -94,7 +94,7 @@ def create_app(
     route("/v1/caption", handlers.caption, "POST", read, response_model=messages.Caption)
     route("/v1/status", handlers.status, "GET", read, response_model=Status)
     route("/v1/gallery/bulk", handlers.bulk, "POST", write, response_model=Written)
-    route("/v1/people/{pid}", handlers.delete_person, "DELETE", admin, response_model=Written)
+    route("/v1/people/{pid:path}", handlers.delete_person, "DELETE", admin, response_model=Written)
     route("/v1/gallery/{id:path}/image", handlers.picture, "GET", read, response_class=JPEGResponse)
     route("/v1/gallery/{id:path}", handlers.put, "PUT", write, response_model=Written)
     route("/v1/gallery/{id:path}", handlers.delete, "DELETE", write, response_model=Written)

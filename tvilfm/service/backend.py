@@ -52,7 +52,7 @@ class Backend(Protocol):
     async def delete(self, ids: Sequence[str], *, by: str | None) -> Change:
         """Remove rows by id; ids of missing rows are ignored."""
 
-    async def delete_person(self, pid: int, *, by: str | None) -> Change:
+    async def delete_person(self, pid: str, *, by: str | None) -> Change:
         """Remove all rows of an identity."""
 
     async def note_searches(

@@ -91,13 +91,13 @@ class Client:
         response = self._post("/v1/search/batch", {"queries": [dict(one) for one in queries]})
         return BatchAnswer.model_validate(response).answers
 
-    def put(self, id: str, *, image: bytes | None = None, camid: int, **facts: Any) -> Written:
+    def put(self, id: str, *, image: bytes | None = None, camid: str | int, **facts: Any) -> Written:
         """Add an image to the gallery or replace it. It is on disk when this returns.
 
         Args:
             id: id of the row.
             image: visible image; None if `facts` has `vector`, `vector_base` and `space_id` instead.
-            camid: camera id.
+            camid: camera; a number becomes its text.
             facts: other fields of `messages.Row`.
         """
         return Written.model_validate(self._call("PUT", _row_path(id), json=as_json(image=image, camid=camid, **facts)))
@@ -110,9 +110,9 @@ class Client:
         """Remove an image; `count` is 0 if it did not exist."""
         return Written.model_validate(self._call("DELETE", _row_path(id)))
 
-    def delete_person(self, pid: int) -> Written:
+    def delete_person(self, pid: str | int) -> Written:
         """Remove all images of a person."""
-        return Written.model_validate(self._call("DELETE", f"/v1/people/{pid}"))
+        return Written.model_validate(self._call("DELETE", f"/v1/people/{quote(str(pid), safe='')}"))
 
     def picture(self, id: str) -> bytes:
         """Return the thumbnail of a row as JPEG."""

@@ -16,18 +16,19 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    StringConstraints,
     model_validator,
 )
 
 from tvilfm.config import MAX_BATCH
-from tvilfm.terms import MAX_ID, DepthRange, FilterTextSource, SearchKind, is_blank, is_id
+from tvilfm.terms import MAX_ID, DepthRange, FilterTextSource, SearchKind, is_blank, is_id, is_nobody
 
 HEADER = "X-API-Key"
 RETRY_S = 1
 MAX_HITS = 1000
 MAX_TEXT = 2000  # characters; the text tower reads 77 tokens
 MAX_KEYS = 100  # of a JSON object; no message has half as many fields
-INT32, INT64 = 2**31 - 1, 2**63 - 1
+INT64 = 2**63 - 1
 OLDEST = datetime(1900, 1, 1, tzinfo=UTC)
 CLOCK_SKEW = timedelta(days=1)  # of cameras
 
@@ -43,6 +44,16 @@ def _is_id(id: str) -> str:
     if not is_id(id):
         raise ValueError("expected printable characters")
     return id
+
+
+def _text_of_number(name: Any) -> Any:
+    return str(name) if type(name) is int else name
+
+
+def _is_somebody(person: str) -> str:
+    if is_nobody(person):
+        raise ValueError(f"expected a person, got {person}, which marks images of nobody. Send no pid with these")
+    return person
 
 
 def _is_plausible(time: datetime) -> datetime:
@@ -68,11 +79,16 @@ ImageFile = Annotated[Base64Bytes, BeforeValidator(_without_data_url)]
 Time = Annotated[AwareDatetime, AfterValidator(_in_utc)]
 TakenAt = Annotated[Time, AfterValidator(_is_plausible)]
 RowId = Annotated[str, Field(min_length=1, max_length=MAX_ID), AfterValidator(_is_id)]
-Camera = Annotated[int, Field(ge=0, le=INT32)]
-Person = Annotated[int, Field(ge=0, le=INT64)]
+Name = Annotated[
+    str,
+    BeforeValidator(_text_of_number),
+    StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_ID),
+    AfterValidator(_is_id),
+]
+Person = Annotated[Name, AfterValidator(_is_somebody)]
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT), AfterValidator(_is_said)]
 # Each pydantic error takes a kilobyte, and a body could cause millions, so lists stop at the first error (`fail_fast`).
-Cameras = Annotated[list[Camera], Field(max_length=1000, fail_fast=True)]
+Cameras = Annotated[list[Name], Field(max_length=1000, fail_fast=True)]
 Vector = Annotated[list[float], Field(max_length=1 << 16, fail_fast=True)]
 
 
@@ -151,8 +167,8 @@ class HitMessage(Message):
     id: str
     score: float = Field(description="similarity; for an ensemble, the weighted sum over its modalities")
     shares: dict[str, float] = Field(description="contribution of each modality to the score, weight included")
-    pid: int | None
-    camid: int
+    pid: str | None
+    camid: str
     time: datetime | None
     image: str | None = Field(description="reference to the original image; the service itself stores a thumbnail")
 
@@ -179,8 +195,8 @@ class Row(Message):
     vector: Vector | None = Field(None, description="instead of an image: unit vector from the current head")
     vector_base: Vector | None = Field(None, description="required with vector: unit vector from the base stage's head")
     space_id: str | None = Field(None, max_length=MAX_ID, description="required with vector: space of the vectors")
-    camid: Camera = Field(description="camera id")
-    pid: Person | None = Field(None, description="identity, if known")
+    camid: Name = Field(description="camera, as people write it; a number becomes its text")
+    pid: Person | None = Field(None, description="identity as people write it, if known; a number becomes its text")
     time: TakenAt | None = Field(None, description="time at which the image was taken")
     reference: str | None = Field(
         None, max_length=2048, description="location of the original image; stored, but never opened"
@@ -237,7 +253,7 @@ class Status(ModelFacts):
         description="exact = all rows in memory; index = part of the rows in the database; scan = all rows in the "
         "database, which is slow: the gallery is large and has no index, so build it with tvilfm gallery optimize"
     )
-    cameras: list[int]
+    cameras: list[str]
     gallery_in_use: bool = Field(description="false once the gallery has been indexed again with another model")
 
 

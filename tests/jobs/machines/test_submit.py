@@ -36,7 +36,7 @@ TOKEN = "a-token-of-the-tests-and-nobody-else"
 # Text parameters that are no paths, and files that travel with the program.
 OTHER_PARAMETERS = (
     *("config", "size", "space", "name", "seeds", "identities", "scope", "target", "command"),
-    *("text", "infrared_caption", "infrared_cameras", "id", "since", "key", "person", "expires"),
+    *("text", "infrared_caption", "infrared_cameras", "id", "camid", "camera", "since", "key", "person", "expires"),
 )
 
 

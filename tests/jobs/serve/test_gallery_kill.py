@@ -76,7 +76,7 @@ def after(state: State, write: dict[str, object]) -> State:
 def read(gallery: Gallery) -> State:
     """Return what the gallery holds; every row is whole and there once."""
     table = gallery.changes(None).rows
-    ids, stamps = table["id"].to_pylist(), table["camid"].to_pylist()
+    ids, stamps = table["id"].to_pylist(), [int(camid) for camid in table["camid"].to_pylist()]
     assert len(set(ids)) == len(ids)
     for column in ("vector", "vector_base"):
         np.testing.assert_array_equal(vectors_of(table[column]), vector(stamps))
@@ -173,8 +173,7 @@ def test_no_acknowledged_write_is_lost_or_doubled_whatever_is_killed(tmp_path: P
         changes = gallery.changes(seen)
         copy, seen = ExactIndex.load(changes, device=device, half=False, before=copy), changes.snapshot
         (ranked,) = copy.rank(torch.eye(DIM)[:1], [Where()], 100, base=False)
-        facts = ranked.facts
-        assert dict(zip(facts["id"].to_pylist(), facts["camid"].to_pylist(), strict=True)) == state
+        assert {row["id"]: int(row["camid"]) for row in ranked.facts.to_pylist()} == state
     coming.kill()
     assert acknowledged > KILLS, "the writers were killed before they wrote"
     print(f"{acknowledged} acknowledged, {cut_short} kept although the writer died before it said so")

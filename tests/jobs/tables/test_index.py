@@ -50,8 +50,8 @@ def test_a_runs_gallery_ranks_as_its_evaluation_and_a_second_index_changes_nothi
     visible = select(untrained_run.manifest, split="gallery", modality="visible")
     first = rows(gallery)
     assert [row["id"] for row in first] == visible["image"].to_pylist()
-    assert [row["pid"] for row in first] == visible["pid"].to_pylist()
-    assert [row["camid"] for row in first] == visible["camid"].to_pylist()
+    assert [row["pid"] for row in first] == [f"p{pid:04}" for pid in visible["pid"].to_pylist()]
+    assert [row["camid"] for row in first] == [str(camid) for camid in visible["camid"].to_pylist()]
     for row in first:
         original = (untrained_run.root / str(row["id"])).read_bytes()
         assert row["image"] == str(untrained_run.root / str(row["id"]))
@@ -109,7 +109,7 @@ def test_the_command_encodes_ones_own_pictures(
     gallery, data = Gallery.open(str(tmp_path / "g")), untrained_run.config.data
     found = rows(gallery)
     assert [row["id"] for row in found] == [str(tmp_path / "photos" / name) for name in names]
-    assert {(row["pid"], row["camid"]) for row in found} == {(None, 4)}
+    assert {(row["pid"], row["camid"]) for row in found} == {(None, "4")}
     for row in found:
         picture = decode(Path(str(row["id"])).read_bytes(), height=None, width=None, name="")
         pixels = np.stack([resized(picture, height=data.height, width=data.width)])
@@ -133,13 +133,20 @@ def test_a_manifest_brings_ids_people_cameras_and_times(
     for name in ("a.jpg", "b.jpg"):
         Image.new("RGB", (30, 60), "red").save(tmp_path / name)
     manifest = tmp_path / "manifest.csv"
-    manifest.write_text("path,camera,id,person,time\na.jpg,3,first,7,2026-05-01T12:00:00Z\nb.jpg,4,second,,\n")
+    manifest.write_text(
+        "path,camera,id,person,time\na.jpg,03,first,0007,2026-05-01T12:00:00Z\n"
+        "b.jpg, gate-4,second,,\nb.jpg,5,junk,-1,\n"
+    )
     options = ["--gallery", database, "--images", str(tmp_path), "--manifest", str(manifest), "--size", "tiny"]
     overrides = [f"run.dir={untrained_run.config.run.dir}", "gallery.exact_limit=1"]
     assert run_command(monkeypatch, "index", *options, *overrides) == 0
     gallery = Gallery.open(database)
     found = [(row["id"], row["camid"], row["pid"], row["time"]) for row in rows(gallery)]
-    assert found == [("first", 3, 7, datetime(2026, 5, 1, 12, tzinfo=UTC)), ("second", 4, None, None)]
+    assert found == [
+        ("first", "03", "0007", datetime(2026, 5, 1, 12, tzinfo=UTC)),
+        ("second", "gate-4", None, None),
+        ("junk", "5", None, None),
+    ]
     assert gallery.kind == "index"  # it does not fit gallery.exact_limit
     manifest.write_text("path,person\na.jpg,7\n")
     assert run_command(monkeypatch, "index", *options, *overrides) == 2
@@ -177,7 +184,7 @@ def test_a_gallery_is_described_checked_copied_and_erased_by_commands(
         assert rows(Gallery.open(second)) == before
     pid = before[0]["pid"]
     own = [row for row in before if row["pid"] == pid]
-    assert f"{len(own)} images deleted, {len(before) - len(own)} left" in command("delete", "--person", str(pid))
+    assert f"{len(own)} images deleted, {len(before) - len(own)} left" in command("delete", "--person", pid)
     assert run_command(monkeypatch, "gallery", "delete", *run, f"gallery.url={first}") == 2
     assert run_command(monkeypatch, "gallery", "export", str(tmp_path / "rows.parquet"), *run) == 2
 
@@ -187,7 +194,7 @@ def test_a_gallery_is_described_checked_copied_and_erased_by_commands(
     [
         (("--size", "tiny"), "run.name: expected a finished run in"),
         (("--images", "photos"), "--camid: expected the camera of --images"),
-        (("--images", "photos", "--camid", "-1"), "--camid"),
+        (("--images", "photos", "--camid", " "), "--camid: expected the camera of --images"),
         (("--images", "broken", "--camid", "1"), "got 1 invalid files. First: a.jpg: expected"),
         (("--manifest", "photos.csv"), "--images: expected the folder that the paths of --manifest start from"),
         (("--images", "unprintable", "--camid", "1"), "--images: expected paths of at most 512 printable"),

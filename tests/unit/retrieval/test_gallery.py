@@ -6,9 +6,11 @@ import json
 import re
 import threading
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ def prepare(url: str, space: str = SPACE, **section: int) -> Gallery:
     return Gallery.prepare(url, space_id=space, heads=heads(), encoder="same", section=GallerySection(**section))
 
 
-def rows(ids: list[str], *, seed: int = 0, pid: int | None = None, dim: int = DIM) -> pa.Table:
+def rows(ids: list[str], *, seed: int = 0, pid: int | str | None = None, dim: int = DIM) -> pa.Table:
     """Random rows with vectors; every thumbnail says whose it is."""
     rng = np.random.default_rng(seed)
     vectors = {}
@@ -56,7 +58,7 @@ def rows(ids: list[str], *, seed: int = 0, pid: int | None = None, dim: int = DI
         {
             "id": ids,
             **vectors,
-            "pid": pa.array([pid] * len(ids), pa.int64()),
+            "pid": [None if pid is None else str(pid)] * len(ids),
             "camid": np.arange(len(ids)) % 6 + 1,
             "thumbnail": [f"the face of {id}".encode() for id in ids],
         }
@@ -174,33 +176,63 @@ def test_deletes_count_the_rows_that_existed(gallery: Gallery, database: str) ->
     assert gallery.delete(["nobody"]).count == 0
     assert gallery.delete(["c", "a", "c", "nobody"]).count == 2
     assert set(content(Gallery.open(database))) == {"b", "it's; DROP"}
-    counts = [gallery.delete_person(pid).count for pid in (2, 2, 1)]
+    counts = [gallery.delete_person(pid).count for pid in ("2", "2", "1")]
     assert counts == [1, 0, 1] and len(Gallery.open(database)) == 0
     gallery.upsert(rows(["a", "b", "c"]), space_id=SPACE)
-    assert gallery.delete_camera(2).count == 1 and set(content(gallery)) == {"a", "c"}
+    assert gallery.delete_camera("2").count == 1 and set(content(gallery)) == {"a", "c"}
 
 
 def test_a_write_and_its_audit_entry_are_one_transaction(
     gallery: Gallery, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     version = gallery.upsert(rows(["a", "b"], pid=3), space_id=SPACE, by="ingest").version
-    erased = gallery.delete_person(3, by="officer").version
+    erased = gallery.delete_person("3", by="officer").version
     assert audit(gallery) == [
         ("ingest", "upsert", version, ["a", "b"], {"count": 2}),
-        ("officer", "delete person", erased, ["a", "b"], {"pid": 3, "count": 2}),
+        ("officer", "delete person", erased, ["a", "b"], {"pid": "3", "count": 2}),
     ]
     gallery.upsert(rows(["c"], pid=4), space_id=SPACE)
     with psycopg.connect(database, autocommit=True) as connection:
         connection.execute("ALTER TABLE audit ADD CONSTRAINT none CHECK (action <> 'delete person') NOT VALID")
     with pytest.raises(psycopg.errors.CheckViolation):
-        gallery.delete_person(4)
+        gallery.delete_person("4")
     assert set(content(gallery)) == {"c"}
+
+
+def test_people_and_cameras_stay_as_people_write_them(gallery: Gallery) -> None:
+    people, cameras = ["0001", "1", "alice", None], ["entrance-10", "entrance-2", "2", "10"]
+    table = rows(["a", "b", "c", "d"]).drop_columns(["pid", "camid"])
+    table = table.append_column("pid", pa.array(people)).append_column("camid", pa.array(cameras))
+    gallery.upsert(table, space_id=SPACE)
+    stored = gallery.changes(None).rows.sort_by("id")
+    assert (stored["pid"].to_pylist(), stored["camid"].to_pylist()) == (people, cameras)
+    assert gallery.cameras() == list(gallery.describe().cameras) == ["2", "10", "entrance-2", "entrance-10"]
+    assert gallery.delete_person("1").count == 1 and set(content(gallery)) == {"a", "c", "d"}
+    assert gallery.delete_camera("entrance-10").count == 1 and set(content(gallery)) == {"c", "d"}
+
+
+def test_numbers_of_an_older_database_become_their_text(new_database: Callable[[], str]) -> None:
+    url = new_database()
+    first = files("tvilfm.retrieval").joinpath("migrations", "0001_gallery.sql").read_text()
+    with psycopg.connect(url) as connection:
+        connection.execute("CREATE EXTENSION vector; CREATE TABLE schema_version (number integer NOT NULL)")
+        connection.execute(f"{first}; INSERT INTO schema_version VALUES (1)".encode())
+        connection.execute("CREATE TABLE image_1 PARTITION OF image FOR VALUES IN (1)")
+        connection.execute(
+            "INSERT INTO image (gallery, id, position, pid, camid, given, current, base) "
+            "SELECT 1, id, 0, pid::bigint, 7, '[1,1]', '[1]', '[1]' "
+            "FROM (VALUES ('a', 42), ('b', -1), ('c', NULL)) v (id, pid)"
+        )
+    Database.open(url).close()
+    with psycopg.connect(url) as connection:
+        found = connection.execute("SELECT id, pid, camid FROM image ORDER BY id").fetchall()
+    assert found == [("a", "42", "7"), ("b", None, "7"), ("c", None, "7")]
 
 
 def test_nothing_of_an_erased_person_is_left_in_any_table(gallery: Gallery, database: str) -> None:
     gallery.upsert(rows(["secret-1", "secret-2"], pid=777_123_456_789), space_id=SPACE)
     gallery.upsert(rows(["secret-1"], pid=777_123_456_789, seed=1), space_id=SPACE)
-    gallery.delete_person(777_123_456_789)
+    gallery.delete_person("777123456789")
     with psycopg.connect(database) as connection:
         for table in ("image", "removed", "gallery"):
             records = connection.execute(f"SELECT t::text FROM {table} AS t").fetchall()
@@ -243,7 +275,7 @@ def test_a_transaction_that_commits_late_is_not_missed(gallery: Gallery, databas
     gallery.upsert(rows(["a", "b"]), space_id=SPACE)
     copy: dict[int, str] = {}
     with psycopg.connect(database) as early:
-        early.execute("UPDATE image SET camid = 9 WHERE id = 'a'")
+        early.execute("UPDATE image SET camid = '9' WHERE id = 'a'")
         (late,) = early.execute("SELECT pg_current_xact_id()::text::bigint").fetchone() or (0,)
         later = gallery.upsert(rows(["c"]), space_id=SPACE).version
         seen = followed(gallery, Snapshot("1:1:"), copy)
@@ -252,7 +284,7 @@ def test_a_transaction_that_commits_late_is_not_missed(gallery: Gallery, databas
         assert sorted(copy.values()) == ["a", "b", "c"]
         early.commit()
     changes = gallery.changes(seen)
-    assert changes.rows["id"].to_pylist() == ["a"] and changes.rows["camid"].to_pylist() == [9]
+    assert changes.rows["id"].to_pylist() == ["a"] and changes.rows["camid"].to_pylist() == ["9"]
     assert changes.snapshot.includes(late) and len(changes.removed) == 1
     assert followed(gallery, seen, copy).includes(late) and sorted(copy.values()) == ["a", "b", "c"]
 
@@ -381,7 +413,7 @@ def test_a_filter_never_loses_hits(
     monkeypatch.setattr("tvilfm.retrieval.gallery.FEW_ROWS", few_rows)  # 0: the index is asked first
     query = np.random.default_rng(1).standard_normal(DIM).astype(np.float32)
     matching = np.flatnonzero(np.ones(4000, bool) if cameras is None else np.isin(camids, sorted(cameras)))
-    where = Where(cameras=None if cameras is None else frozenset(cameras))
+    where = Where(cameras=None if cameras is None else frozenset(map(str, cameras)))
     for count in (10, 300):
         table = gallery.nearest(query, base=base, count=count, where=where)
         scores = vectors[matching] @ (-query if base else query)
@@ -402,7 +434,7 @@ def test_the_index_is_used_and_new_rows_are_in_it_at_once(indexed: tuple[Gallery
     table = pa.table(
         {
             "id": ["exactly"],
-            "camid": [3],
+            "camid": ["3"],
             "vector": vector_column(query[None]),
             "vector_base": vector_column(query[None]),
         }
@@ -418,9 +450,9 @@ def test_the_description_counts_cameras_and_months(gallery: Gallery) -> None:
     table = rows(["a", "b", "c"]).append_column("time", [[may, june, None]])
     gallery.upsert(table, space_id=SPACE)
     facts = gallery.describe()
-    assert (facts.rows, facts.cameras, facts.oldest) == (3, {1: 1, 2: 1, 3: 1}, may)
+    assert (facts.rows, facts.cameras, facts.oldest) == (3, {"1": 1, "2": 1, "3": 1}, may)
     assert facts.months == {"2024-05": 1, "2024-06": 1, None: 1} and facts.bytes > 0
-    assert facts.in_use and not facts.indexed and gallery.cameras() == [1, 2, 3]
+    assert facts.in_use and not facts.indexed and gallery.cameras() == ["1", "2", "3"]
 
 
 # Databases that cannot be used
@@ -473,7 +505,7 @@ def test_the_documented_role_of_a_service_can_serve_but_not_drop_rewrite_the_aud
     serving = Gallery.open(database.replace("postgres:@", f"{role}@"))
     version = serving.upsert(rows(["a", "b"], pid=1), space_id=SPACE, by="ingest").version
     serving.note("search", [(version, ["a"], {"modalities": ["text"]})], by="desk")
-    assert serving.delete_person(1).count == 2 and serving.changes(None).rows.num_rows == 0
+    assert serving.delete_person("1").count == 2 and serving.changes(None).rows.num_rows == 0
     serving.expire(rows_days=1, audit_days=None)
     token = add_key(KeyTable(gallery.database), "desk", ["read"], per_minute=1)
     checker = KeyChecker(KeyTable(serving.database), serving.database)

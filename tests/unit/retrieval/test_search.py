@@ -54,8 +54,8 @@ def gallery_rows(numbers: Sequence[int], *, seed: int = 0) -> pa.Table:
         vectors = unit(rng, len(numbers))
         vectors[len(numbers) // 2 :] = vectors[: len(numbers) - len(numbers) // 2]  # each row has a twin
         columns[name] = vector_column(vectors)
-    columns["pid"] = pa.array([None if n % 7 == 0 else n // 5 for n in numbers], pa.int64())
-    columns["camid"] = [n % 6 + 1 for n in numbers]
+    columns["pid"] = pa.array([None if n % 7 == 0 else f"{n // 5:04}" for n in numbers])
+    columns["camid"] = [str(n % 6 + 1) for n in numbers]
     columns["time"] = pa.array([None if n % 9 == 0 else NOON + timedelta(minutes=n) for n in numbers])
     return pa.table(columns)
 
@@ -91,16 +91,22 @@ def ids(answer: Answer) -> list[str]:
 
 WHERES = {
     "all": (Where(), lambda row: True),
-    "cameras": (Where(cameras=frozenset((1, 4))), lambda row: row["camid"] in (1, 4)),
+    "cameras": (Where(cameras=frozenset(("1", "4"))), lambda row: row["camid"] in ("1", "4")),
     "no camera": (Where(cameras=frozenset()), lambda row: False),
-    "not camera 2": (Where(exclude_cameras=frozenset((2,))), lambda row: row["camid"] != 2),
+    "not camera 2": (Where(exclude_cameras=frozenset(("2",))), lambda row: row["camid"] != "2"),
     "window": (
         Where(since=NOON + timedelta(minutes=10), until=NOON + timedelta(minutes=200)),
         lambda row: row["time"] is not None and 10 <= (row["time"] - NOON).total_seconds() / 60 <= 200,
     ),
     "all of it": (
-        Where(cameras=frozenset((1, 2, 3)), exclude_cameras=frozenset((3, 5)), since=NOON + timedelta(minutes=100)),
-        lambda row: row["time"] is not None and row["camid"] in (1, 2) and row["time"] >= NOON + timedelta(minutes=100),
+        Where(
+            cameras=frozenset(("1", "2", "3")),
+            exclude_cameras=frozenset(("3", "5")),
+            since=NOON + timedelta(minutes=100),
+        ),
+        lambda row: (
+            row["time"] is not None and row["camid"] in ("1", "2") and row["time"] >= NOON + timedelta(minutes=100)
+        ),
     ),
 }
 
@@ -458,7 +464,7 @@ def test_every_query_of_every_text_source_ranks_as_the_evaluation_ranks_it(
 
     def check(questions: list[Question], camids: list[int], weights: dict[str, float], expected_QG: np.ndarray) -> None:
         requests = [
-            Request(weights=weights, k=len(lab_gallery), where=Where(exclude_cameras=frozenset((2,) * (camid == 3))))
+            Request(weights=weights, k=len(lab_gallery), where=Where(exclude_cameras=frozenset(("2",) * (camid == 3))))
             for camid in camids
         ]
         together = searching.search(encoder.encode(questions), requests)

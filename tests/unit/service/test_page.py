@@ -14,9 +14,9 @@ from playwright.sync_api import Page, Route, expect, sync_playwright
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 WEIGHTS = {"infrared": 1 / 3, "text": 7.25, "fusion": 0.05}
-STATUS = {"images": 960, "version": 1, "model": "none", "cameras": [1, 2], "text": True, "weights": WEIGHTS}
+STATUS = {"images": 960, "version": 1, "model": "none", "cameras": ["1", "2"], "text": True, "weights": WEIGHTS}
 STATUS["captioner"] = True
-FACTS = {"pid": None, "camid": 2, "time": None, "image": None}
+FACTS = {"pid": None, "camid": "2", "time": None, "image": None}
 HITS = [{"id": f"cam2/{n}.jpg", "score": 0.9 - n / 10, "shares": {"text": 0.9 - n / 10}, **FACTS} for n in range(3)]
 ANSWER = {"hits": HITS, "version": 1, "modalities": ["text"], "filter_text": "none"}
 PIXEL = base64.b64decode(
@@ -97,7 +97,7 @@ def test_a_link_repeats_the_search_with_its_cameras_and_times(page: Page, asked:
     page.locator("#people").check()
     search(page)
     first = asked[-1]
-    assert (first["cameras"], first["by_identity"]) == ([2], True) and first["since"].startswith("2026-05-01T")
+    assert (first["cameras"], first["by_identity"]) == (["2"], True) and first["since"].startswith("2026-05-01T")
     page.reload()
     expect(page.locator("#hits li")).to_have_count(3)
     assert asked[-1] == first and len(asked) == 2
