@@ -32,8 +32,8 @@ def command(gallery: Gallery, *arguments: str) -> str:
 
 
 def fill(gallery: Gallery) -> None:
-    gallery.upsert(rows(["a", "b"], pid=12), space_id=SPACE, by="ingest")
-    gallery.upsert(rows(["c"], pid=7), space_id=SPACE, by="ingest")
+    gallery.upsert(rows(["a", "b"], pid="12"), space_id=SPACE, by="ingest")
+    gallery.upsert(rows(["c"], pid="7"), space_id=SPACE, by="ingest")
     gallery.note("search", [(5, ["c", "a"], {"modalities": ["text"]}), (5, ["c"], {})], by="desk")
 
 
@@ -72,7 +72,7 @@ def test_what_is_stored_about_a_person_and_that_it_is_gone(gallery: Gallery) -> 
     assert "stored: a, camera 1, taken unknown" in text and "person 12: 2 images are stored" in text
     assert "stored: c" not in text
 
-    gallery.delete_person(12, by="officer")
+    gallery.delete_person("12", by="officer")
     content = json.loads(command(gallery, "--json", "--person", "12"))
     assert content["person"]["gone"] and content["person"]["stored"] == []
     (erasure,) = content["person"]["erasures"]
@@ -86,11 +86,11 @@ def test_what_is_stored_about_a_person_and_that_it_is_gone(gallery: Gallery) -> 
 def test_copies_that_an_erasure_does_not_reach_are_found(gallery: Gallery, database: str) -> None:
     fill(gallery)
     other = prepare(database, OTHER)
-    other.upsert(rows(["a", "x"], pid=12), space_id=OTHER)
-    gallery.delete_person(12, by="officer")
+    other.upsert(rows(["a", "x"], pid="12"), space_id=OTHER)
+    gallery.delete_person("12", by="officer")
     record = person_record(gallery.database, "12")
     assert [(image.space, image.id) for image in record.stored] == [(OTHER, "a"), (OTHER, "x")]
-    other.delete_person(12)
+    other.delete_person("12")
     gallery.upsert(rows(["b"], pid=None), space_id=SPACE)  # indexed again, from a folder without names
     record = person_record(gallery.database, "12")
     assert [(image.space, image.id) for image in record.stored] == [(SPACE, "b")] and record.galleries == 2

@@ -483,7 +483,7 @@ def test_every_query_of_every_text_source_ranks_as_the_evaluation_ranks_it(
         asking, gallery = evaluator.query(protocol), evaluator.gallery(protocol, 7)
         image_G, camid_G = gallery["image"].to_pylist(), gallery["camid"].to_pylist()
         shown, pixels = set(image_G), [lab.pixels[image] for image in asking["image"].to_pylist()]
-        alone_QG = evaluator.similarity(evaluator.image_vectors(asking, base=True), gallery, base=True)
+        alone_QG = evaluator.similarity(evaluator.image_vectors(asking, base=True), gallery, base=True)(slice(None))
         check([Question(infrared=image) for image in pixels], asking["camid"].to_pylist(), {}, alone_QG)
         for source in SECTION.text_sources:
             texts = evaluator.texts(protocol, source)
@@ -496,9 +496,11 @@ def test_every_query_of_every_text_source_ranks_as_the_evaluation_ranks_it(
                 for row, text, own in zip(texts.kept, texts.texts, texts.filter_texts, strict=True)
             ]
             sentences = [Question(sentence=text) for text in texts.texts]
-            check(sentences, camids, {}, evaluator.similarity(parts["text"], gallery, base=False))
-            check(both, camids, {"fusion": 1.0}, evaluator.similarity(parts["fusion"], gallery, base=False))
-            check(both, camids, SECTION.ensemble.weights, evaluator.ensemble_similarity(parts, gallery))
+            check(sentences, camids, {}, evaluator.similarity(parts["text"], gallery, base=False)(slice(None)))
+            check(
+                both, camids, {"fusion": 1.0}, evaluator.similarity(parts["fusion"], gallery, base=False)(slice(None))
+            )
+            check(both, camids, SECTION.ensemble.weights, evaluator.ensemble_similarity(parts, gallery)(slice(None)))
     assert len(compared) == 2 * 18 * (1 + 2 * 3 + 1 + 3 * 3)  # all search has no text that is held out
 
 

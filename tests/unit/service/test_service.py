@@ -399,7 +399,7 @@ def test_the_audit_trail_says_who_saw_whom_and_holds_neither_text_nor_pixels(
     (line,) = service.audited()
     assert line.pop("time") <= datetime.now(UTC)
     ids = [hit["id"] for hit in answer["hits"]]
-    facts = {"modalities": ["infrared", "text", "fusion"], "k": 2, "exclude_cameras": [7], "since": query["since"]}
+    facts = {"modalities": ["infrared", "text", "fusion"], "k": 2, "exclude_cameras": ["7"], "since": query["since"]}
     assert line == {"key": "front desk", "action": "search", "version": answer["version"], "ids": ids, "facts": facts}
     service.backend.gallery.close()
 
