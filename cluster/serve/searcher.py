@@ -32,7 +32,9 @@ class GallerySearcher:
         share = None if shard is None else (shard, config.serve.shards)
         self._gallery = Gallery.open(config.gallery_url, section=config.gallery, space_id=space, share=share)
         device = "cuda" if config.serve.searcher_gpus > 0 else "cpu"
-        self._searcher = Searcher(self._gallery, config.gallery, device=device)
+        url = config.gallery.read_url
+        replica = None if url is None else self._gallery.replica(url)
+        self._searcher = Searcher(self._gallery, config.gallery, device=device, replica=replica)
         self._batch = config.serve.batch
         self._lock = threading.Lock()  # one refresh at a time; searches continue meanwhile
         self.search.set_max_batch_size(config.serve.batch)  # type: ignore[attr-defined]
@@ -55,8 +57,9 @@ class GallerySearcher:
         """Return once the rows are loaded."""
 
     def _search(self, queries: Sequence[Query], requests: Sequence[Request], versions: set[int]) -> list[Answer]:
-        if not all(self._searcher.snapshot.includes(version) for version in versions):
-            self._refresh()
+        for primary in (False, True):
+            if not all(self._searcher.snapshot.includes(version) for version in versions):
+                self._refresh(primary=primary)
         return in_batches(self._searcher.search, self._batch, queries, requests)
 
     def _facts(self) -> dict[str, Any]:
@@ -68,9 +71,9 @@ class GallerySearcher:
             "gallery_in_use": self._gallery.in_use,
         }
 
-    def _refresh(self) -> None:
+    def _refresh(self, *, primary: bool = False) -> None:
         with self._lock:
-            self._searcher.refresh()
+            self._searcher.refresh(primary=primary)
 
     def _follow(self, every_s: float) -> None:
         while True:
