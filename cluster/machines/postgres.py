@@ -18,7 +18,16 @@ def server_name(config: Config) -> str:
 
 def gallery_url(config: Config) -> str:
     """Return the URL of the rendered server, without its password; the service `-rw` leads to the one that writes."""
-    return f"postgresql://{OWNER}@{server_name(config)}-rw/{DATABASE}?sslmode=require"
+    return _url(config, "rw")
+
+
+def read_url(config: Config) -> str | None:
+    """Return the URL of the rendered server's replicas, to which the service `-ro` leads; None if there are none."""
+    return _url(config, "ro") if config.cluster.database.instances > 1 else None
+
+
+def _url(config: Config, service: str) -> str:
+    return f"postgresql://{OWNER}@{server_name(config)}-{service}/{DATABASE}?sslmode=require"
 
 
 def password_variable(config: Config) -> Document:

@@ -19,7 +19,7 @@ from cluster.machines.documents import Document, to_text
 from cluster.machines.kubernetes import CONFIG_PATH, KEYS_PATH, kuberay_cluster, kuberay_job, kuberay_service
 from cluster.machines.launcher import ray_up_aws, ray_up_gcp, ray_up_onprem
 from cluster.machines.overlay import overlaid
-from cluster.machines.postgres import gallery_url
+from cluster.machines.postgres import gallery_url, read_url
 from cluster.places.check import absolute_paths, storage_folder
 from cluster.serve.environment import http_options, serve_environment
 from tvilfm.config import ClusterSection, Config, resolve, to_yaml
@@ -155,7 +155,8 @@ def _with_database(config: Config) -> Config:
     """Return the description with the gallery in the rendered server, unless it names another place."""
     if config.cluster.database.image is None or config.gallery.url is not None:
         return config
-    return resolve(config.model_dump(mode="json"), [f"gallery.url={json.dumps(gallery_url(config))}"])
+    urls = {"url": gallery_url(config), "read_url": read_url(config)}
+    return resolve(config.model_dump(mode="json"), [f"gallery.{key}={json.dumps(url)}" for key, url in urls.items()])
 
 
 DOCUMENTS: dict[str, Callable[[Config, str], list[Document]]] = {

@@ -31,7 +31,9 @@ class GallerySearcher:
     def __init__(self, config: Config, gallery: Gallery) -> None:
         self._gallery = gallery
         device = "cuda" if config.serve.searcher_gpus > 0 else "cpu"
-        self.searcher = Searcher(self._gallery, config.gallery, device=device)
+        url = config.gallery.read_url
+        replica = None if url is None else self._gallery.replica(url)
+        self.searcher = Searcher(self._gallery, config.gallery, device=device, replica=replica)
         self._batch = config.serve.batch
         self._lock = threading.Lock()  # one refresh at a time; searches continue meanwhile
         self.search.set_max_batch_size(config.serve.batch)  # type: ignore[attr-defined]
@@ -54,8 +56,9 @@ class GallerySearcher:
         """Return once the rows are loaded."""
 
     def _search(self, queries: Sequence[Query], requests: Sequence[Request], versions: set[int]) -> list[Answer]:
-        if not all(self.searcher.snapshot.includes(version) for version in versions):
-            self._refresh()
+        for primary in (False, True):
+            if not all(self.searcher.snapshot.includes(version) for version in versions):
+                self._refresh(primary=primary)
         return in_batches(self.searcher.search, self._batch, queries, requests)
 
     def _facts(self) -> dict[str, Any]:
@@ -67,9 +70,9 @@ class GallerySearcher:
             "gallery_in_use": self._gallery.in_use,
         }
 
-    def _refresh(self) -> None:
+    def _refresh(self, *, primary: bool = False) -> None:
         with self._lock:
-            self.searcher.refresh()
+            self.searcher.refresh(primary=primary)
 
     def _follow(self, every_s: float) -> None:
         while True:

@@ -23,6 +23,11 @@ class GallerySection(Section):
         description="postgresql://HOST/DATABASE of a server with pgvector, or a folder for an embedded server on this "
         "machine; null = gallery/ in the run folder",
     )
+    read_url: str | None = Field(
+        None,
+        description="postgresql://HOST/DATABASE of a read replica of the server, from which searchers read; null = "
+        "gallery.url",
+    )
     exact_limit: int = Field(
         100_000,
         ge=0,
@@ -40,14 +45,11 @@ class GallerySection(Section):
     @model_validator(mode="after")
     def _agree(self) -> GallerySection:
         if self.url is not None:
-            scheme, has_scheme, _ = self.url.partition("://")
-            if has_scheme and scheme not in ("postgresql", "postgres"):
-                raise ValueError(f"url: expected postgresql://... or a folder, got {scheme}://...")
-            if has_scheme and _password_in(self.url):
-                raise ValueError(
-                    "url: expected no password, because the description is stored with the run, got one. Set "
-                    "PGPASSWORD, or PGPASSFILE to the path of a password file, on every machine."
-                )
+            _check_url("url", self.url)
+        if self.read_url is not None:
+            _check_url("read_url", self.read_url)
+            if "://" not in self.read_url or self.url is None or "://" not in self.url:
+                raise ValueError("read_url: expected postgresql://... beside url: postgresql://..., got another place.")
         if self.ef_construction < 2 * self.m:
             raise ValueError(f"ef_construction: expected at least 2 * m = {2 * self.m}, got {self.ef_construction}.")
         return self
@@ -116,6 +118,17 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _check_url(key: str, url: str) -> None:
+    scheme, has_scheme, _ = url.partition("://")
+    if has_scheme and scheme not in ("postgresql", "postgres"):
+        raise ValueError(f"{key}: expected postgresql://... or a folder, got {scheme}://...")
+    if has_scheme and _password_in(url):
+        raise ValueError(
+            f"{key}: expected no password, because the description is stored with the run, got one. Set PGPASSWORD, or "
+            "PGPASSFILE to the path of a password file, on every machine."
+        )
 
 
 def _password_in(url: str) -> str | None:

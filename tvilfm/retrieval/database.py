@@ -42,10 +42,11 @@ class Database:
     Args:
         url: see `open`.
         conninfo: of the running server.
+        patient: whether `run` repeats an attempt; False if somebody else can answer.
     """
 
-    def __init__(self, url: str, conninfo: str) -> None:
-        self.url = url
+    def __init__(self, url: str, conninfo: str, *, patient: bool = True) -> None:
+        self.url, self._attempts = url, (False, True) if patient else (True,)
         logging.getLogger("psycopg.pool").setLevel(logging.ERROR)  # failures are reported by `run`
         self._pool = ConnectionPool(
             conninfo,
@@ -97,9 +98,9 @@ class Database:
             Unavailable: the server does not answer, or has no room left.
             PermissionError: the role lacks a permission.
         """
-        for is_last in (False, True):
+        for number, is_last in enumerate(self._attempts):
             try:
-                with self._pool.connection(timeout=PATIENCE_S if is_last else FIRST_S) as connection:
+                with self._pool.connection(timeout=PATIENCE_S if number else FIRST_S) as connection:
                     return work(connection)
             except errors.InsufficientPrivilege as error:
                 raise PermissionError(

@@ -151,10 +151,10 @@ class ExactIndex:
         """
         index = cls((), device=device, half=half)
         chunks = [] if before is None or changes.complete else list(before._chunks)
-        if changes.removed.size:
-            gone = np.sort(changes.removed)
-            chunks = [replace(chunk, alive=chunk.alive & ~np.isin(chunk.stamps, gone)) for chunk in chunks]
         rows = changes.rows
+        gone = np.sort(np.concatenate([changes.removed, rows["stamp"].to_numpy()]))  # a replica may repeat rows
+        if gone.size:
+            chunks = [replace(chunk, alive=chunk.alive & ~np.isin(chunk.stamps, gone)) for chunk in chunks]
         for start in range(0, max(rows.num_rows, not chunks), CHUNK_ROWS):  # an empty gallery gets one empty chunk
             part = rows.slice(start, CHUNK_ROWS)
             vectors = {base: tensor_of(part[column_of(base)]) for base in (False, True)}

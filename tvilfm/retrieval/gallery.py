@@ -39,7 +39,7 @@ from tvilfm.retrieval.hnsw import build_indexes, unindexed
 from tvilfm.retrieval.records import INCOMING, INCOMING_TYPES, READ, condition_of, records_of, table_of
 from tvilfm.retrieval.rows import Where, checked, row_schema, vectors_of
 from tvilfm.retrieval.spaces import Heads
-from tvilfm.retrieval.store import Change, Changes, Snapshot
+from tvilfm.retrieval.store import Change, Changes, Snapshot, Unavailable
 from tvilfm.terms import SearchKind
 
 FETCHED, LOOKED_UP = 2_000, 10_000  # rows and ids per round trip
@@ -95,12 +95,20 @@ class Gallery:
         section: settings of the index.
         facts: row of the table `gallery`.
         share: (i, n) = searchers see the i-th of n shares of the rows; None = all rows.
+        is_replica: whether the database is a read replica, which may be behind.
     """
 
     def __init__(
-        self, database: Database, section: GallerySection, facts: _Row, share: tuple[int, int] | None = None
+        self,
+        database: Database,
+        section: GallerySection,
+        facts: _Row,
+        share: tuple[int, int] | None = None,
+        *,
+        is_replica: bool = False,
     ) -> None:
         self.database, self._section, self._share = database, section, share
+        self._facts, self._is_replica = facts, is_replica
         self.number, self.space_id, self.dim = facts.number, facts.space, facts.dim
         self.encoder, self.heads = facts.encoder, facts.heads
         self._schema = row_schema(self.dim, facts.width)
@@ -163,6 +171,14 @@ class Gallery:
 
     def __len__(self) -> int:
         return self.count()
+
+    def replica(self, url: str) -> Gallery:
+        """Return the same gallery as a read replica has it.
+
+        Args:
+            url: of the replica. It may be behind or away: `changes` then raises `Unavailable`.
+        """
+        return Gallery(Database(url, url, patient=False), self._section, self._facts, self._share, is_replica=True)
 
     def check_space(self, space_id: str) -> None:
         """Check that vectors are from this gallery's space.
@@ -328,7 +344,10 @@ class Gallery:
             snapshot, where = _snapshot(connection), self._rows
             values: dict[str, Any] = {"gallery": self.number}
             removed: list[tuple[int]] = []
-            is_complete = since is None or snapshot.version < since.version  # the database was restored from a backup
+            is_behind = since is not None and snapshot.version < since.version
+            if is_behind and self._is_replica:
+                raise Unavailable("gallery.read_url: expected what was read before, got an older state. Retry.")
+            is_complete = since is None or is_behind  # the database was restored from a backup
             if since is not None and not is_complete:
                 values |= {"low": str(since.oldest_running), "seen": since.text}
                 where = sql.SQL("{} AND {}").format(where, sql.SQL(CHANGED))
@@ -643,5 +662,9 @@ def _reserve(connection: Connection, count: int) -> int:
 
 
 def _snapshot(connection: Connection) -> Snapshot:
-    (text,) = connection.execute("SELECT pg_current_snapshot()::text").fetchone() or ("",)
+    # A replica does not list running transactions, so all from the oldest one on count as not seen yet.
+    (text,) = connection.execute(
+        "SELECT CASE WHEN pg_is_in_recovery() THEN format('%1$s:%1$s:', pg_snapshot_xmin(now)) ELSE now::text END "
+        "FROM pg_current_snapshot() AS now"
+    ).fetchone() or ("",)
     return Snapshot(text)

@@ -10,9 +10,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -22,7 +27,7 @@ from tvilfm.models.similarity import similarity
 from tvilfm.retrieval.exact import ExactIndex, Ranked, best_first, tensor_of
 from tvilfm.retrieval.query import Query
 from tvilfm.retrieval.rows import FACTS, Where, column_of
-from tvilfm.retrieval.store import GalleryStore, Snapshot
+from tvilfm.retrieval.store import GalleryStore, Snapshot, Unavailable
 from tvilfm.terms import SearchKind
 
 OLD_S = 12 * 3600.0  # a copy that was not updated for so long is loaded again; see `gallery.KEPT_REMOVED`
@@ -90,12 +95,13 @@ def merged(answers: Sequence[Answer], request: Request) -> Answer:
 class _State:
     """What is searched: a snapshot of the gallery, and a copy of its rows if the gallery is small enough.
 
-    `loaded_s` is the time (`time.monotonic`) of the snapshot.
+    `loaded_s` is the time (`time.monotonic`) of the snapshot, `store` where it was read.
     """
 
     snapshot: Snapshot
     exact: ExactIndex | None
     loaded_s: float
+    store: GalleryStore
 
 
 class Searcher:
@@ -105,12 +111,22 @@ class Searcher:
         gallery: the gallery to search; `refresh` takes in what was committed since the last call.
         section: largest size that is searched in memory.
         device: device of the first pass of an exact search; half precision on CUDA.
+        replica: the same gallery on a read replica, from which rows are read unless it is away or behind what was read
+            before; None = there is none.
     """
 
-    def __init__(self, gallery: GalleryStore, section: GallerySection, *, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        gallery: GalleryStore,
+        section: GallerySection,
+        *,
+        device: str = "cpu",
+        replica: GalleryStore | None = None,
+    ) -> None:
         self.gallery, self._section, self._device = gallery, section, torch.device(device)
-        self._state = self._load(None)
-        self._latest: tuple[Tensor, bool] | None = None  # query that the database answered, and whether it is base
+        self._replica = replica
+        self._state = self._newest(None)
+        self._sampled: tuple[Tensor, bool] | None = None  # query that the index answered, and whether it is base
 
     @property
     def snapshot(self) -> Snapshot:
@@ -136,13 +152,13 @@ class Searcher:
         Returns:
             None if the index answered no query since the last call.
         """
-        latest, self._latest = self._latest, None
-        if latest is None or self.kind != "index":
+        sampled, self._sampled = self._sampled, None
+        if sampled is None or self.kind != "index":
             return None
-        vector_D, base = latest
+        vector_D, base = sampled
         found, true = (
             set(
-                self._nearest(vector_D, Where(), RECALLED, base=base, by_scan=by_scan)
+                self._nearest(self.gallery, vector_D, Where(), RECALLED, base=base, by_scan=by_scan)
                 .head(RECALLED)
                 .facts["id"]
                 .to_pylist()
@@ -151,14 +167,15 @@ class Searcher:
         )
         return len(found & true) / len(true) if true else None
 
-    def refresh(self) -> None:
+    def refresh(self, *, primary: bool = False) -> None:
         """Take in what was committed since the last call.
 
         A running search finishes on the rows that it started with.
+
+        Args:
+            primary: whether to read what the replica does not have yet.
         """
-        before = self._state
-        is_old = time.monotonic() - before.loaded_s > OLD_S
-        self._state = self._load(None if before.exact is None or is_old else before)
+        self._state = self._load(self._state, self.gallery) if primary else self._newest(self._state)
 
     def search(self, queries: Sequence[Query], requests: Sequence[Request]) -> list[Answer]:
         """Answer queries together.
@@ -200,17 +217,33 @@ class Searcher:
             for row, query in enumerate(queries)
         ]
 
-    def _load(self, before: _State | None) -> _State:
-        """Return the current state, from that of before (with a copy of the rows) or from nothing."""
+    def _newest(self, before: _State | None) -> _State:
+        """Return the current state of the replica, or of the gallery if there is no replica that can tell."""
+        if self._replica is not None:
+            with suppress(Unavailable):
+                state = self._load(before, self._replica)
+                if before is None or state.snapshot.version >= before.snapshot.version:
+                    return state
+        return self._load(before, self.gallery)
+
+    def _load(self, before: _State | None, store: GalleryStore) -> _State:
+        """Return the current state of a store, from that of before or from nothing."""
         limit, now_s = self._section.exact_limit, time.monotonic()
-        exact = None if before is None else before.exact
-        if (self.gallery.count(limit + 1) if exact is None else len(exact)) > limit:
-            return _State(snapshot=self.gallery.snapshot(), exact=None, loaded_s=now_s)
-        changes = self.gallery.changes(None if before is None else before.snapshot)
+        is_copy = before is not None and before.exact is not None and now_s - before.loaded_s <= OLD_S
+        exact = before.exact if is_copy and before is not None else None
+        if (store.count(limit + 1) if exact is None else len(exact)) > limit:
+            return _State(snapshot=store.snapshot(), exact=None, loaded_s=now_s, store=store)
+        changes = store.changes(None if exact is None or before is None else before.snapshot)
         if exact is None or changes.complete or changes.rows.num_rows or changes.removed.size:
             half = self._device.type == "cuda"
             exact = ExactIndex.load(changes, device=self._device, half=half, before=exact)
-        return _State(snapshot=changes.snapshot, exact=exact, loaded_s=now_s)
+        return _State(snapshot=changes.snapshot, exact=exact, loaded_s=now_s, store=store)
+
+    def _candidates(self, store: GalleryStore, vector_D: npt.NDArray[np.float32], **options: Any) -> pa.Table:
+        if store is self._replica:
+            with suppress(Unavailable):
+                return store.nearest(vector_D, **options)
+        return self.gallery.nearest(vector_D, **options)
 
     def _rank(
         self, state: _State, vectors_QD: Tensor, wheres: Sequence[Where], count: int, *, base: bool
@@ -220,11 +253,13 @@ class Searcher:
             yield from state.exact.rank(vectors_QD, wheres, count, base=base)
             return
         for vector_D, where in zip(vectors_QD, wheres, strict=True):
-            self._latest = (vector_D, base)
-            yield self._nearest(vector_D, where, count, base=base)
+            self._sampled = (vector_D, base)
+            yield self._nearest(state.store, vector_D, where, count, base=base)
 
-    def _nearest(self, vector_D: Tensor, where: Where, count: int, *, base: bool, by_scan: bool = False) -> Ranked:
-        table = self.gallery.nearest(vector_D.numpy(), base=base, count=count, where=where, by_scan=by_scan)
+    def _nearest(
+        self, store: GalleryStore, vector_D: Tensor, where: Where, count: int, *, base: bool, by_scan: bool = False
+    ) -> Ranked:
+        table = self._candidates(store, vector_D.numpy(), base=base, count=count, where=where, by_scan=by_scan)
         vectors_RD = tensor_of(table[column_of(base)])
         scores_R = similarity(vector_D[None], vectors_RD)[0].numpy()
         best_K = best_first(scores_R, table["position"].to_numpy())

@@ -355,10 +355,13 @@ def test_a_batch_counts_questions_and_not_the_requests_that_bring_them(
     assert [hit.id for answer in answers for hit in answer.hits] == list("abcabca") and sizes == [3, 3, 1]
 
 
+@pytest.mark.parametrize("read_url", [None, "postgresql:///nowhere?host=/nowhere"])
 def test_a_searcher_sees_a_write_at_once_if_asked_for_its_version_and_else_soon(
-    untrained_run: UntrainedRun, database: str
+    untrained_run: UntrainedRun, database: str, read_url: str | None
 ) -> None:
-    replica = GallerySearcher(small_gallery(untrained_run.config, database, follow_s=3600), Gallery.open(database))
+    config = small_gallery(untrained_run.config, database, follow_s=3600)
+    section = config.gallery.model_copy(update={"read_url": read_url})
+    replica = GallerySearcher(config.model_copy(update={"gallery": section}), Gallery.open(database))
     gallery = Gallery.open(database)
     asked = Query(parts={"text": torch.eye(4)[1]}, base=False, space_id="space", filter_text_source="none")
     version = gallery.delete(["b"]).version

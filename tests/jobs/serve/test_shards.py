@@ -20,7 +20,8 @@ def test_two_shards_and_a_shared_encoder_rank_as_the_evaluation(
     untrained_run: UntrainedRun, ray_session: None, new_database: Callable[[], str]
 ) -> None:
     overrides = ["serve.shards=2", "serve.shared_encoders=1", "serve.replicas=1", f"serve.port={free_ports(1)[0]}"]
-    overrides += ["serve.max_replicas=1", f"gallery.url={new_database()}"]
+    url = new_database()
+    overrides += ["serve.max_replicas=1", f"gallery.url={url}", f"gallery.read_url={url}"]
     config = resolve(untrained_run.config.model_dump(mode="json"), overrides)
     index(config)
     rankings = list(evaluated_rankings(config, untrained_run.evaluator))

@@ -247,8 +247,9 @@ def test_the_gallerys_server_has_pgvector_backups_and_a_password_that_nobody_wri
     assert plugin["parameters"]["barmanObjectName"] == documents["ObjectStore"]["metadata"]["name"]
     assert documents["ScheduledBackup"]["spec"]["cluster"]["name"] == documents["Cluster"]["metadata"]["name"]
     service = documents["RayService"]["spec"]
-    url = yaml.safe_load(service["serveConfigV2"])["applications"][0]["args"]["config"]["gallery"]["url"]
-    assert url == "postgresql://tvilfm@tvilfm-gallery-rw/tvilfm?sslmode=require"
+    gallery = yaml.safe_load(service["serveConfigV2"])["applications"][0]["args"]["config"]["gallery"]
+    assert gallery["url"] == "postgresql://tvilfm@tvilfm-gallery-rw/tvilfm?sslmode=require"
+    assert gallery["read_url"] == "postgresql://tvilfm@tvilfm-gallery-ro/tvilfm?sslmode=require"
     secret = {"secretKeyRef": {"name": "tvilfm-gallery-app", "key": "password"}}
     for pod in pods_of(service):
         assert {"name": "PGPASSWORD", "valueFrom": secret} in pod["containers"][0]["env"]

@@ -560,5 +560,9 @@ def test_a_database_that_is_gone_is_tried_twice(gallery: Gallery, monkeypatch: p
 def test_a_password_in_the_description_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match=r"gallery.url: expected no password"):
         load_config(None, [f"gallery.url={json.dumps(url)}"])
+    with pytest.raises(ValueError, match=r"gallery.read_url: expected no password"):
+        load_config(None, [f"gallery.read_url={json.dumps(url)}", "gallery.url=postgresql://host/db"])
+    with pytest.raises(ValueError, match=r"gallery.read_url: expected postgresql://... beside url"):
+        load_config(None, ["gallery.read_url=postgresql://host/db"])
     with pytest.raises(ValueError, match=r"gallery.url: expected postgresql://... or a folder, got s3://..."):
         load_config(None, ["gallery.url=s3://bucket/gallery"])
