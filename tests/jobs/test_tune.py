@@ -20,6 +20,7 @@ import ray
 import yaml
 
 from cluster import sweep as tune
+from cluster import trial as trial_module
 from cluster.sweep import SPACES, report_sweep, sweep_space
 from tests.quick import QUICK, ROWS, copy_stages, records_of, space_of
 from tvilfm.evaluation.results import Results
@@ -133,9 +134,9 @@ def test_a_trial_whose_process_died_starts_again_and_one_that_raised_an_error_on
 
         (sweep.folder / "trials" / mark.name).mkdir(parents=True, exist_ok=True)
         tune._run = run_
-        tune._trial(params, sweep=sweep)  # in this process nobody has replaced it
+        tune.run_trial(params, sweep=sweep)  # in this process nobody has replaced it
 
-    monkeypatch.setattr(tune, "_trial", fails_at_first)
+    monkeypatch.setattr(tune, "run_trial", fails_at_first)
     monkeypatch.setattr(tune, "_records", _bare_records)
     where = {"config_path": CONFIG, "overrides": [f"run.dir={tmp_path}", CAPTIONS], "size": "tiny"}
     values = {"searcher": "optuna", "budget": {"num_samples": 2}, "parameters": {"optim.text_lr": [1e-3, 1e-2]}}
@@ -289,18 +290,22 @@ def test_an_error_is_noted_wherever_a_trial_fails_and_tried_again_no_more(
         groups.append(group)
         raise ValueError(fault)
 
-    monkeypatch.setattr(tune, "run", lambda *_, **__: None)
-    monkeypatch.setattr(tune, "_with_best_weights", lambda config, *_: config)
-    place = {"of the config": (Sweep, "config"), "of the run": (tune, "run"), "of the results": (tune, "_metrics")}
+    monkeypatch.setattr(trial_module, "run", lambda *_, **__: None)
+    monkeypatch.setattr(trial_module, "_with_best_weights", lambda config, *_: config)
+    place = {
+        "of the config": (Sweep, "config"),
+        "of the run": (trial_module, "run"),
+        "of the results": (trial_module, "metrics_of"),
+    }
     with monkeypatch.context() as patched:
         patched.setattr(*place[fault], fails)
         with pytest.raises(ValueError, match=fault):
-            tune._trial({"trial": name}, sweep=sweep)
+            tune.run_trial({"trial": name}, sweep=sweep)
     assert note.read_text() == fault
     assert groups == (["sweep"] if fault == "of the run" else [None])
-    monkeypatch.setattr(tune, "run", lambda *_, **__: pytest.fail("it runs again"))
+    monkeypatch.setattr(trial_module, "run", lambda *_, **__: pytest.fail("it runs again"))
     with pytest.raises(RuntimeError, match=fault):
-        tune._trial({"trial": name}, sweep=sweep)
+        tune.run_trial({"trial": name}, sweep=sweep)
 
 
 def test_a_sweep_that_is_there_is_not_started_again_and_one_that_is_not_cannot_go_on(tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ def test_a_gallery_is_described_checked_copied_and_erased_by_commands(
         (("--images", "photos"), "--camid: expected the camera of --images"),
         (("--images", "photos", "--camid", " "), "--camid: expected the camera of --images"),
         (("--images", "broken", "--camid", "1"), "got 1 invalid files. First: a.jpg: expected"),
-        (("--manifest", "photos.csv"), "--images: expected the folder that the paths of --manifest start from"),
+        (("--manifest", "photos.csv"), "--images: expected what --manifest or --boxes describes, got none"),
         (("--images", "unprintable", "--camid", "1"), "--images: expected paths of at most 512 printable"),
     ],
 )
