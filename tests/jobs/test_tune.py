@@ -133,8 +133,8 @@ def test_a_trial_whose_process_died_starts_again_and_one_that_raised_an_error_on
             return {sweep.space.metric: params["optim.text_lr"]}
 
         (sweep.folder / "trials" / mark.name).mkdir(parents=True, exist_ok=True)
-        tune._run = run_
-        tune.run_trial(params, sweep=sweep)  # in this process nobody has replaced it
+        trial_module._run = run_
+        trial_module.run_trial(params, sweep=sweep)
 
     monkeypatch.setattr(tune, "run_trial", fails_at_first)
     monkeypatch.setattr(tune, "_records", _bare_records)
