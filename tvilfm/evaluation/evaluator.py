@@ -177,7 +177,10 @@ class Evaluator:
             parts: unit vectors from `part_vectors`.
             gallery: rows of the manifest.
         """
-        gallery_GD, temperature = self.image_vectors(gallery, base=False), self._section.ensemble.temperature
+        return self._votes(parts, self.image_vectors(gallery, base=False))
+
+    def _votes(self, parts: Mapping[str, Tensor], gallery_GD: Tensor) -> dict[str, Tensor]:
+        temperature = self._section.ensemble.temperature
         votes = {name: similarity(vectors, gallery_GD) for name, vectors in parts.items()}
         if temperature is None:
             return votes
@@ -196,8 +199,10 @@ class Evaluator:
         if ensemble.temperature is None:
             return self.similarity(ensemble_query(parts, ensemble.weights), gallery, base=False)
 
+        gallery_GD = self.image_vectors(gallery, base=False)
+
         def voted(rows: slice) -> Similarity:
-            votes = self.votes({name: vectors[rows] for name, vectors in parts.items()}, gallery)
+            votes = self._votes({name: vectors[rows] for name, vectors in parts.items()}, gallery_GD)
             return _numbers(ensemble_query(votes, ensemble.weights))
 
         return voted
