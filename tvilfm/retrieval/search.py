@@ -229,11 +229,12 @@ class Searcher:
     def _load(self, before: _State | None, store: GalleryStore) -> _State:
         """Return the current state of a store, from that of before or from nothing."""
         limit, now_s = self._section.exact_limit, time.monotonic()
-        is_copy = before is not None and before.exact is not None and now_s - before.loaded_s <= OLD_S
-        exact = before.exact if is_copy and before is not None else None
+        if before is not None and (before.exact is None or now_s - before.loaded_s > OLD_S):
+            before = None
+        exact = None if before is None else before.exact
         if (store.count(limit + 1) if exact is None else len(exact)) > limit:
             return _State(snapshot=store.snapshot(), exact=None, loaded_s=now_s, store=store)
-        changes = store.changes(None if exact is None or before is None else before.snapshot)
+        changes = store.changes(None if before is None else before.snapshot)
         if exact is None or changes.complete or changes.rows.num_rows or changes.removed.size:
             half = self._device.type == "cuda"
             exact = ExactIndex.load(changes, device=self._device, half=half, before=exact)
