@@ -35,10 +35,9 @@ def print_as_json(entries: Iterable[Entry], record: PersonRecord | None) -> None
 def print_as_text(entries: Iterable[Entry], person: str | None, record: PersonRecord | None) -> None:
     """Print a line per entry and, if asked for, what is stored about the person."""
     for entry in entries:
-        actor = entry.key or f"role {entry.role or 'unknown'}"
         facts = ", ".join(f"{name}: {value}" for name, value in entry.facts.items())
         images = f"{len(entry.ids)} images" if entry.ids else ""
-        typer.echo("  ".join(filter(None, (_utc(entry.time), actor, entry.action, images, facts))))
+        typer.echo("  ".join(filter(None, (_utc(entry.time), _actor(entry), entry.action, images, facts))))
     if record is None:
         return
     for image in record.stored:
@@ -49,10 +48,13 @@ def print_as_text(entries: Iterable[Entry], person: str | None, record: PersonRe
             f"{', '.join((*parts, 'vectors'))}, in {image.space}"
         )
     for entry in record.erasures:
-        actor = entry.key or f"role {entry.role or 'unknown'}"
-        typer.echo(f"erased: {len(entry.ids)} images on {_utc(entry.time)} by {actor}")
+        typer.echo(f"erased: {len(entry.ids)} images on {_utc(entry.time)} by {_actor(entry)}")
     state = f"{len(record.stored)} images are stored" if record.stored else "nothing is stored"
     typer.echo(f"person {person}: {state} (galleries read: {record.galleries})")
+
+
+def _actor(entry: Entry) -> str:
+    return entry.key or f"role {entry.role or 'unknown'}"
 
 
 def _utc(time: datetime) -> str:
