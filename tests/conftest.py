@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import psycopg
 import pytest
 import torch
 
+from tests.paths import temporary_folder
 from tests.untrained_run import UntrainedRun, write_untrained_run
 from tvilfm.datasets.synthetic.layouts import Size, write_sysu_layout
 from tvilfm.retrieval.embedded import start_server
@@ -23,7 +23,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # More threads than cores make tiny tensors slower, and sums of floats depend on their number.
     torch.set_num_threads(1)
     # Processes that tests start share it.
-    os.environ.setdefault("TVILFM_CACHE", tempfile.mkdtemp(prefix="tvilfm-cache-"))
+    if "TVILFM_CACHE" not in os.environ:
+        os.environ["TVILFM_CACHE"] = str(temporary_folder("tvilfm-cache-"))
     # Of the S3 server of the tests, which takes any; Ray's workers inherit them.
     os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
 
@@ -65,7 +66,7 @@ def s3_endpoint() -> Iterator[str]:
 def database_server() -> str:
     """URL of an embedded PostgreSQL server."""
     # Not below pytest's folder: if root runs the tests, another user runs the server.
-    url = start_server(Path(tempfile.mkdtemp(prefix="tvilfm-postgres-")))
+    url = start_server(temporary_folder("tvilfm-postgres-"))
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute("ALTER SYSTEM SET fsync = off")  # each new database is 300 files
         connection.execute("SELECT pg_reload_conf()")

