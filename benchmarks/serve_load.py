@@ -137,7 +137,7 @@ def _served(config: Config, overrides: Sequence[str]) -> Iterator[tuple[int, Row
             assert process.poll() is None, "the service ended; run it by hand to see why"
             time.sleep(0.2)
         ready_s = time.perf_counter() - started
-        memory = sum(one.memory_full_info().pss for one in _with_children(process.pid))
+        memory = _memory(process.pid)
         yield port, {"ready_s": round(ready_s, 1), "memory_gb": round(memory / 1e9, 2)}
     finally:
         process.send_signal(signal.SIGTERM)
@@ -147,6 +147,15 @@ def _served(config: Config, overrides: Sequence[str]) -> Iterator[tuple[int, Row
 def _with_children(pid: int) -> list[psutil.Process]:
     parent = psutil.Process(pid)
     return [parent, *parent.children(recursive=True)]
+
+
+def _memory(pid: int) -> int:
+    """Return the bytes that a process and its children use; shared ones count once."""
+    total = 0
+    for process in _with_children(pid):
+        with suppress(psutil.NoSuchProcess):
+            total += process.memory_full_info().pss
+    return total
 
 
 def _is_ready(port: int) -> bool:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from ray import serve
 
 from cluster.places.finished import FinishedRun
+from cluster.serve.batching import Batcher, in_model_thread
 from cluster.serve.common import in_batches
 from tvilfm.captioning.captioner import Captioner
 from tvilfm.captioning.colors import remove_colors
@@ -48,14 +48,15 @@ class Encoder:
             captioner=None if self._captioner is None else self._caption,
         )
         self._batch = config.serve.batch
-        self.encode.set_max_batch_size(config.serve.batch)  # type: ignore[attr-defined]
-        self.encode.set_batch_wait_timeout_s(config.serve.batch_wait_ms / 1000)  # type: ignore[attr-defined]
+        self._batched = Batcher(self._encode, size=config.serve.batch)
 
-    @serve.batch
-    async def encode(self, groups: list[Sequence[Question]]) -> list[list[Query]]:
-        """Encode the questions of several requests."""
-        questions = [one for group in groups for one in group]
-        queries = iter(await asyncio.to_thread(in_batches, self._encoder.encode, self._batch, questions))
+    async def encode(self, questions: Sequence[Question]) -> list[Query]:
+        """Encode questions, with those of other calls in one batch."""
+        return await self._batched(questions)
+
+    async def _encode(self, groups: list[Sequence[Question]]) -> list[list[Query]]:
+        questions = [question for group in groups for question in group]
+        queries = iter(await in_model_thread(in_batches, self._encoder.encode, self._batch, questions))
         return [[next(queries) for _ in group] for group in groups]
 
     async def ready(self) -> None:

@@ -16,9 +16,10 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from cluster.serve.common import PATIENCE_S
+from cluster.serve.searcher import Group
 from tvilfm.data.images import Pixels
 from tvilfm.retrieval.query import Query, Question
-from tvilfm.retrieval.search import Answer, Request, merged
+from tvilfm.retrieval.search import Answer, merged
 from tvilfm.retrieval.store import Unavailable
 from tvilfm.service.backend import Busy
 from tvilfm.terms import SearchKind
@@ -53,7 +54,7 @@ class Shards:
     def __init__(self, handles: Sequence[DeploymentHandle[Any]]) -> None:
         self._handles = handles
 
-    async def search(self, group: tuple[Sequence[Query], Sequence[Request], int]) -> list[Answer]:
+    async def search(self, group: Group) -> list[Answer]:
         shares = await asyncio.gather(*(_call(handle.search, group) for handle in self._handles))
         return [merged(parts, request) for parts, request in zip(zip(*shares, strict=True), group[1], strict=True)]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from cluster.serve.common import keep_going
 from tvilfm.config import CaptionerSection, Config
 from tvilfm.retrieval.gallery import Gallery
 from tvilfm.retrieval.store import Change, Unavailable
-from tvilfm.service.backend import Busy
+from tvilfm.service.backend import Busy, Result, Search
 from tvilfm.service.key_checker import KeyChecker
 from tvilfm.service.keys import key_store
 from tvilfm.service.messages import ModelFacts, Status
@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from tvilfm.data.images import Pixels
-    from tvilfm.retrieval.query import Query, Question
-    from tvilfm.retrieval.search import Answer, Request
+    from tvilfm.retrieval.query import Query
 
 RETENTION_S = 3600.0  # interval of the deletion of expired rows
 BOUNDARIES_S = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
@@ -62,6 +61,7 @@ class Replica:
     ) -> None:
         from cluster.serve.encoder import Encoder
         from cluster.serve.metrics import Watch
+        from cluster.serve.pipeline import Pipeline
         from cluster.serve.remote import RemoteEncoder, Shards
         from cluster.serve.searcher import GallerySearcher
 
@@ -71,11 +71,15 @@ class Replica:
         self._encoder = Encoder(config, run, facts.space_id, captioner) if encoder is None else RemoteEncoder(encoder)
         local = None if shards else GallerySearcher(config, self._gallery)
         self._searcher = Shards(shards) if local is None else local
+        self._pipeline = Pipeline(self._encoder, self._searcher, self._gallery, config.serve, self._observe)
         Watch(self._gallery.database, None if local is None else local.searcher)
         self._under_way = 0
         threading.Thread(target=self._expire, daemon=True).start()
         self._seconds = Histogram(
-            "tvilfm_stage_seconds", "Duration of a stage of a request, in seconds.", BOUNDARIES_S, tag_keys=("stage",)
+            "tvilfm_stage_seconds",
+            "Duration of a stage of a request or a batch, in seconds.",
+            BOUNDARIES_S,
+            tag_keys=("stage",),
         )
         self._refusals = Counter("tvilfm_refused", "Requests that a replica could not accept.", tag_keys=("why",))
 
@@ -91,12 +95,8 @@ class Replica:
             config.serve,
             thumbnail_height=config.gallery.thumbnail_height,
             checker=checker,
-            observe=lambda stage, seconds: self._seconds.observe(seconds, tags={"stage": stage}),
+            observe=self._observe,
         )
-
-    async def encode(self, questions: Sequence[Question]) -> list[Query]:
-        with self._place():
-            return await self._encoder.encode(questions)
 
     async def encode_visible(self, pictures: Sequence[Pixels]) -> npt.NDArray[np.float32]:
         with self._place():
@@ -111,11 +111,9 @@ class Replica:
 
         return await asyncio.to_thread(query_like, self._gallery, id)
 
-    async def search(
-        self, queries: Sequence[Query], requests: Sequence[Request], *, min_version: int = 0
-    ) -> list[Answer]:
+    async def search(self, searches: Sequence[Search]) -> list[Result]:
         with self._place():
-            return await self._searcher.search((queries, requests, min_version))
+            return await self._pipeline.answer(searches)
 
     async def upsert(self, rows: pa.Table, *, space_id: str, by: str | None) -> Change:
         return await asyncio.to_thread(self._gallery.upsert, rows, space_id=space_id, by=by)
@@ -125,14 +123,6 @@ class Replica:
 
     async def delete_person(self, pid: str, *, by: str | None) -> Change:
         return await asyncio.to_thread(self._gallery.delete_person, pid, by=by)
-
-    async def note_searches(
-        self, answers: Sequence[Answer], facts: Sequence[Mapping[str, Any]], *, by: str | None
-    ) -> None:
-        entries = [
-            (answer.version, [hit.id for hit in answer.hits], how) for answer, how in zip(answers, facts, strict=True)
-        ]
-        await asyncio.to_thread(self._gallery.note, "search", entries, by=by)
 
     async def picture(self, id: str) -> bytes | None:
         picture = await asyncio.to_thread(self._gallery.picture, id)
@@ -161,6 +151,9 @@ class Replica:
             raise
         finally:
             self._under_way -= 1
+
+    def _observe(self, stage: str, seconds: float) -> None:
+        self._seconds.observe(seconds, tags={"stage": stage})
 
     def _expire(self) -> None:
         """Delete what is older than the retention allows, at the start and then each hour."""

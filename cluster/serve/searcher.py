@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from ray import serve
-
+from cluster.serve.batching import Batcher, in_model_thread
 from cluster.serve.common import in_batches, keep_going
 from cluster.serve.metrics import Watch
 from tvilfm.config import Config
@@ -17,6 +16,8 @@ from tvilfm.retrieval.gallery import Gallery
 from tvilfm.retrieval.query import Query
 from tvilfm.retrieval.search import Answer, Request, Searcher
 
+# Queries, their search options, and the versions of the gallery that it must be at least as new as, if they exist.
+Group = tuple[Sequence[Query], Sequence[Request], Collection[int]]
 RETRY_S = 1.0  # after a failure of the database; until then, the loaded rows are searched
 
 
@@ -35,17 +36,19 @@ class GallerySearcher:
         replica = None if url is None else self._gallery.replica(url)
         self.searcher = Searcher(self._gallery, config.gallery, device=device, replica=replica)
         self._batch = config.serve.batch
+        self._batched = Batcher(self._search_groups, size=config.serve.batch)
         self._lock = threading.Lock()  # one refresh at a time; searches continue meanwhile
-        self.search.set_max_batch_size(config.serve.batch)  # type: ignore[attr-defined]
-        self.search.set_batch_wait_timeout_s(config.serve.batch_wait_ms / 1000)  # type: ignore[attr-defined]
         threading.Thread(target=self._follow, args=(config.serve.follow_s,), daemon=True).start()
 
-    @serve.batch
-    async def search(self, groups: list[tuple[Sequence[Query], Sequence[Request], int]]) -> list[list[Answer]]:
-        """Search with the queries of several requests, in a gallery at least as new as the minimum version of each."""
+    async def search(self, group: Group) -> list[Answer]:
+        """Search with the queries of a group, with those of other calls in one batch."""
+        return await self._batched(group)
+
+    async def _search_groups(self, groups: list[Group]) -> list[list[Answer]]:
         queries = [query for group in groups for query in group[0]]
         requests = [request for group in groups for request in group[1]]
-        answers = iter(await asyncio.to_thread(self._search, queries, requests, {group[2] for group in groups}))
+        versions = {version for group in groups for version in group[2]}
+        answers = iter(await in_model_thread(self._search, queries, requests, versions))
         return [[next(answers) for _ in group[0]] for group in groups]
 
     async def facts(self) -> dict[str, Any]:
@@ -55,7 +58,7 @@ class GallerySearcher:
     async def ready(self) -> None:
         """Return once the rows are loaded."""
 
-    def _search(self, queries: Sequence[Query], requests: Sequence[Request], versions: set[int]) -> list[Answer]:
+    def _search(self, queries: Sequence[Query], requests: Sequence[Request], versions: Collection[int]) -> list[Answer]:
         for primary in (False, True):
             if not all(self.searcher.snapshot.includes(version) for version in versions):
                 self._refresh(primary=primary)

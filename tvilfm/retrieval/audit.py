@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from psycopg.rows import class_row
 
@@ -100,18 +100,22 @@ class PersonRecord:
         return sorted({image.id for image in self.stored} | {id for entry in self.erasures for id in entry.ids})
 
 
-def write_entry(
-    connection: Connection,
-    action: str,
-    *,
-    by: str | None = None,
-    version: int | None = None,
-    ids: Sequence[str] = (),
-    facts: Mapping[str, Any],
-) -> None:
-    """Add an entry to the audit trail; see `Entry`."""
-    query = "INSERT INTO audit (key, action, version, ids, facts) VALUES (%s, %s, %s, %s, %s)"
-    connection.execute(query, (by, action, version, list(ids), json.dumps(dict(facts))))
+class NewEntry(NamedTuple):
+    """An entry before it is written; see `Entry`."""
+
+    action: str
+    facts: Mapping[str, Any]
+    key: str | None = None
+    version: int | None = None
+    ids: Sequence[str] = ()
+
+
+def write_entries(connection: Connection, *entries: NewEntry) -> None:
+    """Add entries to the audit trail, in one round trip."""
+    query = "INSERT INTO audit (action, facts, key, version, ids) VALUES (%s, %s, %s, %s, %s)"
+    rows = [(entry.action, json.dumps(dict(entry.facts)), *entry[2:4], list(entry.ids)) for entry in entries]
+    with connection.cursor() as cursor:
+        cursor.executemany(query, rows)
 
 
 def read_entries(

@@ -17,7 +17,7 @@ Shapes: N rows, D feature.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -33,7 +33,7 @@ from psycopg.rows import dict_row
 
 from tvilfm.config import GallerySection
 from tvilfm.data.people import natural
-from tvilfm.retrieval.audit import write_entry
+from tvilfm.retrieval.audit import NewEntry, write_entries
 from tvilfm.retrieval.database import Connection, Database
 from tvilfm.retrieval.hnsw import build_indexes, unindexed
 from tvilfm.retrieval.records import INCOMING, INCOMING_TYPES, READ, condition_of, records_of, table_of
@@ -253,15 +253,12 @@ class Gallery:
 
         self.database.run(forget)
 
-    def note(
-        self, action: str, entries: Sequence[tuple[int, Sequence[str], Mapping[str, Any]]], *, by: str | None
-    ) -> None:
-        """Add entries to the audit trail: gallery version, ids of hits, and facts."""
+    def note(self, entries: Sequence[NewEntry]) -> None:
+        """Add entries to the audit trail."""
 
         def write(connection: Connection) -> None:
             connection.execute("SET LOCAL synchronous_commit = off")  # a crash of the server may lose the last second
-            for version, ids, facts in entries:
-                write_entry(connection, action, by=by, version=version, ids=ids, facts=facts)
+            write_entries(connection, *entries)
 
         self.database.run(write)
 
@@ -544,7 +541,7 @@ class Gallery:
         def write(connection: Connection) -> Change:
             count, ids = work(connection)
             (version,) = connection.execute("SELECT pg_current_xact_id()::text::bigint").fetchone() or (0,)
-            write_entry(connection, action, by=by, version=version, ids=ids, facts=facts | {"count": count})
+            write_entries(connection, NewEntry(action, facts | {"count": count}, by, version, ids))
             return Change(version=version, count=count)
 
         return self.database.run(write)

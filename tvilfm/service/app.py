@@ -29,13 +29,13 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from tvilfm.config import ServeSection
 from tvilfm.data.images import Pixels, thumbnail
 from tvilfm.data.pixels import count_pixels, decode
-from tvilfm.retrieval import search
 from tvilfm.retrieval.query import Query, Question
 from tvilfm.retrieval.rows import VECTORS, Where, row_schema
+from tvilfm.retrieval.search import Request as SearchRequest
 from tvilfm.retrieval.store import Change, Unavailable
 from tvilfm.service import errors, messages
 from tvilfm.service.access import BodyLimit, guarded, needs
-from tvilfm.service.backend import Backend, Busy
+from tvilfm.service.backend import Backend, Busy, Result, Search
 from tvilfm.service.key_checker import KeyChecker
 from tvilfm.service.keys import SCOPES
 from tvilfm.service.messages import HEADER, Bulk, SearchAnswer, SearchBatch, SearchQuery, Status, Written
@@ -53,6 +53,9 @@ CONTENT_SECURITY = (
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": messages.Problem} for status in (401, 403, 404, 409, 413, 422, 429, 503)
 }
+
+# How a client searched, for the audit trail; never the image or the words.
+AUDITED = {"k", "like", "cameras", "exclude_cameras", "since", "until", "by_identity"}
 
 T = TypeVar("T")
 Observe = Callable[[str, float], None]
@@ -73,7 +76,7 @@ def create_app(
         section: limits.
         thumbnail_height: height in pixels of the thumbnails that are stored with the vectors.
         checker: checks keys; None = every program on this machine may send requests, and others may not.
-        observe: called with the name (decode, encode, search, write) and the seconds of each finished stage.
+        observe: called with the name (decode, caption, encode, write) and the seconds of each finished stage.
     """
     app = FastAPI(
         title="TVI-LFM retrieval",
@@ -193,38 +196,31 @@ class _Handlers:
     async def _answers(self, request: Request, asked: Sequence[SearchQuery]) -> list[SearchAnswer]:
         if not self._backend.facts.text and any(query.sentence is not None for query in asked):
             raise HTTPException(422, "sentence: expected none, because the served model reads no text, got one.")
-        queries = await self._queries(asked)
-        requests = [_request(query, self._backend.facts.weights) for query in asked]
-        min_version = max(query.min_version or 0 for query in asked)
-        searching = self._backend.search(queries, requests, min_version=min_version)
-        answers = await self._timed("search", searching)
-        for query, answer in zip(asked, answers, strict=True):
-            if answer.version < (query.min_version or 0):
-                raise HTTPException(
-                    409, f"min_version: expected at most {answer.version}, the latest, got {query.min_version}."
-                )
-        noted = [_noted(query, one) for query, one in zip(queries, asked, strict=True)]
-        await self._backend.note_searches(answers, noted, by=request.state.key)
-        return [_answer(query, answer, own) for query, answer, own in zip(queries, answers, requests, strict=True)]
-
-    async def _queries(self, asked: Sequence[SearchQuery]) -> list[Query]:
-        similar: dict[str, Query] = {}
-        for id in {query.like for query in asked if query.like is not None}:
-            query = await self._backend.like(id)
-            if query is None:
-                raise HTTPException(404, f"like: expected the id of a gallery image, got {id}.")
-            similar[id] = query
-        new = [query for query in asked if query.like is None]
-        encoded = iter(await self._encoded(new) if new else ())
-        return [next(encoded) if query.like is None else similar[query.like] for query in asked]
-
-    async def _encoded(self, asked: Sequence[SearchQuery]) -> list[Query]:
+        similar = {query.like: await self._like(query.like) for query in asked if query.like is not None}
         async with self._decoded([query.image for query in asked]) as images:
-            questions = [
-                Question(infrared=image, sentence=query.sentence, infrared_caption=query.infrared_caption)
+            searches = [
+                Search(
+                    asked=_question(query, image) if query.like is None else similar[query.like],
+                    request=_request(query, self._backend.facts.weights),
+                    min_version=query.min_version or 0,
+                    facts=query.model_dump(mode="json", include=AUDITED, exclude_defaults=True),
+                    by=request.state.key,
+                )
                 for query, image in zip(asked, images, strict=True)
             ]
-            return await self._timed("encode", self._backend.encode(questions))
+            results = await self._backend.search(searches)
+        for search, result in zip(searches, results, strict=True):
+            if result.answer.version < search.min_version:
+                raise HTTPException(
+                    409, f"min_version: expected at most {result.answer.version}, the latest, got {search.min_version}."
+                )
+        return [_answer(search, result) for search, result in zip(searches, results, strict=True)]
+
+    async def _like(self, id: str) -> Query:
+        query = await self._backend.like(id)
+        if query is None:
+            raise HTTPException(404, f"like: expected the id of a gallery image, got {id}.")
+        return query
 
     @asynccontextmanager
     async def _decoded(self, contents: Sequence[bytes | None]) -> AsyncIterator[list[Pixels | None]]:
@@ -325,8 +321,8 @@ def _written(change: Change) -> Written:
     return Written(version=change.version, count=change.count)
 
 
-def _request(query: SearchQuery, weights: messages.Weights) -> search.Request:
-    return search.Request(
+def _request(query: SearchQuery, weights: messages.Weights) -> SearchRequest:
+    return SearchRequest(
         weights=(query.weights or weights).model_dump(),
         k=query.k,
         where=Where(
@@ -339,17 +335,16 @@ def _request(query: SearchQuery, weights: messages.Weights) -> search.Request:
     )
 
 
-def _noted(query: Query, asked: SearchQuery) -> dict[str, Any]:
-    """Return how a client searched, for the audit trail; never the image or the words."""
-    fields = {"k", "like", "cameras", "exclude_cameras", "since", "until", "by_identity"}
-    return {"modalities": list(query.parts), **asked.model_dump(mode="json", include=fields, exclude_defaults=True)}
+def _question(query: SearchQuery, image: Pixels | None) -> Question:
+    return Question(infrared=image, sentence=query.sentence, infrared_caption=query.infrared_caption)
 
 
-def _answer(query: Query, answer: search.Answer, asked: search.Request) -> SearchAnswer:
-    voted = query.parts if len(query.parts) == 1 else [name for name in query.parts if asked.weights[name]]
+def _answer(search: Search, result: Result) -> SearchAnswer:
+    query, weights = result.query, search.request.weights
+    voted = query.parts if len(query.parts) == 1 else [name for name in query.parts if weights[name]]
     return SearchAnswer(
-        hits=[messages.HitMessage.model_validate(hit) for hit in answer.hits],
-        version=answer.version,
+        hits=[messages.HitMessage.model_validate(hit) for hit in result.answer.hits],
+        version=result.answer.version,
         modalities=list(voted),
         filter_text=query.filter_text_source,
         infrared_caption=query.filter_text,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from tvilfm.data.images import Pixels
+from tvilfm.retrieval.audit import NewEntry
 from tvilfm.retrieval.query import Query, Question
 from tvilfm.retrieval.search import Answer, Request
 from tvilfm.retrieval.store import Change
@@ -18,6 +20,48 @@ from tvilfm.service.messages import ModelFacts, Status
 
 class Busy(Exception):
     """Too many requests are waiting; the client should retry later."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """One search of a client.
+
+    Attributes:
+        asked: what to search for, encoded or not.
+        request: search options.
+        min_version: search this version of the gallery or a later one, if it exists.
+        facts: how the client searched, for the audit trail.
+        by: name of the client's API key; None = the service requires no keys.
+    """
+
+    asked: Question | Query
+    request: Request
+    min_version: int
+    facts: Mapping[str, Any]
+    by: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Hits of a search, and the query that found them."""
+
+    query: Query
+    answer: Answer
+
+
+def entries_of(searches: Sequence[Search], results: Sequence[Result]) -> list[NewEntry]:
+    """Return the entries of searches for the audit trail; none for a result of a version before `min_version`."""
+    return [
+        NewEntry(
+            "search",
+            {"modalities": list(result.query.parts), **search.facts},
+            search.by,
+            result.answer.version,
+            [hit.id for hit in result.answer.hits],
+        )
+        for search, result in zip(searches, results, strict=True)
+        if result.answer.version >= search.min_version
+    ]
 
 
 class Backend(Protocol):
@@ -29,9 +73,6 @@ class Backend(Protocol):
 
     facts: ModelFacts
 
-    async def encode(self, questions: Sequence[Question]) -> list[Query]:
-        """Encode questions, as `QueryEncoder.encode` does."""
-
     async def encode_visible(self, pictures: Sequence[Pixels]) -> npt.NDArray[np.float32]:
         """Encode (H, W, 3) uint8 images of any size, and return their raw features (N, `ModelFacts.width`)."""
 
@@ -41,10 +82,11 @@ class Backend(Protocol):
     async def like(self, id: str) -> Query | None:
         """Return a query for images similar to a row of the gallery, or None if the row does not exist."""
 
-    async def search(
-        self, queries: Sequence[Query], requests: Sequence[Request], *, min_version: int = 0
-    ) -> list[Answer]:
-        """Return one answer per query, as `Searcher.search` does, from version `min_version` or later if it exists."""
+    async def search(self, searches: Sequence[Search]) -> list[Result]:
+        """Return one result per search, after they were added to the audit trail.
+
+        A result of a version before `Search.min_version` is not added.
+        """
 
     async def upsert(self, rows: pa.Table, *, space_id: str, by: str | None) -> Change:
         """Write rows of `rows.row_schema`; they are on disk when this returns."""
@@ -54,11 +96,6 @@ class Backend(Protocol):
 
     async def delete_person(self, pid: str, *, by: str | None) -> Change:
         """Remove all rows of an identity."""
-
-    async def note_searches(
-        self, answers: Sequence[Answer], facts: Sequence[Mapping[str, Any]], *, by: str | None
-    ) -> None:
-        """Add the answers of a request to the audit trail, with facts about how the client searched for each."""
 
     async def picture(self, id: str) -> bytes | None:
         """Return the thumbnail of a row as JPEG, or None if there is none."""

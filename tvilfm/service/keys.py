@@ -20,7 +20,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from tvilfm.config import explain
 from tvilfm.place import lock, write_whole
-from tvilfm.retrieval.audit import write_entry
+from tvilfm.retrieval.audit import NewEntry, write_entries
 from tvilfm.retrieval.database import Connection, Database
 
 Scope = Literal["read", "write", "admin"]
@@ -137,7 +137,8 @@ class KeyTable:
 
         def work(connection: Connection) -> None:
             connection.execute(query, key.model_dump() | {"scopes": list(key.scopes)})
-            write_entry(connection, "add key", facts=key.model_dump(mode="json", exclude={"sha256", "created"}))
+            facts = key.model_dump(mode="json", exclude={"sha256", "created"})
+            write_entries(connection, NewEntry("add key", facts))
 
         try:
             self._database.run(work)
@@ -149,7 +150,7 @@ class KeyTable:
             if not connection.execute("DELETE FROM api_key WHERE name = %s", (name,)).rowcount:
                 known = [one for (one,) in connection.execute("SELECT name FROM api_key ORDER BY name")]
                 raise _unknown(name, known)
-            write_entry(connection, "remove key", facts={"name": name})
+            write_entries(connection, NewEntry("remove key", {"name": name}))
 
         self._database.run(work)
 

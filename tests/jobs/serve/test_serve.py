@@ -44,12 +44,12 @@ from tvilfm.config import Config, resolve
 from tvilfm.data.manifest import select
 from tvilfm.data.pixels import decode
 from tvilfm.retrieval.gallery import Gallery
-from tvilfm.retrieval.query import Query
+from tvilfm.retrieval.query import Query, Question
 from tvilfm.retrieval.rows import vector_column
 from tvilfm.retrieval.search import Answer, Request, Searcher
 from tvilfm.retrieval.spaces import Heads
 from tvilfm.retrieval.store import Unavailable
-from tvilfm.service.backend import Busy
+from tvilfm.service.backend import Busy, Search
 from tvilfm.service.client import Client, as_json
 from tvilfm.service.messages import SearchAnswer
 
@@ -388,7 +388,7 @@ class Part:
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error, self.calls = error, 0
-        self.ready = self.encode = self
+        self.ready = self.encode = self.search = self
 
     async def remote(self, *arguments: object) -> list[object]:
         self.calls += 1
@@ -406,8 +406,10 @@ def replica_of(config: Config, encoder: Part, *shards: Part) -> Replica:
 
 def test_an_answer_that_went_with_its_machine_is_asked_for_again(untrained_run: UntrainedRun, database: str) -> None:
     part = Part(error=OwnerDiedError("0" * 56, None, ""))
+    question = Question(sentence="a red coat")
+    search = Search(asked=question, request=Request(weights={}), min_version=0, facts={}, by=None)
     with pytest.raises(Unavailable):
-        asyncio.run(replica_of(small_gallery(untrained_run.config, database), part).encode([]))
+        asyncio.run(replica_of(small_gallery(untrained_run.config, database), part).search([search]))
     assert part.calls == 2
 
 
@@ -431,11 +433,11 @@ def test_a_replica_refuses_more_than_max_queued_requests(untrained_run: Untraine
     service = replica_of(small_gallery(untrained_run.config, database, max_queued=2), Part())
 
     async def three() -> list[object]:
-        return await asyncio.gather(*(service.encode([]) for _ in range(3)), return_exceptions=True)
+        return await asyncio.gather(*(service.search([]) for _ in range(3)), return_exceptions=True)
 
     *answers, refusal = asyncio.run(three())
     assert answers == [[], []] and isinstance(refusal, Busy)
-    assert asyncio.run(service.encode([])) == []  # the places are free again
+    assert asyncio.run(service.search([])) == []  # the places are free again
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from cluster.cli.app import app
 from cluster.cli.options import time_of
 from tests.unit.retrieval.test_gallery import OTHER, SPACE, prepare, rows
 from tvilfm.retrieval import audit
-from tvilfm.retrieval.audit import person_record, read_entries
+from tvilfm.retrieval.audit import NewEntry, person_record, read_entries
 from tvilfm.retrieval.gallery import Gallery
 
 
@@ -31,10 +31,14 @@ def command(gallery: Gallery, *arguments: str) -> str:
     return done.stdout
 
 
+def search(key: str, version: int, ids: list[str], **facts: object) -> NewEntry:
+    return NewEntry("search", facts, key, version, ids)
+
+
 def fill(gallery: Gallery) -> None:
     gallery.upsert(rows(["a", "b"], pid="12"), space_id=SPACE, by="ingest")
     gallery.upsert(rows(["c"], pid="7"), space_id=SPACE, by="ingest")
-    gallery.note("search", [(5, ["c", "a"], {"modalities": ["text"]}), (5, ["c"], {})], by="desk")
+    gallery.note([search("desk", 5, ["c", "a"], modalities=["text"]), search("desk", 5, ["c"])])
 
 
 def test_the_trail_is_read_by_time_and_key(gallery: Gallery, database: str) -> None:
@@ -57,7 +61,7 @@ def test_the_trail_is_read_by_time_and_key(gallery: Gallery, database: str) -> N
 def test_pages_of_the_trail_are_read_to_the_end(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audit, "FETCHED", 2)
     for count in (3, 4):
-        gallery.note("search", [(1, [str(count)], {})] * count, by=str(count))
+        gallery.note([search(str(count), 1, [str(count)])] * count)
         assert len(list(read_entries(gallery.database, key=str(count)))) == count
 
 

@@ -25,6 +25,7 @@ from tests.untrained_run import draw_statistics
 from tvilfm.config import GallerySection, load_config
 from tvilfm.models import TVILFM, ModelSpec
 from tvilfm.retrieval import database as database_module
+from tvilfm.retrieval.audit import NewEntry
 from tvilfm.retrieval.database import Database
 from tvilfm.retrieval.gallery import Gallery
 from tvilfm.retrieval.rows import Where, vector_column, vectors_of
@@ -504,7 +505,7 @@ def test_the_documented_role_of_a_service_can_serve_but_not_drop_rewrite_the_aud
         connection.execute(grants.replace("tvilfm_service", role).encode())
     serving = Gallery.open(database.replace("postgres:@", f"{role}@"))
     version = serving.upsert(rows(["a", "b"], pid=1), space_id=SPACE, by="ingest").version
-    serving.note("search", [(version, ["a"], {"modalities": ["text"]})], by="desk")
+    serving.note([NewEntry("search", {"modalities": ["text"]}, "desk", version, ["a"])])
     assert serving.delete_person("1").count == 2 and serving.changes(None).rows.num_rows == 0
     serving.expire(rows_days=1, audit_days=None)
     token = add_key(KeyTable(gallery.database), "desk", ["read"], per_minute=1)

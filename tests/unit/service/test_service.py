@@ -10,7 +10,7 @@ import os
 import random
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,11 @@ from tvilfm.models.encode import encode_pixels
 from tvilfm.retrieval.gallery import Gallery
 from tvilfm.retrieval.query import Query, QueryEncoder, Question, query_like
 from tvilfm.retrieval.rows import vector_column, vectors_of
-from tvilfm.retrieval.search import Answer, Request, Searcher
+from tvilfm.retrieval.search import Searcher
 from tvilfm.retrieval.spaces import Heads
 from tvilfm.retrieval.store import Change, Unavailable
 from tvilfm.service.app import FORMATS, ROOM, create_app
-from tvilfm.service.backend import Busy
+from tvilfm.service.backend import Busy, Result, Search, entries_of
 from tvilfm.service.key_checker import KeyChecker
 from tvilfm.service.keys import KeyFile, add_key, key_store
 from tvilfm.service.messages import HEADER, Bulk, Message, ModelFacts, SearchBatch, SearchQuery, Status, Weights
@@ -68,11 +68,6 @@ class DirectBackend:
         )
         self.fails: Exception | None = None
 
-    async def encode(self, questions: Sequence[Question]) -> list[Query]:
-        if self.fails is not None:
-            raise self.fails
-        return self._encoder.encode(questions)
-
     async def encode_visible(self, pictures: Sequence[Pixels]) -> npt.NDArray[np.float32]:
         pixels = np.stack([resized(picture, **self._size) for picture in pictures])
         return encode_pixels(self._model, pixels, "visible")
@@ -83,11 +78,16 @@ class DirectBackend:
     async def like(self, id: str) -> Query | None:
         return query_like(self.gallery, id)
 
-    async def search(
-        self, queries: Sequence[Query], requests: Sequence[Request], *, min_version: int = 0
-    ) -> list[Answer]:
+    async def search(self, searches: Sequence[Search]) -> list[Result]:
+        if self.fails is not None:
+            raise self.fails
+        encoded = iter(self._encoder.encode([one.asked for one in searches if isinstance(one.asked, Question)]))
+        queries = [next(encoded) if isinstance(one.asked, Question) else one.asked for one in searches]
         self._searcher.refresh()
-        return self._searcher.search(queries, requests)
+        answers = self._searcher.search(queries, [one.request for one in searches])
+        results = [Result(query=query, answer=answer) for query, answer in zip(queries, answers, strict=True)]
+        self.gallery.note(entries_of(searches, results))
+        return results
 
     async def upsert(self, rows: pa.Table, *, space_id: str, by: str | None) -> Change:
         return self.gallery.upsert(rows, space_id=space_id, by=by)
@@ -97,13 +97,6 @@ class DirectBackend:
 
     async def delete_person(self, pid: str, *, by: str | None) -> Change:
         return self.gallery.delete_person(pid, by=by)
-
-    async def note_searches(
-        self, answers: Sequence[Answer], facts: Sequence[Mapping[str, Any]], *, by: str | None
-    ) -> None:
-        hits = [[hit.id for hit in answer.hits] for answer in answers]
-        versions = (answer.version for answer in answers)
-        self.gallery.note("search", list(zip(versions, hits, facts, strict=True)), by=by)
 
     async def ready(self) -> None:
         if self.fails is not None:
@@ -219,7 +212,7 @@ def test_a_hit_says_what_each_modality_added_and_filters_hold(service: Service, 
     assert set(hits(weights={"infrared": 0, "text": 1, "fusion": 0})[0]["shares"]) == {"text"}
     alone = service.client.post("/v1/search", json={"image": infrared}).json()
     assert alone["modalities"] == ["infrared"] and alone["filter_text"] == "none"
-    assert {"decode", "encode", "search"} <= set(service.stages)
+    assert set(service.stages) == {"decode"}
 
 
 def test_a_batch_answers_as_searches_alone_do(service: Service, infrared: str) -> None:
@@ -557,18 +550,18 @@ def test_the_pictures_of_a_request_are_counted_before_any_is_decoded(
 
 def test_the_pictures_of_all_requests_have_a_limit(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     query = {"image": text(encoded(Image.new("RGB", (300, 300))))}  # 90,000 of 100,000 pixels
-    encode, under_way = service.backend.encode, 0
+    search, under_way = service.backend.search, 0
 
     async def ask_together() -> None:
         gate = asyncio.Event()
 
-        async def slow(questions: Sequence[Question]) -> list[Query]:
+        async def slow(searches: Sequence[Search]) -> list[Result]:
             nonlocal under_way
             under_way += 1
             await gate.wait()
-            return await encode(questions)
+            return await search(searches)
 
-        monkeypatch.setattr(service.backend, "encode", slow)
+        monkeypatch.setattr(service.backend, "search", slow)
         transport = httpx.ASGITransport(app=service.app)
         async with httpx.AsyncClient(transport=transport, base_url="http://testserver") as client:
             waiting = [asyncio.create_task(client.post("/v1/search", json=query)) for _ in range(ROOM)]
