@@ -257,8 +257,10 @@ class Gallery:
         """Add entries to the audit trail."""
 
         def write(connection: Connection) -> None:
-            connection.execute("SET LOCAL synchronous_commit = off")  # a crash of the server may lose the last second
-            write_entries(connection, *entries)
+            with connection.pipeline():
+                # A crash of the server may lose the last second.
+                connection.execute("SET LOCAL synchronous_commit = off")
+                write_entries(connection, *entries)
 
         self.database.run(write)
 
