@@ -93,11 +93,12 @@ class Evaluator:
             self._galleries[key] = select_gallery(self._manifest, protocol, trial=trial, split=self._split)
         return self._galleries[key]
 
-    def texts(self, protocol: Protocol, source: TextSource) -> QueryTexts | None:
+    def texts(self, protocol: Protocol, source: TextSource, *, noise: str = "") -> QueryTexts | None:
         """Return the sentences of a protocol's queries; None if the source does not apply or no text is encoded."""
         if self._texts is None:
             return None
-        return select_query_texts(self._query_texts, self.query(protocol), protocol, source, split=self._split)
+        query = self.query(protocol)
+        return select_query_texts(self._query_texts, query, protocol, source, split=self._split, noise=noise)
 
     @torch.inference_mode()
     def image_vectors(self, table: pa.Table, *, base: bool) -> Tensor:
@@ -143,11 +144,31 @@ class Evaluator:
             for source in sources:
                 texts = self.texts(protocol, source)
                 if texts is not None:
-                    kept = query.take(pa.array(texts.kept))
-                    parts = self.part_vectors(query, texts)
-                    for kind in ("text", "fusion", "ensemble"):
-                        results.append(self._case(kind, source, protocol, kept, self._asks(kind, parts)))
+                    results += self._text_cases(protocol, source, query, texts)
         return results
+
+    def evaluate_noise(self) -> dict[str, list[CaseResult]]:
+        """Return the text, fusion and ensemble results of the default table under each kind of `text_noise`.
+
+        Returns:
+            Noise -> three results; empty if the default text source does not apply to the first protocol.
+        """
+        protocol, source = get_protocol(self._section.protocols[0]), self._section.default_text_source
+        query = self.query(protocol)
+        results = {}
+        for noise in self._section.text_noise:
+            texts = self.texts(protocol, source, noise=noise)
+            if texts is not None:
+                results[noise] = self._text_cases(protocol, source, query, texts)
+        return results
+
+    def _text_cases(
+        self, protocol: Protocol, source: TextSource, query: pa.Table, texts: QueryTexts
+    ) -> list[CaseResult]:
+        kept, parts = query.take(pa.array(texts.kept)), self.part_vectors(query, texts)
+        return [
+            self._case(kind, source, protocol, kept, self._asks(kind, parts)) for kind in ("text", "fusion", "ensemble")
+        ]
 
     def similarity(self, vectors_QD: Tensor, gallery: pa.Table, *, base: bool) -> Rows:
         """Return what computes rows of the (Q, G) similarity to gallery images, re-ranked according to `rerank`.

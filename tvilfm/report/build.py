@@ -57,6 +57,7 @@ def build_results(evaluator: Evaluator, config: Config) -> Results:
         default_protocol=config.evaluate.protocols[0],
         chance={case.protocol: case.chance for case in cases if case.text_source == "none"},
         rows=[_row(case) for case in cases],
+        text_noise={noise: [_row(case) for case in of_noise] for noise, of_noise in evaluator.evaluate_noise().items()},
     )
 
 

@@ -25,6 +25,7 @@ from tvilfm.datasets.synthetic.rendering import INFRARED_CAMERAS, VISIBLE_CAMERA
 from tvilfm.datasets.synthetic.sentences import observe, write_sentence
 
 Layout = Literal["sysu_mm01", "regdb", "llcm", "folder"]
+TRUTH_FILE = "attributes.json"
 FEW_SHOTS = 300  # up to this number, rendering takes less time than starting processes
 
 
@@ -91,8 +92,8 @@ def write_sysu_layout(root: Path, size: Size, *, seed: int, archetypes: bool = T
     """Write a benchmark in the exact layout of SYSU-MM01, with captions in the published format.
 
     The files are `cam{1..6}/{pid:04d}/{index:04d}.jpg`, `exp/{train,val,test}_id.txt`,
-    `Text/Blip_{RGB,IR}/caption_llm_dict_Blip_{RGB,IR}.json`, and `attributes.json` (the true attributes, which no stage
-    except pre-training reads). The folder is created completely or, after an error, not at all.
+    `Text/Blip_{RGB,IR}/caption_llm_dict_Blip_{RGB,IR}.json`, and `attributes.json` (see `read_truth`). The folder is
+    created completely or, after an error, not at all.
 
     Args:
         root: folder to create; it must not exist.
@@ -252,7 +253,21 @@ def _write_captions(
 
 
 def _write_truth(partial: Path, people: Sequence[Person]) -> None:
-    (partial / "attributes.json").write_text(json.dumps({str(p.pid): p.attributes for p in people}, indent=1))
+    (partial / TRUTH_FILE).write_text(json.dumps({str(p.pid): p.attributes for p in people}, indent=1))
+
+
+def read_truth(root: Path) -> dict[int, dict[str, str]]:
+    """Return pid -> attribute -> true value of the people of a benchmark.
+
+    Only pre-training, the scores of captioners and `evaluate.text_noise` read it.
+
+    Raises:
+        ValueError: the folder has no file of attributes.
+    """
+    path = root / TRUTH_FILE
+    if not path.is_file():
+        raise ValueError(f"{path}: expected the true attributes of rendered people, got no file. Render them again.")
+    return {int(pid): attributes for pid, attributes in json.loads(path.read_text()).items()}
 
 
 def _shots(people: Sequence[Person], images_per_camera: int, seed: int) -> Iterator[_Shot]:

@@ -86,7 +86,7 @@ def write_sentence(believed: dict[str, str], rng: np.random.Generator) -> str:
 
     wears = ("wearing", "sporting", "dressed in")[rng.integers(3)]
     joins = ("with", "paired with", "and")[rng.integers(3)]
-    sentence = f"a {word(believed['sex'])}"
+    sentence = f"a {word(believed['sex']) if 'sex' in believed else 'person'}"
     sentence += f" with {hair}," if hair else ""
     sentence += f" {wears} {_article(top)} {joins} {bottom}"
     sentence += f", {joins} {shoes}" if shoes else ""
