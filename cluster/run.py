@@ -24,7 +24,7 @@ from cluster.stages.learning import METRICS_FILE, Learning, follow, write_record
 from cluster.stages.memory import require_memory
 from cluster.stages.registry import STAGES, stage_fingerprints, stages_of
 from cluster.stages.report import versions
-from cluster.stages.results import RESULTS_FILES, read_evaluator
+from cluster.stages.results import read_evaluator
 from cluster.stages.stage import (
     ATTRIBUTES,
     CAPTION_FILES,
@@ -51,7 +51,7 @@ from tvilfm.datasets.synthetic.layouts import SIZES, read_truth, write_sysu_layo
 from tvilfm.evaluation.evaluator import Evaluator
 from tvilfm.evaluation.feasibility import require_feasible
 from tvilfm.evaluation.provenance import Provenance
-from tvilfm.evaluation.results import Results
+from tvilfm.evaluation.results import RESULTS_FILES, Results
 from tvilfm.models.opening import model_fingerprint
 from tvilfm.place import full_disk_named, write_whole
 from tvilfm.terms import Record, Split

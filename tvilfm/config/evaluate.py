@@ -104,6 +104,12 @@ class EvaluateSection(Section):
         (),
         description="changes of the default query texts to evaluate too (METHOD 6), like typos-2; null = a selection",
     )
+    max_false_accepts: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="share of searches for an absent person that may have a hit; fits the score thresholds (METHOD 8)",
+    )
     ensemble: EnsembleWeights = EnsembleWeights()
     rerank: RerankSection = RerankSection()
     batch: int = Field(128, ge=1, description="images or captions per extraction batch")

@@ -32,6 +32,7 @@ from tvilfm.report.charts.comparison import comparison_chart
 from tvilfm.report.charts.features import RetrievalFeatures, distance_chart, tsne_chart
 from tvilfm.report.charts.learning import learning_chart
 from tvilfm.report.charts.noise import noise_chart
+from tvilfm.report.charts.open_set import open_set_chart
 from tvilfm.report.charts.style import QUERY_COLORS, FloatArray
 from tvilfm.report.noise import noise_answer, noise_rows
 from tvilfm.report.tables import METRIC_LABELS, QUERY_LABELS
@@ -186,6 +187,7 @@ def render_report(data: ReportData) -> str:
             if any(row.text_source == source for row in results.rows)
         },
         noise=_noise(results),
+        open_set=_open_set(results),
         markdown=tables.markdown_table(results),
         examples=[_example(example) for example in data.examples],
         tsne=markup(tsne_chart(data.features, seed=data.seed)),
@@ -211,6 +213,20 @@ def _noise(results: Results) -> dict[str, Any] | None:
         for label, by_query in noise_rows(results).items()
     ]
     return {"answer": noise_answer(results), "chart": markup(noise_chart(results)), "rows": rows}
+
+
+def _open_set(results: Results) -> dict[str, Any] | None:
+    """Return the part about score thresholds, or None if there are none."""
+    if not results.open_set:
+        return None
+    rows = []
+    for name, one in results.open_set.items():
+        accepts, rejects = one.fitted_false_accepts, one.fitted_false_rejects
+        if one.fitted is not None and accepts is not None and rejects is not None:
+            errors = (tables.percent(accepts), tables.percent(rejects))
+            rows.append((tables.VOTES_LABELS[name], f"{one.fitted:.3f}", *errors))
+    people = next(iter(results.open_set.values())).gallery_people
+    return {"chart": markup(open_set_chart(results.open_set)), "rows": rows, "people": f"{people:.0f}"}
 
 
 def _marks(modality: str, marks: Marks) -> dict[str, Any]:

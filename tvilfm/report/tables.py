@@ -20,6 +20,12 @@ QUERY_LABELS: Mapping[str, str] = {
     "fusion": "infrared + text (fusion)",
     "ensemble": "ensemble (MER)",
 }
+VOTES_LABELS: Mapping[str, str] = {
+    "infrared": "infrared alone",
+    "text": "text alone",
+    "ensemble": "ensemble",
+    "ensemble-unfiltered": "ensemble, nothing subtracted",
+}
 METRIC_LABELS: Mapping[str, str] = {
     "rank1": "rank-1",
     "rank5": "rank-5",

@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from importlib.resources import files
 from typing import Annotated, Any, TypeVar
@@ -194,6 +195,7 @@ class _Handlers:
         if not self._backend.facts.text and any(query.sentence is not None for query in asked):
             raise HTTPException(422, "sentence: expected none, because the served model reads no text, got one.")
         queries = await self._queries(asked)
+        least = [self._min_score(query, one) for query, one in zip(queries, asked, strict=True)]
         requests = [_request(query, self._backend.facts.weights) for query in asked]
         min_version = max(query.min_version or 0 for query in asked)
         searching = self._backend.search(queries, requests, min_version=min_version)
@@ -203,9 +205,29 @@ class _Handlers:
                 raise HTTPException(
                     409, f"min_version: expected at most {answer.version}, the latest, got {query.min_version}."
                 )
+        shown = [_above(answer, score) for answer, score in zip(answers, least, strict=True)]
         noted = [_noted(query, one) for query, one in zip(queries, asked, strict=True)]
-        await self._backend.note_searches(answers, noted, by=request.state.key)
-        return [_answer(query, answer, own) for query, answer, own in zip(queries, answers, requests, strict=True)]
+        await self._backend.note_searches(shown, noted, by=request.state.key)
+        return [
+            _answer(query, answer, own, min_score=score, left_out=len(found.hits) - len(answer.hits))
+            for query, answer, found, own, score in zip(queries, shown, answers, requests, least, strict=True)
+        ]
+
+    def _min_score(self, query: Query, asked: SearchQuery) -> float | None:
+        """Return the score below which hits are left out; None = none are."""
+        wanted = self._section.min_score if asked.min_score is None else asked.min_score
+        if wanted is None or wanted == "none":
+            return None
+        if wanted != "fitted":
+            return wanted
+        fitted = _fitted(query, asked, self._backend.facts)
+        if fitted is None and asked.min_score == "fitted":
+            raise HTTPException(
+                422,
+                "min_score: expected a number, because this run has no fitted score for "
+                f"{' + '.join(query.parts)} with these weights, got fitted.",
+            )
+        return fitted
 
     async def _queries(self, asked: Sequence[SearchQuery]) -> list[Query]:
         similar: dict[str, Query] = {}
@@ -341,11 +363,31 @@ def _request(query: SearchQuery, weights: messages.Weights) -> search.Request:
 
 def _noted(query: Query, asked: SearchQuery) -> dict[str, Any]:
     """Return how a client searched, for the audit trail; never the image or the words."""
-    fields = {"k", "like", "cameras", "exclude_cameras", "since", "until", "by_identity"}
+    fields = {"k", "like", "cameras", "exclude_cameras", "since", "until", "by_identity", "min_score"}
     return {"modalities": list(query.parts), **asked.model_dump(mode="json", include=fields, exclude_defaults=True)}
 
 
-def _answer(query: Query, answer: search.Answer, asked: search.Request) -> SearchAnswer:
+def _fitted(query: Query, asked: SearchQuery, facts: messages.ModelFacts) -> float | None:
+    """Return the threshold that the run fitted for the modalities that vote, or None if it has none for them."""
+    if len(query.parts) == 1:
+        (alone,) = query.parts
+        return facts.min_scores.get(alone)
+    if asked.weights not in (None, facts.weights):
+        return None  # other weights have other scores
+    unfiltered = facts.min_scores.get("ensemble-unfiltered") if query.filter_text is None else None
+    return facts.min_scores.get("ensemble") if unfiltered is None else unfiltered
+
+
+def _above(answer: search.Answer, min_score: float | None) -> search.Answer:
+    """Return an answer without the hits below a score."""
+    if min_score is None:
+        return answer
+    return replace(answer, hits=[hit for hit in answer.hits if hit.score >= min_score])
+
+
+def _answer(
+    query: Query, answer: search.Answer, asked: search.Request, *, min_score: float | None, left_out: int
+) -> SearchAnswer:
     voted = query.parts if len(query.parts) == 1 else [name for name in query.parts if asked.weights[name]]
     return SearchAnswer(
         hits=[messages.HitMessage.model_validate(hit) for hit in answer.hits],
@@ -353,6 +395,8 @@ def _answer(query: Query, answer: search.Answer, asked: search.Request) -> Searc
         modalities=list(voted),
         filter_text=query.filter_text_source,
         infrared_caption=query.filter_text,
+        min_score=min_score,
+        left_out=left_out,
         sentence_cut=query.sentence_cut,
     )
 

@@ -18,6 +18,7 @@ import pytest
 from rich.console import Console
 
 from tvilfm.datasets.readers import published_rows
+from tvilfm.evaluation.open_set import OpenSet
 from tvilfm.evaluation.results import ResultRow, Results
 from tvilfm.place import write_whole
 from tvilfm.report import page, tables
@@ -68,6 +69,18 @@ def make_results(
         default_protocol=PROTOCOL,
         chance={PROTOCOL: 1 / NUM_IDS, "synthetic/indoor/single": 1 / NUM_IDS},
         rows=rows,
+        open_set={
+            name: OpenSet(
+                thresholds=(0.1, 0.5, 0.9),
+                false_accepts=(1.0, 0.4, 0.0),
+                false_rejects=(0.0, 0.3, 1.0),
+                gallery_people=96.0,
+                fitted=None if name == "text" else 0.7321,
+                fitted_false_accepts=None if name == "text" else 0.1234,
+                fitted_false_rejects=None if name == "text" else 0.5678,
+            )
+            for name in ("infrared", "text", "ensemble")
+        },
         text_noise={
             noise: [make_row(query, scale * ranks[query]) for query in ("text", "fusion", "ensemble")]
             for noise, scale in (("typos-1", 0.9), ("typos-2", 0.5), ("typos-4", 0.4), ("chatter", 0.8))
@@ -241,7 +254,18 @@ def full_page() -> str:
 
 def test_page_has_every_section_in_order(full_page: str) -> None:
     reader = read_page(full_page)
-    expected = ["verdict", "results", "comparison", "cmc", "protocols", "noise", "ranked", "tsne", "distances"]
+    expected = [
+        "verdict",
+        "results",
+        "comparison",
+        "cmc",
+        "protocols",
+        "noise",
+        "open-set-search",
+        "ranked",
+        "tsne",
+        "distances",
+    ]
     expected += ["captions", "learning", "facts", "config"]
     assert [name for name in reader.ids if name in expected] == expected
     assert len(reader.ids) == len(set(reader.ids))
@@ -268,6 +292,14 @@ def test_page_shows_the_numbers_of_results_json(full_page: str) -> None:
         assert reader.text.count(f"{100 * row.mAP:.2f} ± 1.23") >= 2  # in a table, and as Markdown
 
 
+def test_page_shows_the_errors_of_the_fitted_scores(full_page: str) -> None:
+    text = " ".join(read_page(full_page).text.split())
+    assert text.count("0.73212.3456.78") == 2 and "galleries of 96 people" in text
+    unfitted = {"text": make_results().open_set["text"]}
+    text = read_page(page.render_report(ReportData(results=replace(make_results(), open_set=unfitted)))).text
+    assert "no threshold was fitted" in text and "fitted score" not in text
+
+
 def test_page_escapes_texts(full_page: str) -> None:
     reader = read_page(full_page)
     assert [script.get("type") for script in reader.scripts] == ["application/json"]
@@ -291,9 +323,18 @@ def test_marks_do_not_rely_on_colour_alone(full_page: str) -> None:
 def test_minimal_page_has_no_empty_sections() -> None:
     reader = read_page(page.render_report(ReportData(results=infrared_only())))
     assert {"verdict", "results", "config"} <= set(reader.ids)
-    assert not {"protocols", "noise", "ranked", "tsne", "distances", "captions", "learning", "facts", "cmc"} & set(
-        reader.ids
-    )
+    assert not {
+        "protocols",
+        "noise",
+        "open-set-search",
+        "ranked",
+        "tsne",
+        "distances",
+        "captions",
+        "learning",
+        "facts",
+        "cmc",
+    } & set(reader.ids)
 
 
 def test_infrared_only_page_with_all_parts() -> None:
@@ -434,12 +475,13 @@ def test_results_json_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "run" / "results.json"
     results.write(path)
     data = json.loads(path.read_text())
-    assert set(data) == {"default_text_source", "default_protocol", "dataset", "chance", "rows", "text_noise"}
+    keys = {"default_text_source", "default_protocol", "dataset", "chance", "rows", "open_set", "text_noise"}
+    assert set(data) == keys
     assert data["rows"][0]["rank1"] == 0.4127
     assert Results.read(path) == results
     assert [one.name for one in path.parent.iterdir()] == ["results.json"]
-    del data["text_noise"]  # as an earlier version wrote it
-    assert Results.from_dict(data) == replace(results, text_noise={})
+    del data["text_noise"], data["open_set"]  # as an earlier version wrote it
+    assert Results.from_dict(data) == replace(results, text_noise={}, open_set={})
 
 
 def test_the_answer_names_the_level_from_which_infrared_alone_is_better() -> None:
