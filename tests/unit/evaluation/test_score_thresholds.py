@@ -34,6 +34,8 @@ def test_the_best_score_of_the_person_and_of_others_follow_the_rule_of_the_proto
     table = build_manifest([row | {"split": "test"} for row in rows])
     query, gallery = table.slice(0, 12), table.slice(12)
     similarity_QG = rng.normal(size=(12, 18)).astype(np.float32)
+    similarity_QG[:, [row["camid"] == 2 for row in rows[12:]]] += 3  # queries of camera 3 ignore these
+    assert any(row["camid"] == 3 for row in rows[:12])
     found = best_scores(lambda part: similarity_QG[part], query, gallery, get_protocol("sysu_mm01/all/single"))
     present, absent = [], []
     for q, asked in enumerate(rows[:12]):

@@ -22,7 +22,7 @@ from tvilfm.data.manifest import CAPTION_SCHEMA, build_manifest
 from tvilfm.datasets.caption_writing import write_published
 from tvilfm.datasets.synthetic.people import Person, draw_people
 from tvilfm.datasets.synthetic.rendering import INFRARED_CAMERAS, VISIBLE_CAMERAS, render
-from tvilfm.datasets.synthetic.sentences import observe, write_sentence
+from tvilfm.datasets.synthetic.sentences import observe, write_rephrase, write_sentence
 
 Layout = Literal["sysu_mm01", "regdb", "llcm", "folder"]
 TRUTH_FILE = "attributes.json"
@@ -58,11 +58,12 @@ class _Shot:
 def _shoot(shot: _Shot, root: Path) -> tuple[str, str, str]:
     rendering = render(shot.person, shot.camid, shot.index, seed=shot.seed)
     rng = np.random.default_rng([shot.seed, 4, shot.person.pid, shot.camid, shot.index])
-    believed = observe(shot.person, rendering, rng, infrared=shot.camid in INFRARED_CAMERAS)
+    infrared = shot.camid in INFRARED_CAMERAS
+    believed = observe(shot.person, rendering, rng, infrared=infrared)
     target = root / shot.path
     target.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(rendering.pixels).save(target, quality=92)
-    return shot.path, write_sentence(believed, rng), write_sentence(believed, rng)
+    return shot.path, write_sentence(believed, rng), write_rephrase(believed, rng, infrared=infrared)
 
 
 def write_layout(root: Path, size: Size, *, seed: int, layout: Layout = "sysu_mm01", archetypes: bool = True) -> None:
