@@ -25,6 +25,7 @@ from cluster.places.finished import finished_run
 from cluster.run import evaluator_of
 from tvilfm.config import load_config
 from tvilfm.data.manifest import column
+from tvilfm.datasets.synthetic.layouts import read_truth
 from tvilfm.datasets.synthetic.people import ATTRIBUTES
 from tvilfm.datasets.synthetic.sentences import write_sentence
 from tvilfm.evaluation.protocols import get_protocol
@@ -90,8 +91,8 @@ def measure(run: Path) -> dict[str, Any]:
     evaluator = evaluator_of(config)
     protocol = get_protocol(config.evaluate.protocols[0])
     gallery = evaluator.gallery(protocol, 0)
-    truth = json.loads((config.data_root / "attributes.json").read_text())
-    people = [truth[str(pid)] for pid in column(gallery, "pid")]
+    truth = read_truth(config.data_root)
+    people = [truth[pid] for pid in column(gallery, "pid").tolist()]
     has_G = {
         name: {value: np.array([person[name] == value for person in people]) for value in values}
         for name, values in ATTRIBUTES.items()

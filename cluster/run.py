@@ -24,8 +24,9 @@ from cluster.stages.learning import METRICS_FILE, Learning, follow, write_record
 from cluster.stages.memory import require_memory
 from cluster.stages.registry import STAGES, stage_fingerprints, stages_of
 from cluster.stages.report import versions
-from cluster.stages.results import RESULTS_FILES, read_evaluator
+from cluster.stages.results import read_evaluator
 from cluster.stages.stage import (
+    ATTRIBUTES,
     CAPTION_FILES,
     CAPTIONS,
     DATASET,
@@ -46,11 +47,11 @@ from tvilfm.data.splits import TEST_SPLITS
 from tvilfm.datasets import read_dataset
 from tvilfm.datasets.caption_files import read_captions
 from tvilfm.datasets.human_texts import read_human_texts
-from tvilfm.datasets.synthetic.layouts import SIZES, write_sysu_layout
+from tvilfm.datasets.synthetic.layouts import SIZES, read_truth, write_sysu_layout
 from tvilfm.evaluation.evaluator import Evaluator
 from tvilfm.evaluation.feasibility import require_feasible
 from tvilfm.evaluation.provenance import Provenance
-from tvilfm.evaluation.results import Results
+from tvilfm.evaluation.results import RESULTS_FILES, Results
 from tvilfm.models.opening import model_fingerprint
 from tvilfm.place import full_disk_named, write_whole
 from tvilfm.terms import Record, Split
@@ -141,6 +142,11 @@ class _Job:
         if "human" in config.evaluate.text_sources and config.data.human_texts is not None:
             self.human_texts = read_human_texts(config.data.human_texts, self.manifest)
             self.sources[HUMAN_TEXTS] = fingerprint(self.human_texts)
+        self.attributes = None
+        if config.evaluate.reads_attributes:
+            truth = read_truth(config.data_root)
+            self.attributes = pa.Table.from_pylist([{"pid": pid, **of_pid} for pid, of_pid in truth.items()])
+            self.sources[ATTRIBUTES] = fingerprint(self.attributes)
         if config.model.trained is not None:
             self.sources[MODEL] = model_fingerprint(config.model.trained)
         self.events = Events(config.run.path / "events.jsonl", run=config.run.name, sweep=group)
@@ -240,6 +246,7 @@ class _Job:
             DATASET: lambda: self.manifest,
             CAPTION_FILES: lambda: self.caption_files,
             HUMAN_TEXTS: lambda: self.human_texts,
+            ATTRIBUTES: lambda: self.attributes,
         }
         tables = {table: read for table, read in tables.items() if table in inputs}
         if captions_input(self.config) in inputs:

@@ -9,9 +9,8 @@ from typing import Any
 from ray import tune
 
 from cluster.run import evaluator_of, run
-from cluster.stages.results import RESULTS_FILES
 from tvilfm.config import Config
-from tvilfm.evaluation.results import Results
+from tvilfm.evaluation.results import RESULTS_FILES, Results
 from tvilfm.evaluation.weight_sweep import SweptMetric, sweep_ensemble, weight_grid
 from tvilfm.place import write_whole
 from tvilfm.sweeps.plan import Sweep

@@ -16,6 +16,9 @@ PARTS = ("infrared", "text", "fusion")  # what the ensemble sums
 # Where a query's sentence comes from (docs/method.md, section 6); "none" asks without a sentence.
 TextSource = Literal["witness", "witness-heldout", "own", "human", "none"]
 TEXT_SOURCES: tuple[str, ...] = get_args(TextSource)
+# What votes in a search, each with a score threshold of its own: one modality, or all three, where fusion subtracts a
+# text or nothing.
+VOTES: tuple[str, ...] = ("infrared", "text", "ensemble", "ensemble-unfiltered")
 FilterTextSource = Literal["given", "captioner", "none"]  # of the text that fusion subtracts
 
 Split = Literal["test", "val"]  # identities that are evaluated

@@ -84,7 +84,7 @@ def _on_other_data(model: Path, config: Path | None, size: str | None, settings:
     if of_run and (config or size):
         raise ValueError(f"{model}: expected neither --config nor --size with a run's model, got one. Remove it.")
     source = model / "config.yaml" if of_run else config or default_description()
-    own = {
+    own: dict[str, object] = {
         "model.trained": str(model if is_hub_name(model) else model.absolute()),
         "run.dir": str(model.absolute().parent if of_run else Path("runs")),
         "run.stages_dir": None,
@@ -93,6 +93,7 @@ def _on_other_data(model: Path, config: Path | None, size: str | None, settings:
         "data.human_texts": None,
         "caption.source": "files",
         "evaluate.protocols": None,
+        "evaluate.text_noise": [],
     }
     overrides = [*(f"{key}={json.dumps(value)}" for key, value in own.items()), *settings]
     name = load_config(source, overrides, size=size).data.name

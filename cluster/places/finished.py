@@ -16,6 +16,7 @@ import ray
 from cluster.places.depot import Depot, runs_depot, stages_depot
 from tvilfm.config import Config, load_config
 from tvilfm.evaluation.features import IMAGES_FILE
+from tvilfm.evaluation.results import RESULTS_FILES, Results
 from tvilfm.retrieval.database import is_server
 from tvilfm.retrieval.gallery import Gallery
 from tvilfm.retrieval.spaces import ModelSpaces
@@ -32,6 +33,7 @@ class FinishedRun:
         model: folder of `save_pretrained`.
         features: Parquet file with raw features of the test images.
         manifest: Parquet file with the manifest of the dataset.
+        validation: results on validation identities; None = a run of an earlier version. The file may be missing.
         captioner: transformers folder of the fine-tuned infrared captioner; None = the run has none.
         stages: folder that contains these files.
         kept: copies of this folder, for machines that lack it; None = there are no copies.
@@ -41,6 +43,7 @@ class FinishedRun:
     model: Path
     features: Path
     manifest: Path
+    validation: Path | None
     captioner: Path | None
     stages: Path
     kept: Depot | None
@@ -80,6 +83,7 @@ def finished_run(config: Config) -> FinishedRun:
         model=folders[network] / "model",
         features=folders["features"] / IMAGES_FILE,
         manifest=folders["pixels"] / "manifest.parquet",
+        validation=folders["results"] / RESULTS_FILES["val"] if "results" in folders else None,
         captioner=folders["captioner_infrared"] / "captioner" if "captioner_infrared" in folders else None,
         stages=folders[network].parent,
         kept=stages,
@@ -114,6 +118,16 @@ def check_reachable(config: Config) -> None:
             f"gallery.url: expected postgresql://... on a cluster of {len(machines)} machines, got "
             f"{config.gallery_url}, which only this machine reaches. Set it to a PostgreSQL server with pgvector."
         )
+
+
+def min_scores_of(run: FinishedRun) -> dict[str, float]:
+    """Return one of `VOTES` -> the score threshold that a run fitted on validation identities; empty if it has none."""
+    if run.validation is None:
+        return {}
+    with suppress(FileNotFoundError):
+        open_set = Results.read(run.here(run.validation)).open_set
+        return {name: of_name.fitted for name, of_name in open_set.items() if of_name.fitted is not None}
+    return {}
 
 
 def spaces_of(run: FinishedRun) -> ModelSpaces:

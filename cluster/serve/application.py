@@ -7,7 +7,7 @@ from typing import Any
 
 from ray import serve
 
-from cluster.places.finished import FinishedRun, check_reachable, finished_run, spaces_of
+from cluster.places.finished import FinishedRun, check_reachable, finished_run, min_scores_of, spaces_of
 from cluster.serve.common import HEALTH_S
 from cluster.serve.replica import Replica
 from tvilfm.config import CaptionerSection, Config, EvaluateSection
@@ -62,6 +62,12 @@ def _unlike_the_evaluation(section: EvaluateSection) -> str | None:
 
 
 def _facts(config: Config, run: FinishedRun, spaces: ModelSpaces) -> ModelFacts:
+    min_scores = min_scores_of(run)
+    if config.serve.min_score == "fitted" and not min_scores:
+        raise ValueError(
+            "serve.min_score: expected a run that was evaluated on validation identities, got one without score "
+            "thresholds. Evaluate the run again, or set serve.min_score to null."
+        )
     return ModelFacts(
         model=config.run.name,
         space_id=spaces.id,
@@ -71,6 +77,7 @@ def _facts(config: Config, run: FinishedRun, spaces: ModelSpaces) -> ModelFacts:
         text=spaces.text,
         captioner=config.serve.captioner is not None,
         weights=Weights(**run.config.evaluate.ensemble.weights),
+        min_scores=min_scores,
     )
 
 
@@ -81,8 +88,8 @@ def application(args: dict[str, Any]) -> serve.Application:
         args: `config`, a resolved run description, as printed by `tvilfm config show`.
 
     Raises:
-        ValueError: the run is not finished or lacks its captioner, the gallery of its model is missing, or the file of
-            keys is missing.
+        ValueError: the run is not finished or lacks its captioner or its score thresholds, the gallery of its model is
+            missing, or the file of keys is missing.
     """
     config = Config.model_validate(args["config"])
     run = finished_run(config)

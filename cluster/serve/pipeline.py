@@ -48,7 +48,7 @@ class Pipeline:
         with self._timed("search"):
             requests, versions = [one.request for one in searches], {one.min_version for one in searches}
             answers = await self._searcher.search((queries, requests, versions))
-        results = [Result(query=query, answer=answer) for query, answer in zip(queries, answers, strict=True)]
+        results = [Result.of(*row) for row in zip(searches, queries, answers, strict=True)]
         await in_model_thread(self._gallery.note, entries_of(searches, results))
         rest = iter(results)
         return [[next(rest) for _ in group] for group in groups]

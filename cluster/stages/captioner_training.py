@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from tvilfm.captioning.scores import Marks, attribute_scores, colour_share, lang
 from tvilfm.config import CaptionerSection, Config
 from tvilfm.data.manifest import column
 from tvilfm.data.pixels import open_pixels
+from tvilfm.datasets.synthetic.layouts import read_truth
 from tvilfm.terms import Modality, Record
 from tvilfm.training.loop import AUTOCAST_DTYPES
 
@@ -131,9 +131,9 @@ def _mark(captioner: Captioner, config: Config, modality: Modality, inputs: Mapp
         sentences += captioner.caption(pairs.images(chosen), seed=config.caption.seed + start)
     attributes = {}
     if "truth" in inputs:
-        truth = json.loads((Path(inputs["truth"]) / "attributes.json").read_text())
+        truth = read_truth(Path(inputs["truth"]))
         pids = column(pq.read_table(Path(inputs["pixels"]) / "manifest.parquet"), "pid")[pairs.rows]
-        attributes = attribute_scores(sentences, [truth[str(pid)] for pid in pids], modality)
+        attributes = attribute_scores(sentences, [truth[pid] for pid in pids.tolist()], modality)
     return Marks(
         pictures=len(pairs),
         loss=mean_loss(captioner, pairs, batch=batch),

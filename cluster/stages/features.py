@@ -8,11 +8,20 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from cluster.stages.extraction import Images, write_features
-from cluster.stages.stage import DATASET, HUMAN_TEXTS, Stage, StageJob, captions_input, evaluated_splits, network_stage
+from cluster.stages.stage import (
+    ATTRIBUTES,
+    DATASET,
+    HUMAN_TEXTS,
+    Stage,
+    StageJob,
+    captions_input,
+    evaluated_splits,
+    network_stage,
+)
 from cluster.stages.views import Views, evaluated_images, pool_of
 from tvilfm.config import Config
 from tvilfm.evaluation.features import IMAGES_FILE
-from tvilfm.evaluation.query_texts import QUERY_TEXTS_FILE, draw_query_texts, sentences_of
+from tvilfm.evaluation.query_texts import QUERY_TEXTS_FILE, draw_query_texts, sentences_of, with_noise
 from tvilfm.models import TVILFM
 
 
@@ -25,6 +34,7 @@ class Features(Stage):
     name = "features"
     keys = (
         *("run.seed", "evaluate.protocols", "evaluate.text_sources", "evaluate.witness_draw"),
+        *("evaluate.default_text_source", "evaluate.text_noise"),
         *("train.base.use_val", "train.text.use_val"),
     )
     unit = "rows"
@@ -32,7 +42,8 @@ class Features(Stage):
     def inputs(self, config: Config) -> tuple[str, ...]:
         views = ("views",) if Views().applies(config) else ()
         human = (HUMAN_TEXTS,) if "human" in config.evaluate.text_sources else ()
-        return (DATASET, "pixels", *views, network_stage(config), captions_input(config), *human)
+        truth = (ATTRIBUTES,) if config.evaluate.reads_attributes else ()
+        return (DATASET, "pixels", *views, network_stage(config), captions_input(config), *human, *truth)
 
     def make(self, folder: Path, job: StageJob) -> None:
         images: Images = {}
@@ -48,6 +59,11 @@ class Features(Stage):
         query_texts = draw_query_texts(
             job.manifest, job.captions, job.config.evaluate, seed=seed, splits=splits, human=human
         )
+        if job.config.evaluate.text_noise:
+            truth = None
+            if job.config.evaluate.reads_attributes:
+                truth = {row.pop("pid"): row for row in job.attributes.to_pylist()}
+            query_texts = with_noise(query_texts, job.manifest, job.config.evaluate, seed=seed, attributes=truth)
         pq.write_table(query_texts, folder / QUERY_TEXTS_FILE)
         network = network_stage(job.config)
         with_text = TVILFM.from_pretrained(job.input(network) / "model").spec.with_text

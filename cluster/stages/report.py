@@ -7,13 +7,13 @@ import platform
 from pathlib import Path
 
 from cluster.stages.learning import METRICS_FILE, TRAINED, numbered, read_records
-from cluster.stages.results import RESULTS_FILES, job_evaluator
+from cluster.stages.results import job_evaluator
 from cluster.stages.stage import DATASET, Stage, StageJob, captions_input, network_stage
 from tvilfm.captioning.scores import Marks
 from tvilfm.config import Config
 from tvilfm.data.pixels import open_pixels
 from tvilfm.evaluation.provenance import Provenance
-from tvilfm.evaluation.results import Results
+from tvilfm.evaluation.results import RESULTS_FILES, Results
 from tvilfm.report.build import RunFacts, build_report
 from tvilfm.report.page import write_report
 from tvilfm.terms import MODALITIES

@@ -12,11 +12,10 @@ from tvilfm.config import Config
 from tvilfm.evaluation.evaluator import Evaluator
 from tvilfm.evaluation.features import IMAGES_FILE, FeatureTable
 from tvilfm.evaluation.query_texts import QUERY_TEXTS_FILE
+from tvilfm.evaluation.results import RESULTS_FILES
 from tvilfm.models import TVILFM
 from tvilfm.report.build import build_results
 from tvilfm.terms import Split
-
-RESULTS_FILES: dict[Split, str] = {"test": "results.json", "val": "validation.json"}
 
 
 class EvaluateResults(Stage):
@@ -29,8 +28,11 @@ class EvaluateResults(Stage):
         return (DATASET, network_stage(config), "features")
 
     def make(self, folder: Path, job: StageJob) -> None:
-        for split in evaluated_splits(job.manifest, job.config):
-            build_results(job_evaluator(job, split), job.config).write(folder / RESULTS_FILES[split])
+        validation = None
+        for split in sorted(evaluated_splits(job.manifest, job.config), key=("val", "test").index):
+            results = build_results(job_evaluator(job, split), job.config, validation=validation)
+            results.write(folder / RESULTS_FILES[split])
+            validation = results
 
 
 def job_evaluator(job: StageJob, split: Split = "test") -> Evaluator:

@@ -23,8 +23,8 @@ from tvilfm.data.manifest import select
 from tvilfm.terms import Split
 
 DATASET, CAPTION_FILES, MODEL, CAPTIONS = "dataset", "caption_files", "model", "captions"
-HUMAN_TEXTS = "human_texts"
-SOURCES = (DATASET, CAPTION_FILES, HUMAN_TEXTS, MODEL)  # inputs that users provide; no stage computes them
+HUMAN_TEXTS, ATTRIBUTES = "human_texts", "attributes"
+SOURCES = (DATASET, CAPTION_FILES, HUMAN_TEXTS, ATTRIBUTES, MODEL)  # inputs that users provide; no stage computes them
 
 # Keys for folders, machines and speed. Every stage may read them, and they are not part of its fingerprint: with other
 # values, results are equal or differ only in the rounding of batched arithmetic. The contents of the files at
@@ -191,6 +191,11 @@ class StageJob:
     def human_texts(self) -> pa.Table:
         """Return people's own sentences, `pid` and `text`; requires the input `HUMAN_TEXTS`."""
         return self._declared(self.tables, HUMAN_TEXTS)()
+
+    @property
+    def attributes(self) -> pa.Table:
+        """Return the true attributes of people, `pid` and one column each; requires the input `ATTRIBUTES`."""
+        return self._declared(self.tables, ATTRIBUTES)()
 
     def _declared(self, inputs: Mapping[str, Any], name: str) -> Any:
         if name not in inputs:

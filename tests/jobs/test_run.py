@@ -24,8 +24,10 @@ from tvilfm.captioning.colors import find_colors
 from tvilfm.config import Config, load_config
 from tvilfm.data.manifest import select
 from tvilfm.datasets import read_dataset
+from tvilfm.evaluation.results import Results
 from tvilfm.models import TVILFM
 from tvilfm.models.tvilfm import parameter_digest
+from tvilfm.terms import VOTES
 
 OVERRIDES = ("caption.source=files", "cluster.cpus_per_train_worker=1")
 CONFIG = Path("ray_config.yaml")
@@ -108,13 +110,22 @@ def test_sentences_of_people_are_a_text_source(finished: Path, tmp_path: Path) -
     people = sorted(set(manifest["pid"].to_pylist()))
     (tmp_path / "words.json").write_text(json.dumps({f"{pid:04d}": f"person number {pid}" for pid in people}))
     own = (f"data.human_texts={tmp_path}/words.json", "evaluate.text_sources=[witness,human]", "run.name=human")
+    own += ("evaluate.default_text_source=human", "evaluate.text_noise=[chatter,wrong-1]")
     outcome = run(_config(finished, *own, f"run.stages_dir={finished}/tiny/stages"))
     assert outcome.made == ("features", "results", "report") and outcome.results is not None
     assert {row.text_source for row in outcome.results.rows} == {"none", "witness", "human"}
     texts = pq.read_table(outcome.stages["features"] / "query_texts.parquet").to_pylist()
     pid_of = dict(zip(manifest["image"].to_pylist(), manifest["pid"].to_pylist(), strict=True))
-    human = [row for row in texts if row["text_source"] == "human"]
+    human = [row for row in texts if row["text_source"] == "human" and not row["noise"]]
     assert human and all(row["text"] == f"person number {pid_of[row['image']]}" for row in human)
+    assert {row["text_source"] for row in texts if row["noise"]} == {"human"}
+    assert list(outcome.results.text_noise) == ["chatter", "wrong-1"]
+    validation = Results.read(outcome.path / "validation.json")
+    for name in VOTES:
+        found, fitted = outcome.results.open_set[name], validation.open_set[name]
+        assert found.fitted == fitted.fitted is not None
+        assert fitted.fitted_false_accepts is not None and fitted.fitted_false_accepts <= 0.1
+    assert "How good must the witness be?" in (outcome.path / "report" / "index.html").read_text()
 
 
 @pytest.mark.slow

@@ -16,7 +16,14 @@ from tvilfm.config.cluster import (
     WorkersSection,
 )
 from tvilfm.config.data import PROTOCOLS, DataSection, SyntheticSection
-from tvilfm.config.evaluate import EnsembleWeights, EvaluateSection, QueryTextSource, RerankSection, WitnessDraw
+from tvilfm.config.evaluate import (
+    EnsembleWeights,
+    EvaluateSection,
+    QueryTextSource,
+    RerankSection,
+    WitnessDraw,
+    noise_level,
+)
 from tvilfm.config.fidelity import FIDELITY_SWITCHES, Fidelity, Switch, fidelity_table
 from tvilfm.config.model import ModelSection, TextModelSection
 from tvilfm.config.resolve import (
@@ -93,6 +100,7 @@ __all__ = [
     "known_keys",
     "load_config",
     "load_run",
+    "noise_level",
     "read_description",
     "resolve",
     "run_folder",

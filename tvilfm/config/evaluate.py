@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -11,6 +12,40 @@ from tvilfm.config.section import Section
 
 WitnessDraw = Literal["released", "seeded"]
 QueryTextSource = Literal["witness", "witness-heldout", "own", "human"]
+# Kinds of `evaluate.text_noise` and their lowest level, which follows the kind ("typos-2"); None = without a level.
+CAPTION_NOISE: dict[str, int | None] = {
+    "no-colours": None,
+    "colours": 1,
+    "synonyms": 1,
+    "typos": 1,
+    "clauses": 1,
+    "chatter": None,
+    "other-person": None,
+}
+ATTRIBUTE_NOISE: dict[str, int | None] = {"named": 1, "missing": 0, "wrong": 1}
+# What null stands for: the first on every dataset, the second where people have true attributes too.
+USUAL_CAPTION_NOISE = ("no-colours", "colours-1", "synonyms-2", "typos-2", "clauses-1", "other-person")
+USUAL_ATTRIBUTE_NOISE = (
+    *("missing-0", "missing-1", "missing-3", "named-6", "named-3", "named-1"),
+    *("wrong-1", "wrong-3"),
+)
+
+
+def noise_level(noise: str) -> tuple[str, int]:
+    """Return the kind and the level of one value of `evaluate.text_noise`; the level is 0 if the kind has none.
+
+    Raises:
+        ValueError: the kind is unknown, or the level is missing, too low or unwanted.
+    """
+    kinds = CAPTION_NOISE | ATTRIBUTE_NOISE
+    kind, dash, level = noise.rpartition("-")
+    if noise in kinds and kinds[noise] is None:
+        return noise, 0
+    lowest = kinds.get(kind) if dash else None
+    if lowest is None or re.fullmatch("[0-9]{1,3}", level) is None or int(level) < lowest:
+        known = [name if least is None else f"{name}-N" for name, least in kinds.items()]
+        raise ValueError(f"text_noise: expected {', '.join(known)} with a number N, got {noise}.")
+    return kind, int(level)
 
 
 class EnsembleWeights(Section):
@@ -65,9 +100,24 @@ class EvaluateSection(Section):
         "seeded",
         description="seed of witness sentences: seeded (run.seed), released (1); null = set by fidelity",
     )
+    text_noise: tuple[str, ...] = Field(
+        (),
+        description="changes of the default query texts to evaluate too (METHOD 6), like typos-2; null = a selection",
+    )
+    max_false_accepts: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="share of searches for an absent person that may have a hit; fits the score thresholds (METHOD 8)",
+    )
     ensemble: EnsembleWeights = EnsembleWeights()
     rerank: RerankSection = RerankSection()
     batch: int = Field(128, ge=1, description="images or captions per extraction batch")
+
+    @property
+    def reads_attributes(self) -> bool:
+        """Whether `text_noise` needs the true attributes of people."""
+        return any(noise.rpartition("-")[0] in ATTRIBUTE_NOISE for noise in self.text_noise)
 
     @model_validator(mode="after")
     def _default_is_evaluated(self) -> EvaluateSection:
@@ -80,6 +130,10 @@ class EvaluateSection(Section):
                 f"ensemble.temperature: expected null with rerank.method={self.rerank.method}, got "
                 f"{self.ensemble.temperature}. Re-ranking takes one query vector, an ensemble with temperature three."
             )
+        for noise in self.text_noise:
+            noise_level(noise)
+        if len(set(self.text_noise)) < len(self.text_noise):
+            raise ValueError(f"text_noise: expected each kind once, got one twice in {list(self.text_noise)}.")
         if not self.protocols:
             raise ValueError("protocols: expected at least one, got none. Set null for all of the dataset.")
         return self

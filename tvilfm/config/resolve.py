@@ -18,7 +18,13 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from tvilfm.config.caption import CaptionSection
 from tvilfm.config.cluster import ClusterSection
 from tvilfm.config.data import PROTOCOLS, DataSection
-from tvilfm.config.evaluate import EvaluateSection
+from tvilfm.config.evaluate import (
+    ATTRIBUTE_NOISE,
+    CAPTION_NOISE,
+    USUAL_ATTRIBUTE_NOISE,
+    USUAL_CAPTION_NOISE,
+    EvaluateSection,
+)
 from tvilfm.config.fidelity import FIDELITY_SWITCHES, Fidelity
 from tvilfm.config.model import ModelSection
 from tvilfm.config.run import RunSection
@@ -65,6 +71,11 @@ class Config(Section):
             raise ValueError(
                 "data.human_texts: expected a JSON file while evaluate.text_sources has human, got null. Set the path "
                 "of the file, or remove human."
+            )
+        if self.evaluate.reads_attributes and self.data.name != "synthetic":
+            raise ValueError(
+                f"evaluate.text_noise: expected kinds that work on captions for data.name={self.data.name}, got one of "
+                f"{list(ATTRIBUTE_NOISE)}, which needs true attributes. Choose from {list(CAPTION_NOISE)}."
             )
         if self.train.text.cache_views and not self.freezes_features:
             changing = "freeze_gem" if self.train.text.freeze_batch_norm else "freeze_batch_norm"
@@ -202,15 +213,17 @@ def resolve(description: Mapping[str, Any], overrides: Iterable[str] = (), *, si
         node: dict[str, Any] = {}
         set_value(node, key, override_value(key, text))
         _merge(values, node)
-    fidelity, dataset = values.get("fidelity", "corrected"), str(value_at(values, "data.name"))
+    fidelity, dataset = values.get("fidelity", "corrected"), str(value_at(values, "data.name") or "synthetic")
     if fidelity in get_args(Fidelity):  # other values fail in the validation
         for key, switch in FIDELITY_SWITCHES.items():
             if value_at(values, key) is None:
                 set_value(values, key, switch.value(fidelity, dataset))
-    if value_at(values, "evaluate.protocols") is None:
-        name = value_at(values, "data.name") or "synthetic"
-        if name in PROTOCOLS:
-            set_value(values, "evaluate.protocols", PROTOCOLS[name])
+    if value_at(values, "evaluate.protocols") is None and dataset in PROTOCOLS:
+        set_value(values, "evaluate.protocols", PROTOCOLS[dataset])
+    evaluate = values.get("evaluate")
+    if isinstance(evaluate, dict) and evaluate.get("text_noise", ()) is None:
+        of_attributes = USUAL_ATTRIBUTE_NOISE if dataset == "synthetic" else ()
+        evaluate["text_noise"] = (*of_attributes, *USUAL_CAPTION_NOISE)
     try:
         return Config.model_validate(values)
     except ValidationError as error:

@@ -71,6 +71,10 @@ class ServeSection(Section):
         None,
         description="used when a client sends no infrared caption: null = none, run = the run's, or a model",
     )
+    min_score: Literal["fitted"] | None = Field(
+        None,
+        description="hits to leave out: fitted = below the run's score threshold (docs/operations.md); null = none",
+    )
     replicas: int = Field(2, ge=1, description="replicas without load (minimum); each encodes and searches")
     max_replicas: int = Field(2, ge=1, description="replicas under load (maximum)")
     shared_encoders: int = Field(

@@ -28,6 +28,7 @@ from tvilfm.evaluation.metrics import RankingMetrics, ranking_metrics
 from tvilfm.evaluation.protocols import Protocol, chance_level, get_protocol, select_gallery, select_query
 from tvilfm.evaluation.query_texts import QueryTexts, select_query_texts
 from tvilfm.evaluation.rerank import expand_queries, k_reciprocal_rerank
+from tvilfm.evaluation.score_thresholds import BestScores, best_scores, pooled
 from tvilfm.models import TVILFM
 from tvilfm.models.ensemble import ensemble_query
 from tvilfm.models.fusion import semantic_filtered_fusion
@@ -84,6 +85,10 @@ class Evaluator:
     def section(self) -> EvaluateSection:
         return self._section
 
+    @property
+    def split(self) -> Split:
+        return self._split
+
     def query(self, protocol: Protocol) -> pa.Table:
         return select_query(self._manifest, protocol, split=self._split)
 
@@ -93,11 +98,12 @@ class Evaluator:
             self._galleries[key] = select_gallery(self._manifest, protocol, trial=trial, split=self._split)
         return self._galleries[key]
 
-    def texts(self, protocol: Protocol, source: TextSource) -> QueryTexts | None:
+    def texts(self, protocol: Protocol, source: TextSource, *, noise: str = "") -> QueryTexts | None:
         """Return the sentences of a protocol's queries; None if the source does not apply or no text is encoded."""
         if self._texts is None:
             return None
-        return select_query_texts(self._query_texts, self.query(protocol), protocol, source, split=self._split)
+        query = self.query(protocol)
+        return select_query_texts(self._query_texts, query, protocol, source, split=self._split, noise=noise)
 
     @torch.inference_mode()
     def image_vectors(self, table: pa.Table, *, base: bool) -> Tensor:
@@ -106,16 +112,23 @@ class Evaluator:
         return self._model.embed_base(raw) if base else self._model.embed(raw)
 
     @torch.inference_mode()
-    def part_vectors(self, query: pa.Table, texts: QueryTexts) -> dict[str, Tensor]:
-        """Return unit vectors (Q, D) of the ensemble's parts (infrared, text, fusion) through the current head."""
+    def part_vectors(self, query: pa.Table, texts: QueryTexts, *, filter_text: bool | None = None) -> dict[str, Tensor]:
+        """Return unit vectors (Q, D) of the ensemble's parts (infrared, text, fusion) through the current head.
+
+        Args:
+            query: rows of the queries.
+            texts: their sentences.
+            filter_text: whether fusion subtracts the infrared caption; None = as the evaluation does.
+        """
         assert self._texts is not None
         raw = self._on_device(self._images.select(query["image"].take(pa.array(texts.kept)).to_pylist()))
         text = self._on_device(self._texts.select(texts.texts))
-        filter_text = self._on_device(self._texts.select(texts.filter_texts)) if self._filter_text else None
+        subtracts = self._filter_text if filter_text is None else filter_text
+        filter_D = self._on_device(self._texts.select(texts.filter_texts)) if subtracts else None
         return {
             "infrared": self._model.embed(raw),
             "text": self._model.embed(text),
-            "fusion": self._model.embed(semantic_filtered_fusion(self._model.current(raw), text, filter_text)),
+            "fusion": self._model.embed(semantic_filtered_fusion(self._model.current(raw), text, filter_D)),
         }
 
     def text_query_vectors(self, query: pa.Table, texts: QueryTexts) -> dict[str, Tensor]:
@@ -143,11 +156,64 @@ class Evaluator:
             for source in sources:
                 texts = self.texts(protocol, source)
                 if texts is not None:
-                    kept = query.take(pa.array(texts.kept))
-                    parts = self.part_vectors(query, texts)
-                    for kind in ("text", "fusion", "ensemble"):
-                        results.append(self._case(kind, source, protocol, kept, self._asks(kind, parts)))
+                    results += self._text_cases(protocol, source, query, texts)
         return results
+
+    def evaluate_noise(self) -> dict[str, list[CaseResult]]:
+        """Return the text, fusion and ensemble results of the default table under each kind of `text_noise`.
+
+        Returns:
+            Noise -> three results; empty if the default text source does not apply to the first protocol.
+        """
+        protocol, source = get_protocol(self._section.protocols[0]), self._section.default_text_source
+        query = self.query(protocol)
+        results = {}
+        for noise in self._section.text_noise:
+            texts = self.texts(protocol, source, noise=noise)
+            if texts is not None:
+                results[noise] = self._text_cases(protocol, source, query, texts)
+        return results
+
+    def open_set(self) -> dict[str, BestScores]:
+        """Return the scores that decide about a threshold, for the default protocol and text source.
+
+        They are the scores of the service: plain similarities, without re-ranking and soft votes.
+
+        Returns:
+            One of `VOTES` -> its scores; empty if the default protocol searches infrared images.
+        """
+        protocol = get_protocol(self._section.protocols[0])
+        if protocol.query_modality != "infrared":
+            return {}
+        query = self.query(protocol)
+        asked = {"infrared": (query, self.image_vectors(query, base=True))}
+        texts = self.texts(protocol, self._section.default_text_source)
+        if texts is not None:
+            kept, weights = query.take(pa.array(texts.kept)), self._section.ensemble.weights
+            parts = self.part_vectors(query, texts)
+            asked |= {"text": (kept, parts["text"]), "ensemble": (kept, ensemble_query(parts, weights))}
+            if self._filter_text:
+                parts = self.part_vectors(query, texts, filter_text=False)
+                asked["ensemble-unfiltered"] = (kept, ensemble_query(parts, weights))
+        galleries = [self.gallery(protocol, trial) for trial in range(protocol.num_trials)]
+        return {
+            name: pooled([self._best_scores(*of, gallery, protocol, base=name == "infrared") for gallery in galleries])
+            for name, of in asked.items()
+        }
+
+    def _best_scores(
+        self, query: pa.Table, vectors_QD: Tensor, gallery: pa.Table, protocol: Protocol, *, base: bool
+    ) -> BestScores:
+        gallery_GD = self.image_vectors(gallery, base=base)
+        return best_scores(lambda rows: _numbers(similarity(vectors_QD[rows], gallery_GD)), query, gallery, protocol)
+
+    def _text_cases(
+        self, protocol: Protocol, source: TextSource, query: pa.Table, texts: QueryTexts
+    ) -> list[CaseResult]:
+        kept, parts = query.take(pa.array(texts.kept)), self.part_vectors(query, texts)
+        return [
+            self._case(kind, source, protocol, kept, self._asks(kind, parts)) for kind in ("text", "fusion", "ensemble")
+        ]
 
     def similarity(self, vectors_QD: Tensor, gallery: pa.Table, *, base: bool) -> Rows:
         """Return what computes rows of the (Q, G) similarity to gallery images, re-ranked according to `rerank`.

@@ -17,12 +17,13 @@ import pyarrow.compute as pc
 from tvilfm.config import EvaluateSection
 from tvilfm.data.captions import texts_of
 from tvilfm.evaluation.protocols import Protocol, get_protocol, select_query, witness_captions
+from tvilfm.evaluation.text_noise import noisy_texts
 from tvilfm.terms import Split, TextSource
 
 QUERY_TEXTS_FILE = "query_texts.parquet"
 QUERY_TEXTS_SCHEMA = pa.schema(
     [pa.field(name, pa.string(), nullable=False)
-     for name in ("protocol", "text_source", "split", "image", "text", "filter_text")]
+     for name in ("protocol", "text_source", "noise", "split", "image", "text", "filter_text")]
 )  # fmt: skip
 
 
@@ -89,7 +90,7 @@ def draw_query_texts(
                     split=split,
                     draw=section.witness_draw,
                 )
-            common = {"protocol": name, "text_source": source, "split": split}
+            common = {"protocol": name, "text_source": source, "noise": "", "split": split}
             rows += [
                 {**common, "image": image, "text": text, "filter_text": filter_text}
                 for image, text, filter_text in zip(images, texts, own, strict=True)
@@ -98,26 +99,55 @@ def draw_query_texts(
     return pa.Table.from_pylist(rows, schema=QUERY_TEXTS_SCHEMA)
 
 
+def with_noise(
+    query_texts: pa.Table,
+    manifest: pa.Table,
+    section: EvaluateSection,
+    *,
+    seed: int,
+    attributes: Mapping[int, Mapping[str, str]] | None = None,
+) -> pa.Table:
+    """Add the noisy sentences of the default table's queries.
+
+    Args:
+        query_texts: table from `draw_query_texts`.
+        manifest: all rows.
+        section: default protocol and text source, and `text_noise`.
+        seed: seed of all draws.
+        attributes: as in `noisy_texts`.
+
+    Returns:
+        The table, and for each kind of noise a row for every test query of the first protocol with a text of the
+        default source. There are none if the source does not apply to this protocol.
+    """
+    rows = _selected(query_texts, get_protocol(section.protocols[0]), section.default_text_source, split="test")
+    pid_of = dict(zip(manifest["image"].to_pylist(), manifest["pid"].to_pylist(), strict=True))
+    images, texts = rows["image"].to_pylist(), rows["text"].to_pylist()
+    pids = [pid_of[image] for image in images]
+    noisy = []
+    for noise in section.text_noise:
+        changed = noisy_texts(noise, texts, pids, images, seed=seed, attributes=attributes)
+        columns = {"text": pa.array(changed, pa.string()), "noise": pa.array([noise] * len(changed), pa.string())}
+        noisy.append(pa.table([columns.get(name, rows[name]) for name in rows.schema.names], schema=rows.schema))
+    return pa.concat_tables([query_texts, *noisy])
+
+
 def sentences_of(query_texts: pa.Table) -> list[str]:
     """Return the sorted distinct sentences whose features an evaluation needs."""
     return sorted({text for name in ("text", "filter_text") for text in query_texts[name].to_pylist()})
 
 
 def select_query_texts(
-    query_texts: pa.Table, query: pa.Table, protocol: Protocol, source: TextSource, *, split: Split
+    query_texts: pa.Table, query: pa.Table, protocol: Protocol, source: TextSource, *, split: Split, noise: str = ""
 ) -> QueryTexts | None:
     """Return the sentences of a protocol's queries, or None if the source does not apply to the protocol.
 
     Args:
         query_texts: table from `draw_query_texts`.
         query: rows from `select_query`.
-        protocol, source, split: protocol, text source and split of the sentences.
+        protocol, source, split, noise: protocol, text source, split and noise of the sentences.
     """
-    conditions = {"protocol": protocol.name, "text_source": source, "split": split}
-    mask = pa.array(np.ones(query_texts.num_rows, dtype=bool))
-    for name, value in conditions.items():
-        mask = pc.and_(mask, pc.equal(query_texts[name], value))
-    rows = query_texts.filter(mask)
+    rows = _selected(query_texts, protocol, source, split=split, noise=noise)
     if not rows.num_rows:
         return None
     kept = pc.index_in(rows["image"].combine_chunks(), query["image"].combine_chunks())
@@ -127,3 +157,13 @@ def select_query_texts(
         texts=rows["text"].to_pylist(),
         filter_texts=rows["filter_text"].to_pylist(),
     )
+
+
+def _selected(
+    query_texts: pa.Table, protocol: Protocol, source: TextSource, *, split: Split, noise: str = ""
+) -> pa.Table:
+    conditions = {"protocol": protocol.name, "text_source": source, "noise": noise, "split": split}
+    mask = pa.array(np.ones(query_texts.num_rows, dtype=bool))
+    for name, value in conditions.items():
+        mask = pc.and_(mask, pc.equal(query_texts[name], value))
+    return query_texts.filter(mask)

@@ -9,8 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tvilfm.evaluation.open_set import OpenSet
 from tvilfm.place import write_whole
-from tvilfm.terms import METRICS, QUERIES, TEXT_SOURCES
+from tvilfm.terms import METRICS, QUERIES, TEXT_SOURCES, VOTES, Split
+
+RESULTS_FILES: dict[Split, str] = {"test": "results.json", "val": "validation.json"}  # in a run folder and a stage's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +107,12 @@ class Results:
         default_protocol: protocol of the headline table; at least one row must have it.
         chance: protocol -> expected rank-1 of a random ranking, a fraction.
         rows: one `ResultRow` per query, text source and protocol; at least one.
+        open_set: one of `VOTES` -> the errors of its score thresholds, for the default protocol and text source.
+        text_noise: kind of noise -> rows of text, fusion and ensemble for the default protocol and text source.
 
     Raises:
-        ValueError: there are no rows, two rows for the same case, an unknown text source, or a default protocol
-            without rows.
+        ValueError: there are no rows, two rows for the same case, an unknown text source, a default protocol without
+            rows, or noise in another protocol or text source.
     """
 
     dataset: str
@@ -115,6 +120,8 @@ class Results:
     default_protocol: str
     rows: Sequence[ResultRow]
     chance: Mapping[str, float] = field(default_factory=dict)
+    open_set: Mapping[str, OpenSet] = field(default_factory=dict)
+    text_noise: Mapping[str, Sequence[ResultRow]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self.rows))
@@ -142,6 +149,12 @@ class Results:
             repeated,
             "Average the trials first.",
         )
+        default = {(self.default_protocol, self.default_text_source)}
+        for noise, of_noise in self.text_noise.items():
+            found = {(row.protocol, row.text_source) for row in of_noise}
+            expect(found == default, f"results.text_noise[{noise!r}]", f"rows of {default}", found, "Evaluate again.")
+        unknown = sorted(set(self.open_set) - set(VOTES))
+        expect(not unknown, "results.open_set", f"keys among {list(VOTES)}", unknown, "Evaluate again.")
         for protocol, value in self.chance.items():
             _expect_fraction(f"results.chance[{protocol!r}]", value)
 
@@ -177,6 +190,8 @@ class Results:
             "default_protocol": self.default_protocol,
             "chance": {protocol: float(value) for protocol, value in self.chance.items()},
             "rows": [row.to_dict() for row in self.rows],
+            "open_set": {name: of_name.to_dict() for name, of_name in self.open_set.items()},
+            "text_noise": {noise: [row.to_dict() for row in rows] for noise, rows in self.text_noise.items()},
         }
 
     @classmethod
@@ -186,7 +201,8 @@ class Results:
         Raises:
             ValueError: a key is missing or unknown, or a value is out of range.
         """
-        expected = {"dataset", "default_text_source", "default_protocol", "chance", "rows"}
+        data = {"text_noise": {}, "open_set": {}, **data}  # results of 0.1.0 have none
+        expected = {"dataset", "default_text_source", "default_protocol", "chance", "rows", "open_set", "text_noise"}
         expect(
             set(data) == expected,
             "results",
@@ -194,7 +210,12 @@ class Results:
             sorted(data),
             "Write results.json again.",
         )
-        return cls(**{**data, "rows": [ResultRow.from_dict(row) for row in data["rows"]]})
+        rows = [ResultRow.from_dict(row) for row in data["rows"]]
+        noisy = {
+            noise: [ResultRow.from_dict(row) for row in of_noise] for noise, of_noise in data["text_noise"].items()
+        }
+        open_set = {name: OpenSet.from_dict(of_name) for name, of_name in data["open_set"].items()}
+        return cls(**{**data, "rows": rows, "open_set": open_set, "text_noise": noisy})
 
     def write(self, path: Path) -> None:
         """Write results.json atomically; floats are unchanged when read again."""

@@ -48,15 +48,32 @@ class RunFacts:
     provenance: Sequence[str] = ()
 
 
-def build_results(evaluator: Evaluator, config: Config) -> Results:
-    """Evaluate every case and return the table of results."""
+def build_results(evaluator: Evaluator, config: Config, *, validation: Results | None = None) -> Results:
+    """Evaluate every case and return the table of results.
+
+    Args:
+        evaluator: of test or validation identities.
+        config: config of the run.
+        validation: results on validation identities, whose score thresholds are used; None = there are none. Results
+            on validation identities fit their own.
+    """
     cases = evaluator.evaluate()
+    open_set = {}
+    for name, scores in evaluator.open_set().items():
+        fitted = None
+        if evaluator.split == "val":
+            fitted = scores.fit(config.evaluate.max_false_accepts)
+        elif validation is not None and name in validation.open_set:
+            fitted = validation.open_set[name].fitted
+        open_set[name] = scores.open_set(fitted)
     return Results(
         dataset=config.data.name,
         default_text_source=config.evaluate.default_text_source,
         default_protocol=config.evaluate.protocols[0],
         chance={case.protocol: case.chance for case in cases if case.text_source == "none"},
         rows=[_row(case) for case in cases],
+        open_set=open_set,
+        text_noise={noise: [_row(case) for case in of_noise] for noise, of_noise in evaluator.evaluate_noise().items()},
     )
 
 

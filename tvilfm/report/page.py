@@ -31,7 +31,10 @@ from tvilfm.report.charts.cmc import cmc_chart
 from tvilfm.report.charts.comparison import comparison_chart
 from tvilfm.report.charts.features import RetrievalFeatures, distance_chart, tsne_chart
 from tvilfm.report.charts.learning import learning_chart
+from tvilfm.report.charts.noise import noise_chart
+from tvilfm.report.charts.open_set import open_set_chart
 from tvilfm.report.charts.style import QUERY_COLORS, FloatArray
+from tvilfm.report.noise import noise_answer, noise_rows
 from tvilfm.report.tables import METRIC_LABELS, QUERY_LABELS
 from tvilfm.terms import METRICS, QUERIES, TEXT_SOURCES
 
@@ -183,6 +186,8 @@ def render_report(data: ReportData) -> str:
             for source, meaning in tables.TEXT_SOURCE_MEANINGS.items()
             if any(row.text_source == source for row in results.rows)
         },
+        noise=_noise(results),
+        open_set=_open_set(results),
         markdown=tables.markdown_table(results),
         examples=[_example(example) for example in data.examples],
         tsne=markup(tsne_chart(data.features, seed=data.seed)),
@@ -197,6 +202,31 @@ def render_report(data: ReportData) -> str:
         config_yaml=data.config_yaml,
         results_json=_script_json(results),
     )
+
+
+def _noise(results: Results) -> dict[str, Any] | None:
+    """Return the part about `evaluate.text_noise`, or None if there was none."""
+    if not results.text_noise:
+        return None
+    rows = [
+        (label, [tables.metric_cell(by_query[q], m) for q in ("text", "fusion", "ensemble") for m in ("rank1", "mAP")])
+        for label, by_query in noise_rows(results).items()
+    ]
+    return {"answer": noise_answer(results), "chart": markup(noise_chart(results)), "rows": rows}
+
+
+def _open_set(results: Results) -> dict[str, Any] | None:
+    """Return the part about score thresholds, or None if there are none."""
+    if not results.open_set:
+        return None
+    rows = []
+    for name, one in results.open_set.items():
+        accepts, rejects = one.fitted_false_accepts, one.fitted_false_rejects
+        if one.fitted is not None and accepts is not None and rejects is not None:
+            errors = (tables.percent(accepts), tables.percent(rejects))
+            rows.append((tables.VOTES_LABELS[name], f"{one.fitted:.3f}", *errors))
+    people = next(iter(results.open_set.values())).gallery_people
+    return {"chart": markup(open_set_chart(results.open_set)), "rows": rows, "people": f"{people:.0f}"}
 
 
 def _marks(modality: str, marks: Marks) -> dict[str, Any]:

@@ -20,6 +20,12 @@ QUERY_LABELS: Mapping[str, str] = {
     "fusion": "infrared + text (fusion)",
     "ensemble": "ensemble (MER)",
 }
+VOTES_LABELS: Mapping[str, str] = {
+    "infrared": "infrared alone",
+    "text": "text alone",
+    "ensemble": "ensemble",
+    "ensemble-unfiltered": "ensemble, nothing subtracted",
+}
 METRIC_LABELS: Mapping[str, str] = {
     "rank1": "rank-1",
     "rank5": "rank-5",
@@ -160,8 +166,8 @@ def _incomplete(rows: Mapping[str, ResultRow], chance_words: str) -> Verdict:
         what = "Only infrared queries were evaluated, so this run says nothing about text"
     else:
         missing = [QUERY_LABELS[query] for query in ("infrared", "fusion", "ensemble") if query not in rows]
-        what = f"The comparison is incomplete, without numbers for {_join(missing)}"
-    values = _join([f"{percent(row.rank1)}% with {QUERY_LABELS[row.query]}" for row in rows.values()])
+        what = f"The comparison is incomplete, without numbers for {join(missing)}"
+    values = join([f"{percent(row.rank1)}% with {QUERY_LABELS[row.query]}" for row in rows.values()])
     value_words = f": rank-1 is {values}." if values else " under the default protocol and text source."
     return Verdict(outcome="incomplete", sentence=what + value_words + chance_words)
 
@@ -235,8 +241,10 @@ def markdown_table(results: Results) -> str:
         "|" + "|".join(["---"] * 3 + ["---:"] * (len(METRICS) + 1)) + "|",
     ]
     first = results.default_rows
-    for row in [*first, *(row for row in results.rows if row not in first)]:
-        cells = [row.protocol, QUERY_LABELS[row.query], row.text_source]
+    rows = [(row, row.text_source) for row in [*first, *(row for row in results.rows if row not in first)]]
+    rows += [(row, f"{row.text_source}, {noise}") for noise, of_noise in results.text_noise.items() for row in of_noise]
+    for row, text in rows:
+        cells = [row.protocol, QUERY_LABELS[row.query], text]
         cells += [metric_cell(row, metric) for metric in METRICS] + [str(row.num_trials)]
         lines.append("| " + " | ".join(cells) + " |")
     lines.append("")
@@ -250,5 +258,11 @@ def _direction(low: ResultRow, high: ResultRow, metric: str) -> int:
     return 0 if abs(gain) < _SAME else (1 if gain > 0 else -1)
 
 
-def _join(words: Sequence[str]) -> str:
+def rises(low: ResultRow, high: ResultRow, metric: str) -> bool:
+    """Return whether a metric of `high` is above that of `low`, as printed."""
+    return _direction(low, high, metric) > 0
+
+
+def join(words: Sequence[str]) -> str:
+    """Return words as a list in a sentence: `a, b and c`."""
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1] if words else ""

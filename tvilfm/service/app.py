@@ -55,7 +55,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
 }
 
 # How a client searched, for the audit trail; never the image or the words.
-AUDITED = {"k", "like", "cameras", "exclude_cameras", "since", "until", "by_identity"}
+AUDITED = {"k", "like", "cameras", "exclude_cameras", "since", "until", "by_identity", "min_score"}
 
 T = TypeVar("T")
 Observe = Callable[[str, float], None]
@@ -197,16 +197,19 @@ class _Handlers:
         if not self._backend.facts.text and any(query.sentence is not None for query in asked):
             raise HTTPException(422, "sentence: expected none, because the served model reads no text, got one.")
         similar = {query.like: await self._like(query.like) for query in asked if query.like is not None}
+        least = [self._min_scores(query) for query in asked]
         async with self._decoded([query.image for query in asked]) as images:
             searches = [
                 Search(
                     asked=_question(query, image) if query.like is None else similar[query.like],
                     request=_request(query, self._backend.facts.weights),
                     min_version=query.min_version or 0,
+                    min_score=score,
+                    min_score_unfiltered=unfiltered,
                     facts=query.model_dump(mode="json", include=AUDITED, exclude_defaults=True),
                     by=request.state.key,
                 )
-                for query, image in zip(asked, images, strict=True)
+                for query, image, (score, unfiltered) in zip(asked, images, least, strict=True)
             ]
             results = await self._backend.search(searches)
         for search, result in zip(searches, results, strict=True):
@@ -215,6 +218,29 @@ class _Handlers:
                     409, f"min_version: expected at most {result.answer.version}, the latest, got {search.min_version}."
                 )
         return [_answer(search, result) for search, result in zip(searches, results, strict=True)]
+
+    def _min_scores(self, asked: SearchQuery) -> tuple[float | None, float | None]:
+        """Return the scores below which hits are left out, if fusion subtracts a filter text and if it does not."""
+        wanted = self._section.min_score if asked.min_score is None else asked.min_score
+        if wanted is None or wanted == "none":
+            return None, None
+        if wanted != "fitted":
+            return wanted, wanted
+        modalities, scores = _modalities(asked), self._backend.facts.min_scores
+        if len(modalities) == 1:
+            fitted = unfiltered = scores.get(modalities[0])
+        elif asked.weights in (None, self._backend.facts.weights):
+            fitted = scores.get("ensemble")
+            unfiltered = scores.get("ensemble-unfiltered", fitted)
+        else:  # other weights have other scores
+            fitted = unfiltered = None
+        if fitted is None and asked.min_score == "fitted":
+            raise HTTPException(
+                422,
+                "min_score: expected a number, because this run has no fitted score for "
+                f"{' + '.join(modalities)} with these weights, got fitted.",
+            )
+        return fitted, unfiltered
 
     async def _like(self, id: str) -> Query:
         query = await self._backend.like(id)
@@ -339,6 +365,15 @@ def _question(query: SearchQuery, image: Pixels | None) -> Question:
     return Question(infrared=image, sentence=query.sentence, infrared_caption=query.infrared_caption)
 
 
+def _modalities(query: SearchQuery) -> tuple[str, ...]:
+    """Return the modalities that a query will have; see `Query.parts`."""
+    if query.like is not None:
+        return ("visible",)
+    if query.image is None or query.sentence is None:
+        return ("text",) if query.image is None else ("infrared",)
+    return ("infrared", "text", "fusion")
+
+
 def _answer(search: Search, result: Result) -> SearchAnswer:
     query, weights = result.query, search.request.weights
     voted = query.parts if len(query.parts) == 1 else [name for name in query.parts if weights[name]]
@@ -348,6 +383,8 @@ def _answer(search: Search, result: Result) -> SearchAnswer:
         modalities=list(voted),
         filter_text=query.filter_text_source,
         infrared_caption=query.filter_text,
+        min_score=result.min_score,
+        left_out=result.left_out,
         sentence_cut=query.sentence_cut,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,6 +30,8 @@ class Search:
         asked: what to search for, encoded or not.
         request: search options.
         min_version: search this version of the gallery or a later one, if it exists.
+        min_score: hits with a lower score are left out; None = none are.
+        min_score_unfiltered: the same if fusion subtracts no filter text.
         facts: how the client searched, for the audit trail.
         by: name of the client's API key; None = the service requires no keys.
     """
@@ -37,16 +39,35 @@ class Search:
     asked: Question | Query
     request: Request
     min_version: int
+    min_score: float | None = None
+    min_score_unfiltered: float | None = None
     facts: Mapping[str, Any]
     by: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Hits of a search, and the query that found them."""
+    """What a search shows.
+
+    Attributes:
+        query: the encoded query.
+        answer: hits with at least the minimum score.
+        min_score: the minimum score; None = there is none.
+        left_out: number of hits with a lower score.
+    """
 
     query: Query
     answer: Answer
+    min_score: float | None
+    left_out: int
+
+    @classmethod
+    def of(cls, search: Search, query: Query, answer: Answer) -> Result:
+        """Return the result of a search: its answer without hits below the minimum score."""
+        min_score = search.min_score_unfiltered if query.filter_text is None else search.min_score
+        hits = [hit for hit in answer.hits if min_score is None or hit.score >= min_score]
+        left_out = len(answer.hits) - len(hits)
+        return cls(query=query, answer=replace(answer, hits=hits), min_score=min_score, left_out=left_out)
 
 
 def entries_of(searches: Sequence[Search], results: Sequence[Result]) -> list[NewEntry]:

@@ -6,7 +6,7 @@ Images are sent as base64 in JSON: batches need this anyway, and one format is e
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -89,6 +89,7 @@ Person = Annotated[Name, AfterValidator(_is_somebody)]
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT), AfterValidator(_is_said)]
 # Each pydantic error takes a kilobyte, and a body could cause millions, so lists stop at the first error (`fail_fast`).
 Cameras = Annotated[list[Name], Field(max_length=1000, fail_fast=True)]
+Score = Annotated[float, Field(ge=-1e6, le=1e6)]
 Vector = Annotated[list[float], Field(max_length=1 << 16, fail_fast=True)]
 
 
@@ -132,6 +133,11 @@ class SearchQuery(Message):
     since: Time | None = Field(None, description="earliest time of an image; images without a time are skipped")
     until: Time | None = Field(None, description="latest time of an image; images without a time are skipped")
     by_identity: bool = Field(False, description="return only the best image of each person")
+    min_score: Score | Literal["fitted", "none"] | None = Field(
+        None,
+        description="leave out hits below this score; fitted = the run's threshold for the modalities that vote "
+        "(min_scores of the status), none = leave out nothing, null = as the service is set (serve.min_score)",
+    )
     min_version: int | None = Field(
         None, ge=0, le=INT64, description="minimum gallery version to search (read-your-own-writes)"
     )
@@ -181,6 +187,8 @@ class SearchAnswer(Message):
         description="source of the text that fusion subtracted; none = nothing was subtracted"
     )
     infrared_caption: str | None = Field(None, description="the text that fusion subtracted")
+    min_score: float | None = Field(None, description="hits below this score were left out; null = none")
+    left_out: int = Field(0, description="number of the k best hits with a lower score")
     sentence_cut: bool = Field(False, description="whether a text was longer than 77 tokens, so its end was not read")
 
 
@@ -241,6 +249,11 @@ class ModelFacts(Message):
     text: bool = Field(description="whether the model reads sentences")
     captioner: bool = Field(description="whether the service captions infrared images of clients that send no caption")
     weights: Weights = Field(description="default weights of the modalities")
+    min_scores: dict[str, float] = Field(
+        {},
+        description="score thresholds that the run fitted on validation identities: infrared alone, text alone, "
+        "both with the default weights (ensemble), and both if nothing is subtracted (ensemble-unfiltered)",
+    )
     depth_range: DepthRange = Field(None, description="scaling of images above 8 bits: data.depth_range of the run")
 
 

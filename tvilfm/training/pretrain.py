@@ -7,7 +7,6 @@ weights.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from torch import nn
 from tvilfm.config import PretrainSection
 from tvilfm.data.manifest import column, rows_of, select
 from tvilfm.data.transforms import Recipe, augment, draw
+from tvilfm.datasets.synthetic.layouts import read_truth
 from tvilfm.datasets.synthetic.people import ATTRIBUTES, COLOUR_ATTRIBUTES
 from tvilfm.models.backbone import DualStemResNet, image_format
 from tvilfm.training.readings import LossReadings
@@ -28,8 +28,8 @@ from tvilfm.training.readings import LossReadings
 
 def attribute_labels(root: Path, manifest: pa.Table) -> npt.NDArray[np.int64]:
     """Return indices (N, A) of the attribute values of every manifest row, from `attributes.json`."""
-    truth = json.loads((root / "attributes.json").read_text())
-    by_pid = {int(pid): [values.index(truth[pid][name]) for name, values in ATTRIBUTES.items()] for pid in truth}
+    truth = read_truth(root)
+    by_pid = {pid: [values.index(truth[pid][name]) for name, values in ATTRIBUTES.items()] for pid in truth}
     return np.array([by_pid[pid] for pid in column(manifest, "pid")], dtype=np.int64)
 
 

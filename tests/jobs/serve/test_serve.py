@@ -29,7 +29,7 @@ from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from cluster import machines
-from cluster.places.finished import finished_run
+from cluster.places.finished import finished_run, min_scores_of
 from cluster.serve.application import application, filter_captioner
 from cluster.serve.launch import _check_room, serving
 from cluster.serve.replica import Replica
@@ -43,6 +43,8 @@ from tvilfm.captioning.colors import remove_colors
 from tvilfm.config import Config, resolve
 from tvilfm.data.manifest import select
 from tvilfm.data.pixels import decode
+from tvilfm.evaluation.open_set import OpenSet
+from tvilfm.evaluation.results import ResultRow, Results
 from tvilfm.retrieval.gallery import Gallery
 from tvilfm.retrieval.query import Query, Question
 from tvilfm.retrieval.rows import vector_column
@@ -52,6 +54,7 @@ from tvilfm.retrieval.store import Unavailable
 from tvilfm.service.backend import Busy, Search
 from tvilfm.service.client import Client, as_json
 from tvilfm.service.messages import SearchAnswer
+from tvilfm.terms import METRICS
 
 BATCH = 28
 
@@ -112,6 +115,7 @@ def address(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             "gallery.url: expected a PostgreSQL database at 127.0.0.1/y",
         ),
         ("run", {"name": "none"}, "run.name: expected a finished run"),
+        ("serve", {"min_score": "fitted"}, "serve.min_score: expected a run that was evaluated on validation"),
     ],
 )
 def test_what_cannot_be_served_is_said_before_anything_starts(
@@ -120,6 +124,25 @@ def test_what_cannot_be_served_is_said_before_anything_starts(
     changed = config.model_copy(update={section: getattr(config, section).model_copy(update=changes)})
     with pytest.raises(ValueError, match=message):
         application({"config": changed.model_dump(mode="json")})
+
+
+def test_fitted_scores_are_those_of_the_runs_validation_identities(config: Config, tmp_path: Path) -> None:
+    run = finished_run(config)
+    assert run.validation is None and min_scores_of(run) == {}
+    kept = replace(run, validation=tmp_path / "validation.json")
+    assert min_scores_of(kept) == {}  # all identities were trained on
+    curve = {"thresholds": (), "false_accepts": (), "false_rejects": (), "gallery_people": 8.0}
+    open_set = {"text": OpenSet(**curve, fitted=0.25), "infrared": OpenSet(**curve)}
+    row = ResultRow(
+        **{"query": "infrared", "text_source": "none", "protocol": "p", "num_trials": 1},
+        **dict.fromkeys(METRICS, 0.5),
+        std=dict.fromkeys(METRICS, 0.0),
+    )
+    results = Results(
+        dataset="synthetic", default_text_source="witness", default_protocol="p", rows=[row], open_set=open_set
+    )
+    results.write(kept.validation)
+    assert min_scores_of(kept) == {"text": 0.25}
 
 
 def test_weights_are_the_runs_and_what_its_evaluation_does_besides_is_said(

@@ -19,7 +19,7 @@ from cluster.stages.stage import PLACEMENT, StageJob, UndeclaredInputError, Unde
 from cluster.stages.store import STATE, StageStore
 from tvilfm.config import FIDELITY_SWITCHES, Config, TextStageSection, known_keys, load_config
 
-SOURCES = {"dataset": "d0", "caption_files": "c0", "model": "m0"}
+SOURCES = {"dataset": "d0", "caption_files": "c0", "attributes": "a0", "model": "m0"}
 REPORT_ONLY = ("run.name", "data.split", "data.synthetic", "fidelity")  # what a dataset is decides its fingerprint
 
 
@@ -36,6 +36,7 @@ AFTER_TEXT = {"text", "features", "results", "report"}
 CASES = {
     "evaluate.ensemble.text=2": {"results", "report"},
     "evaluate.text_sources=[witness]": {"features", "results", "report"},
+    "evaluate.text_noise=[typos-1]": {"features", "results", "report"},
     "loss.joint=false": AFTER_TEXT,
     "optim.text_lr=0.002": AFTER_TEXT,
     "train.text.llm_probability=0": AFTER_TEXT,
@@ -182,6 +183,13 @@ def test_sentences_of_people_decide_the_features_of_runs_that_use_them() -> None
     old, new = (stage_fingerprints(used, {**SOURCES, "human_texts": text}) for text in ("h0", "h1"))
     assert {name for name in old if old[name] != new[name]} == after
     assert _changed(config, config, {**SOURCES, "human_texts": "h1"}) == set()
+
+
+def test_true_attributes_decide_the_features_of_runs_that_use_them() -> None:
+    config, used = _load("evaluate.text_noise=[typos-1]"), _load("evaluate.text_noise=[wrong-1]")
+    old, new = (stage_fingerprints(used, {**SOURCES, "attributes": truth}) for truth in ("a0", "a1"))
+    assert {name for name in old if old[name] != new[name]} == {"features", "results", "report"}
+    assert _changed(config, config, {**SOURCES, "attributes": "a1"}) == set()
 
 
 def test_captions_that_the_run_writes_decide_what_builds_on_them_and_those_of_files_nothing_else() -> None:

@@ -262,6 +262,12 @@ def test_a_value_out_of_bounds_names_the_dotted_key_and_the_value(override: str,
             ["evaluate.rerank.method=k_reciprocal", "evaluate.ensemble.temperature=0.1"],
             r"evaluate\.ensemble\.temperature: expected null with rerank\.method=k_reciprocal, got 0\.1",
         ),
+        (["evaluate.text_noise=[typos-1, typos-1]"], r"evaluate\.text_noise: expected each kind once"),
+        (["evaluate.text_noise=[misspelt]"], r"evaluate\.text_noise: expected no-colours, .*, got misspelt"),
+        (
+            ["evaluate.text_noise=[wrong-1]", "data.name=llcm", "data.root=x"],
+            r"evaluate\.text_noise: expected kinds that work on captions for data\.name=llcm",
+        ),
         (["evaluate.protocols=[]"], r"evaluate\.protocols: expected at least one, got none"),
         (["train.base.use_val=true"], r"select: expected last or test when use_val is true, got val"),
         pytest.param(["train.base.use_val=true"], r"train\.base\.select: "),
@@ -315,6 +321,7 @@ def test_size_recipes_resolve(size: str, fidelity: str) -> None:
     config = load_config(FILE, overrides, size=size)
     recipe = leaves(yaml.safe_load(FILE.read_text())["sizes"][size])
     recipe.pop("train.text.cache_views", None)
+    recipe.pop("evaluate.text_noise", None)  # null stands for a selection
     for key, value in recipe.items():
         assert value_of(config, key) == (tuple(value) if isinstance(value, list) else value), key
 
@@ -375,6 +382,16 @@ def test_a_config_cannot_be_changed() -> None:
 def test_a_value_that_cannot_work_is_refused_by_name(override: str, key: str) -> None:
     with pytest.raises(ValueError, match=f"^{key}: "):
         load_config(overrides=[override])
+
+
+def test_noise_is_off_and_null_is_what_the_dataset_allows(tmp_path: Path) -> None:
+    assert load_config(FILE).evaluate.text_noise == ()
+    synthetic = load_config(FILE, ["evaluate.text_noise=null"]).evaluate
+    regdb = load_config(FILE, ["evaluate.text_noise=null", "data.name=regdb", "data.root=/data"]).evaluate
+    assert regdb.text_noise and set(regdb.text_noise) < set(synthetic.text_noise)
+    assert synthetic.reads_attributes and not regdb.reads_attributes
+    (tmp_path / "earlier.yaml").write_text("evaluate: {batch: 3}\n")  # a run of a version without the key
+    assert load_config(tmp_path / "earlier.yaml").evaluate.text_noise == ()
 
 
 def test_each_dataset_brings_its_own_protocols() -> None:

@@ -12,11 +12,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.free_sentences import BEGINNINGS, JOINS, PHRASES
 from tvilfm.datasets.synthetic import people as people_module
 from tvilfm.datasets.synthetic.layouts import SIZES, Size, write_sysu_layout
 from tvilfm.datasets.synthetic.people import ATTRIBUTES, COLOUR_ATTRIBUTES, RGB, SHAPE_ATTRIBUTES, draw_people
 from tvilfm.datasets.synthetic.rendering import INFRARED_CAMERAS, Rendering, render
-from tvilfm.datasets.synthetic.sentences import CONFUSED_COLOURS, SYNONYMS, observe, write_sentence
+from tvilfm.datasets.synthetic.sentences import (
+    CONFUSED_COLOURS,
+    SYNONYMS,
+    observe,
+    write_freely,
+    write_rephrase,
+    write_sentence,
+)
 
 TREE = Size(train=3, val=1, test=2, images_per_camera=1)
 COLOUR_WORDS = set(RGB) | {word for colour in RGB for word in SYNONYMS.get(colour, ())}
@@ -204,3 +212,50 @@ def test_an_existing_folder_is_not_written_over(trees: list[Path]) -> None:
         write_sysu_layout(trees[0], TREE, seed=1)
     assert tree_hashes(trees[0]) == before
     assert not trees[0].with_name("first.partial").exists()
+
+
+def named_in(text: str, attributes: dict[str, str]) -> set[str]:
+    """Attributes whose value a text names, by its words."""
+
+    def says(value: str) -> bool:
+        return any(re.search(rf"\b{re.escape(word)}\b", text) for word in SYNONYMS.get(value, (value,)))
+
+    return {name for name, value in attributes.items() if value not in ("none", "plain") and says(value)}
+
+
+def test_free_sentences_name_all_or_some_attributes_in_many_orders() -> None:
+    places: Counter[bool] = Counter()
+    shorter = 0
+    for person in draw_people(300, seed=5):
+        rng = np.random.default_rng(person.pid)
+        every = {name: value for name, value in person.attributes.items() if name not in ("sex", "bag_colour")}
+        whole, some = (write_freely(person.attributes, rng, some=some) for some in (False, True))
+        assert named_in(whole, every) == {name for name, value in every.items() if value not in ("none", "plain")}
+        shorter += len(named_in(some, every)) < len(named_in(whole, every))
+        shoes, others = re.search(r"shoes|footwear", whole), re.search("|".join(SYNONYMS["trousers"]), whole)
+        if shoes and others:
+            places[shoes.start() < others.start()] += 1
+    assert shorter > 150 and min(places[True], places[False]) > 30
+    assert write_freely({}, np.random.default_rng(0), some=True) in ("person.", "a person.")
+
+
+def test_rephrases_of_infrared_images_stay_complete_and_have_the_form_of_captions() -> None:
+    for person in draw_people(50, seed=5):
+        looks = {name: value for name, value in person.attributes.items() if name in SHAPE_ATTRIBUTES}
+        rephrase = write_rephrase(looks, np.random.default_rng(person.pid), infrared=True)
+        assert rephrase == write_sentence(looks, np.random.default_rng(person.pid))
+
+
+def test_the_phrases_of_the_benchmark_of_free_sentences_are_held_out_from_training() -> None:
+    people = draw_people(400, seed=5)
+    captions = " ".join(write_sentence(one.attributes, np.random.default_rng(one.pid)) for one in people)
+    free = " ".join(
+        write_freely(one.attributes, np.random.default_rng(one.pid), some=some)
+        for one in people
+        for some in (False, True)
+    )
+    templates = [*BEGINNINGS, *JOINS, *(template for options in PHRASES.values() for template in options)]
+    parts = {part.strip() for template in templates for part in re.split(r"\{\d?\}", template)}
+    own = {part for part in parts if len(part.split()) > 1 and part not in captions}
+    assert len(own) > 8
+    assert [part for part in own if part in free] == []

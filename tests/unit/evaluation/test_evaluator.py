@@ -17,7 +17,7 @@ from tvilfm.data.manifest import CAPTION_SCHEMA, build_manifest
 from tvilfm.evaluation.evaluator import CaseResult, Evaluator, default_case
 from tvilfm.evaluation.features import FeatureTable
 from tvilfm.evaluation.protocols import get_protocol, select_query
-from tvilfm.evaluation.query_texts import draw_query_texts, select_query_texts, sentences_of
+from tvilfm.evaluation.query_texts import draw_query_texts, select_query_texts, sentences_of, with_noise
 from tvilfm.models import TVILFM, ModelSpec
 from tvilfm.models.bn_neck import BNNeck
 from tvilfm.models.encode import encode_pixels, encode_texts
@@ -459,3 +459,43 @@ def test_blocks_of_queries_and_of_the_gallery_give_the_metrics_of_the_whole(
         for ours, theirs in zip(block.trials, expected.trials, strict=True):
             assert ours.cmc.tolist() == theirs.cmc.tolist()
             assert (ours.mAP, ours.mINP) == pytest.approx((theirs.mAP, theirs.mINP), abs=1e-12)
+
+
+def test_noise_is_evaluated_as_its_sentences_would_be(
+    model: TVILFM, manifest: pa.Table, captions: pa.Table, images: FeatureTable
+) -> None:
+    noises = ("typos-1", "other-person")
+    section = SECTION.model_copy(update={"text_noise": noises})
+    plain = draw_query_texts(manifest, captions, section, seed=0)
+    drawn = with_noise(plain, manifest, section, seed=0)
+    texts = make_features(sentences_of(drawn), model.spec.dim, 2)
+
+    def evaluator(query_texts: pa.Table) -> Evaluator:
+        return Evaluator(model, manifest, query_texts, images, texts, section, filter_text=True)
+
+    def numbers(cases: list[CaseResult]) -> dict[tuple[str, str, str], list[tuple[float, list[float]]]]:
+        return {
+            (case.query, case.text_source, case.protocol): [(trial.mAP, trial.cmc.tolist()) for trial in case.trials]
+            for case in cases
+        }
+
+    found = evaluator(drawn).evaluate_noise()
+    assert list(found) == list(noises)
+    assert numbers(evaluator(drawn).evaluate()) == numbers(evaluator(plain).evaluate())
+    for noise in noises:
+        of_noise = [row | {"noise": ""} for row in drawn.to_pylist() if row["noise"] == noise]
+        case = {(row["protocol"], row["text_source"]) for row in of_noise}
+        assert case == {(ALL, "witness")} and len(of_noise) == 6
+        others = [row for row in plain.to_pylist() if (row["protocol"], row["text_source"]) not in case]
+        replaced = pa.Table.from_pylist(of_noise + others, schema=plain.schema)
+        expected = numbers(evaluator(replaced).evaluate())
+        assert numbers(found[noise]) == {key: expected[key] for key in expected if key[1:] == ("witness", ALL)}
+
+
+def test_noise_of_a_source_that_does_not_apply_is_left_out(
+    model: TVILFM, manifest: pa.Table, captions: pa.Table, images: FeatureTable, texts: FeatureTable
+) -> None:
+    section = SECTION.model_copy(update={"text_noise": ("typos-1",), "default_text_source": "witness-heldout"})
+    drawn = draw_query_texts(manifest, captions, section, seed=0)
+    assert with_noise(drawn, manifest, section, seed=0).equals(drawn)
+    assert make_evaluator(model, manifest, captions, images, texts, section=section).evaluate_noise() == {}

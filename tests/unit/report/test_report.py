@@ -18,11 +18,13 @@ import pytest
 from rich.console import Console
 
 from tvilfm.datasets.readers import published_rows
+from tvilfm.evaluation.open_set import OpenSet
 from tvilfm.evaluation.results import ResultRow, Results
 from tvilfm.place import write_whole
 from tvilfm.report import page, tables
 from tvilfm.report.charts.features import RetrievalFeatures, distance_chart, pair_distances, tsne_chart
 from tvilfm.report.charts.learning import _learning_panels, learning_chart
+from tvilfm.report.noise import noise_answer
 from tvilfm.report.page import CaptionSample, RankedExample, RankedRow, ReportData
 from tvilfm.terms import METRICS, QUERIES
 
@@ -67,6 +69,22 @@ def make_results(
         default_protocol=PROTOCOL,
         chance={PROTOCOL: 1 / NUM_IDS, "synthetic/indoor/single": 1 / NUM_IDS},
         rows=rows,
+        open_set={
+            name: OpenSet(
+                thresholds=(0.1, 0.5, 0.9),
+                false_accepts=(1.0, 0.4, 0.0),
+                false_rejects=(0.0, 0.3, 1.0),
+                gallery_people=96.0,
+                fitted=None if name == "text" else 0.7321,
+                fitted_false_accepts=None if name == "text" else 0.1234,
+                fitted_false_rejects=None if name == "text" else 0.5678,
+            )
+            for name in ("infrared", "text", "ensemble")
+        },
+        text_noise={
+            noise: [make_row(query, scale * ranks[query]) for query in ("text", "fusion", "ensemble")]
+            for noise, scale in (("typos-1", 0.9), ("typos-2", 0.5), ("typos-4", 0.4), ("chatter", 0.8))
+        },
     )
 
 
@@ -236,7 +254,18 @@ def full_page() -> str:
 
 def test_page_has_every_section_in_order(full_page: str) -> None:
     reader = read_page(full_page)
-    expected = ["verdict", "results", "comparison", "cmc", "protocols", "ranked", "tsne", "distances"]
+    expected = [
+        "verdict",
+        "results",
+        "comparison",
+        "cmc",
+        "protocols",
+        "noise",
+        "open-set-search",
+        "ranked",
+        "tsne",
+        "distances",
+    ]
     expected += ["captions", "learning", "facts", "config"]
     assert [name for name in reader.ids if name in expected] == expected
     assert len(reader.ids) == len(set(reader.ids))
@@ -259,6 +288,16 @@ def test_page_shows_the_numbers_of_results_json(full_page: str) -> None:
     for row in results.rows:
         for metric in METRICS:
             assert f"{100 * getattr(row, metric):.2f} ± 1.23" in reader.text
+    for row in itertools.chain(*results.text_noise.values()):
+        assert reader.text.count(f"{100 * row.mAP:.2f} ± 1.23") >= 2  # in a table, and as Markdown
+
+
+def test_page_shows_the_errors_of_the_fitted_scores(full_page: str) -> None:
+    text = " ".join(read_page(full_page).text.split())
+    assert text.count("0.73212.3456.78") == 2 and "galleries of 96 people" in text
+    unfitted = {"text": make_results().open_set["text"]}
+    text = read_page(page.render_report(ReportData(results=replace(make_results(), open_set=unfitted)))).text
+    assert "no threshold was fitted" in text and "fitted score" not in text
 
 
 def test_page_escapes_texts(full_page: str) -> None:
@@ -284,7 +323,18 @@ def test_marks_do_not_rely_on_colour_alone(full_page: str) -> None:
 def test_minimal_page_has_no_empty_sections() -> None:
     reader = read_page(page.render_report(ReportData(results=infrared_only())))
     assert {"verdict", "results", "config"} <= set(reader.ids)
-    assert not {"protocols", "ranked", "tsne", "distances", "captions", "learning", "facts", "cmc"} & set(reader.ids)
+    assert not {
+        "protocols",
+        "noise",
+        "open-set-search",
+        "ranked",
+        "tsne",
+        "distances",
+        "captions",
+        "learning",
+        "facts",
+        "cmc",
+    } & set(reader.ids)
 
 
 def test_infrared_only_page_with_all_parts() -> None:
@@ -340,7 +390,7 @@ def test_verdict_holds() -> None:
 
 def test_verdict_names_the_text_source() -> None:
     assert "when a witness description is fused in" in tables.verdict(make_results()).sentence
-    own = replace(make_results(), default_text_source="own")
+    own = replace(make_results(), default_text_source="own", text_noise={})
     assert "when the image's own caption is fused in" in tables.verdict(own).sentence
 
 
@@ -412,7 +462,7 @@ def test_verdict_without_ensemble_or_infrared_is_incomplete() -> None:
 
 
 def test_default_rows_take_the_default_text_source() -> None:
-    results = replace(make_results(), default_text_source="own")
+    results = replace(make_results(), default_text_source="own", text_noise={})
     assert [row.text_source for row in results.default_rows] == ["none", "own", "own", "own"]
     assert [row.query for row in results.default_rows] == ["infrared", "text", "fusion", "ensemble"]
     assert "No ground truth is used" in tables.text_source_sentence(results)
@@ -425,10 +475,29 @@ def test_results_json_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "run" / "results.json"
     results.write(path)
     data = json.loads(path.read_text())
-    assert set(data) == {"default_text_source", "default_protocol", "dataset", "chance", "rows"}
+    keys = {"default_text_source", "default_protocol", "dataset", "chance", "rows", "open_set", "text_noise"}
+    assert set(data) == keys
     assert data["rows"][0]["rank1"] == 0.4127
     assert Results.read(path) == results
     assert [one.name for one in path.parent.iterdir()] == ["results.json"]
+    del data["text_noise"], data["open_set"]  # as an earlier version wrote it
+    assert Results.from_dict(data) == replace(results, text_noise={}, open_set={})
+
+
+def test_the_answer_names_the_level_from_which_infrared_alone_is_better() -> None:
+    answer = noise_answer(make_results())  # infrared 0.4127, ensemble 0.7311 without noise
+    assert answer is not None
+    assert "better than the ensemble from these points on: 2 typing errors (36.55%)." in answer
+    assert answer.endswith("with all other noise, at its worst small talk around it (58.49%).")
+    level = {"typos-2": make_results(ensemble=0.9).text_noise["typos-2"]}  # 4 typing errors are worse, but not these
+    mixed = noise_answer(replace(make_results(), text_noise={**make_results().text_noise, **level}))
+    assert mixed is not None and "from these points on: 4 typing errors (29.24%)." in mixed
+    good = noise_answer(replace(make_results(), text_noise={"named-2": make_results().text_noise["typos-1"]}))
+    assert good is not None and good.endswith("The ensemble is at least as good with every noise that was evaluated.")
+    fewer = {"clauses-1": make_results().text_noise["typos-4"], "clauses-3": make_results().text_noise["typos-2"]}
+    short = noise_answer(replace(make_results(), text_noise=fewer))
+    assert short is not None and "from these points on: only 3 clauses (36.55%)." in short
+    assert noise_answer(infrared_only()) is None
 
 
 @pytest.mark.parametrize(
@@ -453,6 +522,8 @@ def test_results_reject_missing_default_and_repeated_rows(tmp_path: Path) -> Non
         replace(infrared_only(), default_protocol="elsewhere")
     with pytest.raises(ValueError, match="one row per"):
         replace(infrared_only(), rows=[row, row])
+    with pytest.raises(ValueError, match=r"results\.text_noise\['typos-1'\]: expected rows of"):
+        replace(infrared_only(), text_noise={"typos-1": [make_row("text", 0.4, source="own")]})
     with pytest.raises(ValueError, match="at least one row"):
         replace(infrared_only(), rows=[])
     path = tmp_path / "results.json"
@@ -508,7 +579,7 @@ def test_tables_print_the_same_figures() -> None:
     flowing = " ".join(terminal.split())
     for words in ("rank-1 of 6.25%", "a witness description adds", "The paper's claim holds"):
         assert words in flowing
-    assert len([line for line in markdown.splitlines() if line.startswith("|")]) == 2 + len(results.rows)
+    assert len([line for line in markdown.splitlines() if line.startswith("|")]) == 2 + len(results.rows) + 12
 
 
 def test_single_trial_prints_no_spread() -> None:

@@ -147,6 +147,25 @@ def test_no_match_and_an_error_say_what_to_do_and_keep_the_search(page: Page, as
     expect(page.get_by_label("Description", exact=True)).to_have_value("a coat")
 
 
+def test_low_scores_are_left_out_if_the_run_has_fitted_scores(page: Page, asked: list[dict[str, Any]]) -> None:
+    search(page)
+    expect(page.get_by_label("leave out hits with a low score")).to_be_hidden()
+    assert "min_score" not in asked[-1]
+    page.route("**/v1/status", lambda route: route.fulfill(json=STATUS | {"min_scores": {"text": 0.4}}))
+    page.reload()
+    page.get_by_label("leave out hits with a low score").check()
+    answer = ANSWER | {"hits": [], "min_score": 0.4, "left_out": 24}
+    page.route("**/v1/search", lambda route: (asked.append(route.request.post_data_json), route.fulfill(json=answer)))
+    search(page)
+    assert asked[-1]["min_score"] == "fitted"
+    expect(page.locator("#told")).to_contain_text("24 hits with a score below 0.400 were left out. Perhaps this person")
+    page.reload()  # the link repeats the search
+    expect(page.get_by_label("leave out hits with a low score")).to_be_checked()
+    page.get_by_label("leave out hits with a low score").uncheck()
+    search(page)
+    assert asked[-1]["min_score"] == "none"
+
+
 def test_on_a_phone_the_hits_come_into_view_and_nothing_is_wider_than_the_screen(
     page: Page, asked: list[dict[str, Any]]
 ) -> None:

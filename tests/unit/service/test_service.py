@@ -10,7 +10,7 @@ import os
 import random
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ class DirectBackend:
         queries = [next(encoded) if isinstance(one.asked, Question) else one.asked for one in searches]
         self._searcher.refresh()
         answers = self._searcher.search(queries, [one.request for one in searches])
-        results = [Result(query=query, answer=answer) for query, answer in zip(queries, answers, strict=True)]
+        results = [Result.of(*row) for row in zip(searches, queries, answers, strict=True)]
         self.gallery.note(entries_of(searches, results))
         return results
 
@@ -213,6 +213,71 @@ def test_a_hit_says_what_each_modality_added_and_filters_hold(service: Service, 
     alone = service.client.post("/v1/search", json={"image": infrared}).json()
     assert alone["modalities"] == ["infrared"] and alone["filter_text"] == "none"
     assert set(service.stages) == {"decode"}
+
+
+def test_hits_below_a_score_are_left_out_and_the_answer_says_how_many(service: Service, infrared: str) -> None:
+    both = {"image": infrared, "sentence": "a woman in a red coat", "k": 6}
+
+    def ask(**query: object) -> dict[str, Any]:
+        found = service.client.post("/v1/search", json=query)
+        assert found.status_code == 200, found.text
+        return found.json()
+
+    every = ask(**both)
+    assert every["min_score"] is None and every["left_out"] == 0 and len(every["hits"]) == 6
+    limit = every["hits"][2]["score"]
+    some = ask(**both, min_score=limit)
+    assert [hit["id"] for hit in some["hits"]] == [hit["id"] for hit in every["hits"] if hit["score"] >= limit]
+    assert some["left_out"] == 6 - len(some["hits"]) > 0 and some["min_score"] == limit
+    assert service.audited()[-1]["ids"] == [hit["id"] for hit in some["hits"]]  # nobody saw the others
+    nobody = ask(**both, min_score=1000)
+    assert nobody["hits"] == [] and nobody["left_out"] == 6
+    assert service.client.post("/v1/search", json={**both, "min_score": "high"}).status_code == 422
+
+
+def test_a_fitted_score_holds_for_the_modalities_that_vote_and_no_others(service: Service, infrared: str) -> None:
+    fitted = {"infrared": -8.0, "text": -7.0, "ensemble": -6.0, "ensemble-unfiltered": -5.0}
+    weights = {"infrared": 1, "text": 2, "fusion": 1}
+    image, sentence, caption = {"image": infrared}, {"sentence": "a coat"}, {"infrared_caption": "a coat"}
+    like = {"like": service.names[0]}
+
+    def score(query: Mapping[str, object], wanted: str | None = "fitted") -> float | None:
+        chosen = {} if wanted is None else {"min_score": wanted}
+        found = service.client.post("/v1/search", json={**query, **chosen})
+        assert found.status_code == 200, found.text
+        return found.json()["min_score"]
+
+    def refused(query: Mapping[str, object]) -> str:
+        found = service.client.post("/v1/search", json={**query, "min_score": "fitted"})
+        assert found.status_code == 422
+        return found.json()["error"]
+
+    assert "no fitted score for text with these weights" in refused(sentence)  # a run without validation identities
+    service.backend.facts = service.backend.facts.model_copy(update={"min_scores": fitted})
+    assert service.client.get("/v1/status").json()["min_scores"] == fitted
+    assert [score(image), score(sentence), score(image | sentence | caption), score(image | sentence)] == [
+        *fitted.values()
+    ]
+    assert score(image | sentence | {"weights": WEIGHTS}) == -5.0
+    assert "no fitted score for infrared + text + fusion with these" in refused(image | sentence | {"weights": weights})
+    assert "no fitted score for visible" in refused(like)
+    assert score(image, None) is None and score(image, "none") is None
+    service.backend.facts = service.backend.facts.model_copy(update={"min_scores": {"ensemble": -6.0}})
+    assert score(image | sentence) == -6.0  # of a run whose fusion never subtracts
+
+
+def test_the_service_may_leave_out_low_scores_unless_a_request_says_otherwise(
+    untrained_run: UntrainedRun, database: str, infrared: str
+) -> None:
+    service = Service(untrained_run, database, min_score="fitted")
+    service.backend.facts = service.backend.facts.model_copy(update={"min_scores": {"infrared": 1.5}})
+    with service.client:
+        found = service.client.post("/v1/search", json={"image": infrared, "k": 3}).json()
+        assert (found["hits"], found["min_score"], found["left_out"]) == ([], 1.5, 3)
+        for query in ({"image": infrared, "min_score": "none"}, {"sentence": "a coat"}, {"like": service.names[0]}):
+            found = service.client.post("/v1/search", json={**query, "k": 3}).json()
+            assert (len(found["hits"]), found["min_score"], found["left_out"]) == (3, None, 0)
+    service.backend.gallery.close()
 
 
 def test_a_batch_answers_as_searches_alone_do(service: Service, infrared: str) -> None:

@@ -22,9 +22,10 @@ from tvilfm.data.manifest import CAPTION_SCHEMA, build_manifest
 from tvilfm.datasets.caption_writing import write_published
 from tvilfm.datasets.synthetic.people import Person, draw_people
 from tvilfm.datasets.synthetic.rendering import INFRARED_CAMERAS, VISIBLE_CAMERAS, render
-from tvilfm.datasets.synthetic.sentences import observe, write_sentence
+from tvilfm.datasets.synthetic.sentences import observe, write_rephrase, write_sentence
 
 Layout = Literal["sysu_mm01", "regdb", "llcm", "folder"]
+TRUTH_FILE = "attributes.json"
 FEW_SHOTS = 300  # up to this number, rendering takes less time than starting processes
 
 
@@ -57,11 +58,12 @@ class _Shot:
 def _shoot(shot: _Shot, root: Path) -> tuple[str, str, str]:
     rendering = render(shot.person, shot.camid, shot.index, seed=shot.seed)
     rng = np.random.default_rng([shot.seed, 4, shot.person.pid, shot.camid, shot.index])
-    believed = observe(shot.person, rendering, rng, infrared=shot.camid in INFRARED_CAMERAS)
+    infrared = shot.camid in INFRARED_CAMERAS
+    believed = observe(shot.person, rendering, rng, infrared=infrared)
     target = root / shot.path
     target.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(rendering.pixels).save(target, quality=92)
-    return shot.path, write_sentence(believed, rng), write_sentence(believed, rng)
+    return shot.path, write_sentence(believed, rng), write_rephrase(believed, rng, infrared=infrared)
 
 
 def write_layout(root: Path, size: Size, *, seed: int, layout: Layout = "sysu_mm01", archetypes: bool = True) -> None:
@@ -91,8 +93,8 @@ def write_sysu_layout(root: Path, size: Size, *, seed: int, archetypes: bool = T
     """Write a benchmark in the exact layout of SYSU-MM01, with captions in the published format.
 
     The files are `cam{1..6}/{pid:04d}/{index:04d}.jpg`, `exp/{train,val,test}_id.txt`,
-    `Text/Blip_{RGB,IR}/caption_llm_dict_Blip_{RGB,IR}.json`, and `attributes.json` (the true attributes, which no stage
-    except pre-training reads). The folder is created completely or, after an error, not at all.
+    `Text/Blip_{RGB,IR}/caption_llm_dict_Blip_{RGB,IR}.json`, and `attributes.json` (see `read_truth`). The folder is
+    created completely or, after an error, not at all.
 
     Args:
         root: folder to create; it must not exist.
@@ -252,7 +254,21 @@ def _write_captions(
 
 
 def _write_truth(partial: Path, people: Sequence[Person]) -> None:
-    (partial / "attributes.json").write_text(json.dumps({str(p.pid): p.attributes for p in people}, indent=1))
+    (partial / TRUTH_FILE).write_text(json.dumps({str(p.pid): p.attributes for p in people}, indent=1))
+
+
+def read_truth(root: Path) -> dict[int, dict[str, str]]:
+    """Return pid -> attribute -> true value of the people of a benchmark.
+
+    Only pre-training, the scores of captioners and `evaluate.text_noise` read it.
+
+    Raises:
+        ValueError: the folder has no file of attributes.
+    """
+    path = root / TRUTH_FILE
+    if not path.is_file():
+        raise ValueError(f"{path}: expected the true attributes of rendered people, got no file. Render them again.")
+    return {int(pid): attributes for pid, attributes in json.loads(path.read_text()).items()}
 
 
 def _shots(people: Sequence[Person], images_per_camera: int, seed: int) -> Iterator[_Shot]:

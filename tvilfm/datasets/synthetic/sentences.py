@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from tvilfm.datasets.synthetic.people import COLOUR_ATTRIBUTES, SHAPE_ATTRIBUTES, Person
@@ -41,6 +43,24 @@ CONFUSED_COLOURS: dict[str, tuple[str, ...]] = {
     "brown": ("black", "red"),
     "blonde": ("brown", "gray"),
 }
+# How free sentences begin the phrase about a part.
+_SINGULAR = ("top", "bag", "hat")
+_VERBS: dict[str, tuple[str, ...]] = {
+    "hair": ("has", "shows"),
+    "top": ("wears", "has on", "is dressed in"),
+    "bottom": ("wears", "has on", "is dressed in"),
+    "shoes": ("wears", "has on", "walks in"),
+    "bag": ("carries", "holds", "has"),
+    "hat": ("wears", "has on"),
+}
+_PREPOSITIONS: dict[str, tuple[str, ...]] = {
+    "hair": ("with",),
+    "top": ("in", "with", "wearing"),
+    "bottom": ("in", "with", "wearing"),
+    "shoes": ("in", "with", "wearing"),
+    "bag": ("with", "carrying", "holding"),
+    "hat": ("with", "in", "wearing"),
+}
 FILLERS = ("clearly ", "basically ", "existing ", "certainly ", "very modern ")
 
 
@@ -69,7 +89,7 @@ def write_sentence(believed: dict[str, str], rng: np.random.Generator) -> str:
 
     def word(value: str) -> str:
         options = SYNONYMS.get(value, (value,))
-        return options[rng.integers(len(options))]
+        return options[int(rng.integers(len(options)))]
 
     def phrase(*names: str, last: str) -> str:
         words = [word(believed[name]) for name in names if name in believed and believed[name] != "plain"]
@@ -86,13 +106,87 @@ def write_sentence(believed: dict[str, str], rng: np.random.Generator) -> str:
 
     wears = ("wearing", "sporting", "dressed in")[rng.integers(3)]
     joins = ("with", "paired with", "and")[rng.integers(3)]
-    sentence = f"a {word(believed['sex'])}"
+    sentence = f"a {word(believed['sex']) if 'sex' in believed else 'person'}"
     sentence += f" with {hair}," if hair else ""
     sentence += f" {wears} {_article(top)} {joins} {bottom}"
     sentence += f", {joins} {shoes}" if shoes else ""
     sentence += f", carrying {_article(bag)}" if bag else ""
     sentence += f", {('wearing', 'with')[rng.integers(2)]} a {hat} on the head" if hat else ""
     return sentence + "."
+
+
+def write_rephrase(believed: dict[str, str], rng: np.random.Generator, *, infrared: bool) -> str:
+    """Return another sentence about the reported attributes, as a language model or a person would say it.
+
+    Of a visible image, half of the sentences have the form of the captions; the others have a free form and order, and
+    half of these name only some of the attributes. A model that is trained on them reads free sentences better
+    (`benchmarks/results/free_sentences.md`). Infrared sentences are subtracted in fusion, so they stay complete.
+    """
+    if infrared or rng.random() < 0.5:
+        return write_sentence(believed, rng)
+    return write_freely(believed, rng, some=bool(rng.random() < 0.5))
+
+
+def write_freely(believed: dict[str, str], rng: np.random.Generator, *, some: bool) -> str:
+    """Return a sentence in free form and order: notes, a list of clauses, or "in" and "with".
+
+    Args:
+        believed: the reported attributes.
+        rng: random numbers.
+        some: name only some of the attributes.
+    """
+    nouns = _nouns(believed, rng)
+    parts = [list(nouns)[place] for place in rng.permutation(len(nouns))]
+    if some and parts:
+        parts = parts[: int(rng.integers(1, len(parts) + 1))]
+    person = _pick(SYNONYMS[believed["sex"]], rng) if "sex" in believed and rng.random() < 0.8 else "person"
+    form = rng.integers(3)
+    if form == 0:  # notes
+        notes = [nouns[part] for part in parts]
+        if person != "person" or not notes:
+            notes.insert(int(rng.integers(len(notes) + 1)), person)
+        return _pick((", ", " and ", " "), rng).join(notes) + "."
+    phrases = [_article(nouns[part]) if part in _SINGULAR else nouns[part] for part in parts]
+    words = _VERBS if form == 1 else _PREPOSITIONS
+    clauses = [f"{_pick(words[part], rng)} {phrase}" for part, phrase in zip(parts, phrases, strict=True)]
+    join = _pick((", ", " and ") if form == 1 else (" ", ", ", " and "), rng)
+    who = " who " if form == 1 else " "
+    return f"a {person}{who if clauses else ''}{join.join(clauses)}."
+
+
+def _nouns(believed: dict[str, str], rng: np.random.Generator) -> dict[str, str]:
+    """Return part -> its words: `red coat`, `coat in red` or `coat coloured red`."""
+
+    def word(value: str) -> str:
+        return _pick(SYNONYMS.get(value, (value,)), rng)
+
+    def noun(thing: str, *names: str) -> str:
+        said = [word(believed[name]) for name in names if believed.get(name, "plain") != "plain"]
+        colour = said.pop(0) if names[0] in believed else ""
+        form = rng.integers(4) if colour else 0
+        if form < 2:
+            return " ".join([colour, *said, thing]).strip()
+        return " ".join([*said, thing, ("in", "coloured")[form - 2], colour])
+
+    nouns = {}
+    if {"hair", "hair_colour"} & set(believed):
+        said = [word(believed[name]) for name in ("hair", "hair_colour") if name in believed]
+        nouns["hair"] = " ".join([*(said if rng.random() < 0.5 else said[::-1]), "hair"])
+    if {"top", "top_colour", "pattern"} & set(believed):
+        nouns["top"] = noun(word(believed.get("top", "top")), "top_colour", "pattern")
+    if {"bottom", "bottom_colour"} & set(believed):
+        nouns["bottom"] = noun(word(believed.get("bottom", "bottoms")), "bottom_colour")
+    if "shoe_colour" in believed:
+        nouns["shoes"] = noun(_pick(("shoes", "footwear"), rng), "shoe_colour")
+    if believed.get("bag", "none") != "none":
+        nouns["bag"] = noun(word(believed["bag"]), "bag_colour")
+    if believed.get("hat", "none") != "none":
+        nouns["hat"] = word(believed["hat"])
+    return nouns
+
+
+def _pick(options: Sequence[str], rng: np.random.Generator) -> str:
+    return options[int(rng.integers(len(options)))]
 
 
 def _article(noun_phrase: str) -> str:
