@@ -1,4 +1,4 @@
-"""Real kills of the captioning job: nothing is lost, nothing is there twice, one batch an actor is done again."""
+"""Real kills of the captioning job: nothing is lost, nothing is there twice, one chunk an actor is done again."""
 
 from __future__ import annotations
 
@@ -17,10 +17,17 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from cluster.tables.captioning import CHUNKS_PER_WORKER
 from cluster.tables.parts import Parts
 from tests.paths import REPOSITORY
 
 IMAGES, BATCH = 96, 4
+
+
+def chunk_of(workers: int) -> int:
+    """Images that an actor captions before it writes their part."""
+    return IMAGES // (workers * CHUNKS_PER_WORKER)
+
 
 # A job in a process of its own, on a Ray of its own, whose captioner writes down every picture it is given. The
 # sentence names the picture's first pixel, so that a mix-up would show.
@@ -169,7 +176,7 @@ def test_after_every_kill_of_the_driver_the_next_run_captions_what_is_missing(la
         while settled != (settled := lab.num_written() + lab.num_captioned()):  # its workers need a moment to die
             time.sleep(1.0)
         assert before < lab.num_written() < IMAGES
-        assert lab.num_captioned() <= lab.num_written() + kills * workers * BATCH
+        assert lab.num_captioned() <= lab.num_written() + kills * workers * chunk_of(workers)
         before = lab.num_written()
         assert not (lab.out / "captions.parquet").exists()
 
@@ -180,18 +187,18 @@ def test_after_every_kill_of_the_driver_the_next_run_captions_what_is_missing(la
 
 
 @pytest.mark.long
-def test_a_killed_actor_costs_the_batch_under_way(lab: Lab) -> None:
+def test_a_killed_actor_costs_the_chunk_under_way(lab: Lab) -> None:
     driver = lab.start(seconds=0.15)
     lab.wait_for(lambda: len(lab.calls()) >= 3, driver)
     os.kill(lab.calls()[-1]["pid"], signal.SIGKILL)
     assert finish(driver) == {"before": 0, "captioned": IMAGES}
     assert len({call["pid"] for call in lab.calls()}) == 2
-    assert IMAGES <= lab.num_captioned() <= IMAGES + BATCH
+    assert IMAGES <= lab.num_captioned() <= IMAGES + chunk_of(1)
     lab.check_table()
 
 
 @pytest.mark.long
-def test_a_killed_node_costs_its_batch_under_way(lab: Lab) -> None:
+def test_a_killed_node_costs_its_chunk_under_way(lab: Lab) -> None:
     driver = lab.start(seconds=0.3, workers=2, nodes=2)
     assert driver.stdout is not None
     raylets = {node["node"]: node["raylet"] for node in (json.loads(driver.stdout.readline()) for _ in range(2))}
@@ -202,5 +209,5 @@ def test_a_killed_node_costs_its_batch_under_way(lab: Lab) -> None:
     assert finish(driver) == {"before": 0, "captioned": IMAGES}
     # An orphaned actor needs a moment to die, in which it may begin one more batch.
     assert {call["node"] for call in lab.calls()[killed + 2 :]} == {head}
-    assert IMAGES <= lab.num_captioned() <= IMAGES + 2 * BATCH
+    assert IMAGES <= lab.num_captioned() <= IMAGES + 2 * chunk_of(2)
     lab.check_table()
