@@ -21,7 +21,7 @@ def on_host(state: S) -> S:
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     """Copy what training changes: parameters that require a gradient, each once, and all buffers.
 
-    Frozen parameters are not included: whoever builds the network again has them.
+    Frozen parameters are not included, because the network is built again with them.
     """
     state = model.state_dict()
     return {name: _copy(state[name]) for name in sorted(_trained_names(model))}

@@ -26,8 +26,8 @@ from tvilfm.models import TVILFM
 from tvilfm.models.backbone import image_format
 from tvilfm.models.weights import load_trained, on_host, trained_weights
 from tvilfm.training.checkpoint import Checkpoint, Progress
-from tvilfm.training.distributed import rank, synchronise_batch_norm, world_size
-from tvilfm.training.optim import StageOptimizer, lr_factor
+from tvilfm.training.distributed import average_rows, rank, synchronise_batch_norm, world_size
+from tvilfm.training.optim import TOKEN_EMBEDDING, StageOptimizer, lr_factor
 from tvilfm.training.prefetch import prefetch
 from tvilfm.training.readings import LossReadings
 from tvilfm.training.step import StageStep
@@ -94,7 +94,8 @@ def train_stage(
     """
     schedule = settings.schedule
     progress, best, optimizer, scaler = _start(model, settings, device, resume)
-    step = _distributed(StageStep(model, JointObjective(settings.loss), pad=settings.pad), settings.loss, device)
+    one = StageStep(model, JointObjective(settings.loss), pad=settings.pad)
+    step = one if world_size() == 1 else distributed(one, settings.loss, device, dataset.token_ids())
 
     for epoch in range(progress.epochs_done, schedule.epochs):
         sampler.set_epoch(epoch)
@@ -153,10 +154,22 @@ def _start(
     return checkpoint.progress, checkpoint.best, optimizer, scaler
 
 
-def _distributed(step: StageStep, loss: LossSection, device: torch.device) -> nn.Module:
-    """Return the step, with gradients averaged over all workers if there are several."""
-    if world_size() == 1:
-        return step
+def distributed(step: StageStep, loss: LossSection, device: torch.device, token_ids: Tensor) -> nn.Module:
+    """Return the step with gradients averaged over all workers.
+
+    Frozen parameters are not sent, and of the token embedding only the rows of `token_ids`.
+
+    Args:
+        step: the step, frozen as it will be trained.
+        loss: the stage's losses.
+        device: device of this worker.
+        token_ids: `TriModalDataset.token_ids`.
+    """
+    if step.model.text is not None:
+        average_rows(step.model.text.tower.token_embedding.weight, token_ids)
+        # The method that torch's own libraries use for this; there is no argument.
+        ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+        ignore(step, [f"model.{TOKEN_EMBEDDING}"])  # type: ignore[no-untyped-call]
     return DistributedDataParallel(
         step,
         device_ids=[device] if device.type == "cuda" else None,
