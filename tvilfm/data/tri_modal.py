@@ -1,7 +1,7 @@
 """Training batches of three modalities: pixels or cached features of images, and tokens of their captions.
 
-Every worker makes all random draws for the global batch and keeps the part for its own identities. The batches of all
-workers together are therefore the batch that a single worker would get.
+Every worker makes all random draws for the global batch and keeps its own part, which may split an identity. The
+batches of all workers together are therefore the batch that a single worker would get.
 
 Shapes: B rows per modality on this worker, L tokens.
 """
@@ -140,7 +140,7 @@ class TriModalDataset(Dataset[Batch]):
         pixels: uint8 (N, H, W, 3), memory-mapped, in the order of `manifest`; used if `views` is None.
         pad: border of the augmentation, pixels.
         seed: seed of the run.
-        rank, world_size: rank of this worker and number of workers, which share the identities of a batch.
+        rank, world_size: rank of this worker and number of workers, which share the images of a batch.
         captions: caption table; None in the base stage.
         llm_probability: probability of replacing a caption by its rephrase, independently for both captions of a row.
         views: recipe -> float (V, N, D) cached features of the N rows of a modality; None = read pixels.
