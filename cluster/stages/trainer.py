@@ -246,10 +246,15 @@ class Reporter:
         self.wait()
 
         def upload(here: Checkpoint, name: str) -> Checkpoint:
+            storage = ray.train.get_context().get_storage()
+            shared = isinstance(storage.storage_filesystem, fs.LocalFileSystem)
+            folder = Path(storage.build_checkpoint_path_from_name(name) if shared else here.path)
             try:
-                write(Path(here.path))
-                write_records(Path(here.path) / METRICS_FILE, records)
-                storage = ray.train.get_context().get_storage()
+                folder.mkdir(exist_ok=not shared)  # the folder of the run exists, or the storage is not shared
+                write(folder)
+                write_records(folder / METRICS_FILE, records)
+                if shared:
+                    return Checkpoint.from_directory(str(folder))
                 stored: Checkpoint = storage.persist_current_checkpoint(here, name)
                 return stored
             finally:

@@ -46,7 +46,7 @@ from tvilfm.place import Place, to_parquet
 from tvilfm.terms import MODALITIES, DepthRange
 
 CHUNK_IMAGES = 1000  # images per part: 10 million are 10,000 parts, and a lost actor costs seconds of work
-CHUNKS_PER_WORKER = 4  # a smaller job is cut into at least this many chunks per actor, so that all end together
+CHUNKS_PER_WORKER = 16  # a smaller job is cut into more chunks, so that all actors end together
 
 
 @dataclass(frozen=True, kw_only=True)

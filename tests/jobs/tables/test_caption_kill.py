@@ -17,11 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from cluster.tables.captioning import CHUNKS_PER_WORKER
 from cluster.tables.parts import Parts
 from tests.paths import REPOSITORY
 
-IMAGES, BATCH = 96, 4
+IMAGES, BATCH, CHUNKS_PER_WORKER = 96, 4, 4
 
 
 def chunk_of(workers: int) -> int:
@@ -68,7 +67,7 @@ if __name__ == "__main__":
     import ray
     from ray.cluster_utils import Cluster
 
-    from cluster.tables.captioning import caption_images
+    from cluster.tables import captioning
     from cluster.tables.images import list_images
     from tvilfm.config import CaptionSection, ClusterSection
 
@@ -84,7 +83,8 @@ if __name__ == "__main__":
         ray.init(address="local", num_cpus=2, include_dashboard=False, **options)
     section = CaptionSection(batch=job["batch"], workers=job["workers"])
     rows = list_images(job["images"], "visible")
-    summary = caption_images(rows, job["images"], job["out"], section, ClusterSection(), seed=0)
+    captioning.CHUNKS_PER_WORKER = job["chunks"]
+    summary = captioning.caption_images(rows, job["images"], job["out"], section, ClusterSection(), seed=0)
     print(json.dumps({"before": summary.before, "captioned": summary.captioned}), flush=True)
     ray.shutdown()
     if job["nodes"] > 1:
@@ -114,6 +114,7 @@ class Lab:
             "workers": workers,
             "nodes": nodes,
             "batch": BATCH,
+            "chunks": CHUNKS_PER_WORKER,
         }
         driver = subprocess.Popen(
             [sys.executable, str(self.folder / "driver.py"), json.dumps(job)],
@@ -207,7 +208,8 @@ def test_a_killed_node_costs_its_chunk_under_way(lab: Lab) -> None:
     os.kill(raylets[second], signal.SIGKILL)
     killed = len(lab.calls())
     assert finish(driver) == {"before": 0, "captioned": IMAGES}
-    # An orphaned actor needs a moment to die, in which it may begin one more batch.
-    assert {call["node"] for call in lab.calls()[killed + 2 :]} == {head}
+    # An orphaned actor needs a moment to die, in which it may end its chunk and begin one more.
+    late = [call for call in lab.calls()[killed:] if call["node"] == second]
+    assert len(late) <= 2 * chunk_of(2) // BATCH
     assert IMAGES <= lab.num_captioned() <= IMAGES + 2 * chunk_of(2)
     lab.check_table()

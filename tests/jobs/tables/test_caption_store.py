@@ -16,7 +16,7 @@ from moto.server import DomainDispatcherApplication
 from PIL import Image
 from pyarrow import fs
 
-from cluster.tables.captioning import CHUNKS_PER_WORKER, caption_images
+from cluster.tables.captioning import caption_images
 from cluster.tables.images import list_images
 from cluster.tables.parts import Parts, alone, part_name
 from tvilfm.captioning.captioner import Captioner
@@ -84,7 +84,8 @@ def test_a_job_reads_from_and_writes_to_a_store(store: SimpleNamespace, ray_sess
 def test_a_job_asks_the_store_once_per_chunk_and_the_next_one_writes_no_part(
     store: SimpleNamespace, ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images, batch, chunks = 64, 4, CHUNKS_PER_WORKER
+    images, batch, chunks = 64, 4, 4
+    monkeypatch.setattr("cluster.tables.captioning.CHUNKS_PER_WORKER", chunks)
     build_conv_captioner(tmp_path / "model", ["a man in a coat"], height=HEIGHT, width=WIDTH, seed=0)
     (tmp_path / "images").mkdir()
     for seed in range(images):
