@@ -28,7 +28,7 @@ from tvilfm.config import load_config
 SIZES = (1_000, 20_000)
 HEIGHT, WIDTH, BATCH, WORKERS = 32, 16, 32, 1
 EVERY_S = 0.2
-ROLES = {"CaptionActor": "captioning actor", "decode_chunk": "decoding task"}
+ROLES = {"CaptionActor": "captioning actor", "decode_batch": "decoding task"}
 
 
 def caption_memory() -> Claim:

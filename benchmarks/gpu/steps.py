@@ -96,7 +96,7 @@ class _Rate:
     def on_step(self, record: Mapping[str, float | int]) -> None:
         self.steps_per_s = record["steps_per_s"]
 
-    def on_epoch(self, record: Mapping[str, float | int], checkpoint: Path | None) -> None:
+    def on_epoch(self, record: Mapping[str, float | int], write: object) -> None:
         pass
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 
 from cluster.places.depot import Depot, fetched
 from cluster.stages.learning import METRICS_FILE, write_records
-from cluster.stages.trainer import Reporter, fit, last_checkpoint
+from cluster.stages.trainer import Reporter, bring, fit, last_checkpoint
 from tvilfm.captioning.captioner import Captioner
 from tvilfm.captioning.conv_captioner import NAME, build_conv_captioner
 from tvilfm.captioning.finetune import Pairs, caption_pairs, finetune, mean_loss
@@ -75,9 +74,7 @@ def fit_captioner(
     (records, marks), last = fit(_worker, job, folder, config.cluster, workers=workers, depot=depot)
     write_records(folder / METRICS_FILE, records)
     marks.write(folder / "marks.json")
-    assert last is not None
-    with last.as_directory() as checkpoint:
-        shutil.copytree(Path(checkpoint) / "model", folder / "captioner", dirs_exist_ok=True)
+    bring(last, "model", folder / "captioner")
 
 
 def _pairs(config: Config, modality: Modality, inputs: Mapping[str, str], split: str) -> Pairs:
@@ -119,6 +116,7 @@ def _worker(job: dict[str, Any]) -> tuple[list[Record], Marks] | None:
         )
     if context.get_world_rank() != 0:
         return None
+    reporter.wait()  # saving and generating both change the model's generation config
     return reporter.records, _mark(captioner, config, modality, inputs)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +16,11 @@ import pyarrow.parquet as pq
 import ray.train
 import ray.train.torch
 import torch
+from pyarrow import fs
 from ray.train import (
     Checkpoint,
     CheckpointConfig,
+    CheckpointUploadMode,
     ControllerError,
     FailureConfig,
     RunConfig,
@@ -36,9 +38,9 @@ from cluster.stages.learning import METRICS_FILE, read_records, write_records
 from cluster.stages.store import STATE
 from tvilfm.config import ClusterSection, Config
 from tvilfm.data.pixels import open_pixels
-from tvilfm.models import TVILFM
 from tvilfm.place import is_full_disk
 from tvilfm.terms import Record
+from tvilfm.training.checkpoint import NETWORK, PROGRESS
 
 # A restart would meet these again, as it would meet a full disk: bad input, and losses that are not finite.
 INPUT_ERRORS = (ValueError, FloatingPointError)
@@ -75,12 +77,8 @@ def fit_network(
     workers = config.cluster.train_workers
     records, last = fit(worker, job, folder, config.cluster, workers=workers, depot=depot)
     write_records(folder / METRICS_FILE, records)
-    assert last is not None
-    with last.as_directory() as checkpoint:
-        model = TVILFM.from_pretrained(Path(checkpoint) / "best")
-        progress = json.loads((Path(checkpoint) / "progress.json").read_text())
-    model.save_pretrained(folder / "model")
-    (folder / "selection.json").write_text(json.dumps(progress))
+    bring(last, NETWORK, folder / "model")
+    bring(last, PROGRESS, folder / "selection.json")
 
 
 def fit(
@@ -138,6 +136,16 @@ def fit(
             raise WorkerInputError(str(error.controller_failure)) from None
         raise
     return result.return_value, result.checkpoint  # type: ignore[attr-defined]  # of Train V2
+
+
+def bring(checkpoint: Checkpoint | None, name: str, target: Path) -> None:
+    """Copy a file or folder of the last checkpoint, and nothing else of it."""
+    assert checkpoint is not None
+    source = f"{checkpoint.path}/{name}"
+    filesystem: fs.FileSystem = checkpoint.filesystem
+    if filesystem.get_file_info(source).type == fs.FileType.Directory:
+        target.mkdir(exist_ok=True)
+    fs.copy_files(source, str(target), filesystem, fs.LocalFileSystem())
 
 
 def read_job(job: dict[str, Any]) -> tuple[Config, Path, dict[str, Path]]:
@@ -211,6 +219,8 @@ class Reporter:
         self._rank = ray.train.get_context().get_world_rank()
         self._progress = ProgressFile(folder / PROGRESS_FILE)
         self._epochs = epochs
+        self._written = threading.Event()
+        self._written.set()
         self.records: list[Record] = []
         if resume is not None:
             self.records = read_records(resume / METRICS_FILE)
@@ -223,10 +233,41 @@ class Reporter:
             note = "  ".join(f"{key} {value:.3f}" for key, value in terms.items())
             self._progress.update(done, self._epochs * steps, note)
 
-    def on_epoch(self, record: Mapping[str, float | int | str], checkpoint: Path | None) -> None:
+    def on_epoch(self, record: Mapping[str, float | int | str], write: Callable[[Path], None] | None) -> None:
+        """Report an epoch. Its checkpoint is written while the next epoch runs; at most one waits until it is written.
+
+        Ray Train counts a checkpoint only when it is whole in storage, and counts them in their order.
+        """
         self.records.append(dict(record))
-        if checkpoint is None:
-            ray.train.report({"records": self.records})
+        records = list(self.records)
+        if write is None:
+            ray.train.report({"records": records}, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
             return
-        write_records(checkpoint / METRICS_FILE, self.records)
-        ray.train.report({"records": self.records}, checkpoint=Checkpoint.from_directory(str(checkpoint)))
+        self.wait()
+
+        def upload(here: Checkpoint, name: str) -> Checkpoint:
+            storage = ray.train.get_context().get_storage()
+            shared = isinstance(storage.storage_filesystem, fs.LocalFileSystem)
+            folder = Path(storage.build_checkpoint_path_from_name(name) if shared else here.path)
+            try:
+                folder.mkdir(exist_ok=not shared)  # the folder of the run exists, or the storage is not shared
+                write(folder)
+                write_records(folder / METRICS_FILE, records)
+                if shared:
+                    return Checkpoint.from_directory(str(folder))
+                stored: Checkpoint = storage.persist_current_checkpoint(here, name)
+                return stored
+            finally:
+                self._written.set()
+
+        self._written.clear()
+        ray.train.report(
+            {"records": records},
+            checkpoint=Checkpoint.from_directory(tempfile.mkdtemp(prefix="tvilfm-checkpoint-")),
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=upload,
+        )
+
+    def wait(self) -> None:
+        """Wait until the checkpoint of the last reported epoch is written."""
+        self._written.wait()

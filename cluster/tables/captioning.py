@@ -1,9 +1,10 @@
 """Caption images on a pool of Ray Data actors. The job scales to a million images and resumes after a kill.
 
-Images are cut into fixed chunks before they are distributed, so neither the number of actors nor their speed changes
-which images are captioned together: the captions equal those of a plain loop over the same chunks, row for row. CPU
-tasks read and decode a chunk; an actor captions it and writes its part atomically. The output folder is the only state,
-so a kill leaves no other state behind.
+Images are cut into batches at fixed places before they are distributed, so neither the number of actors nor their speed
+changes which images are captioned together: the captions equal those of a plain loop over the same batches, row for
+row. The driver hands out chunks of about 1,000 names. An actor has its batches read and decoded by CPU tasks, captions
+them and writes one part per chunk atomically. The output folder is the only state, so a kill leaves no other state
+behind, and the next run compares names only.
 
 The modalities are processed one after the other, each on the whole pool. Two pools at once would need a guess how to
 split the GPUs, and the pool that finishes first would be idle.
@@ -23,18 +24,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-from ray.data import ExecutionResources
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.places.depot import Depot
 from cluster.progress import ProgressFile, counted
 from cluster.session import plain_errors, session
 from cluster.tables.caption_worker import (
+    ACTOR_CPUS,
+    ANYWHERE,
     PART_SCHEMA,
     QUARANTINE_SCHEMA,
     CaptionActor,
     CaptionJob,
-    decode_chunk,
     load_captioners,
 )
 from cluster.tables.images import list_images
@@ -45,12 +45,8 @@ from tvilfm.datasets import read_dataset
 from tvilfm.place import Place, to_parquet
 from tvilfm.terms import MODALITIES, DepthRange
 
-# Do not use the placement group of a surrounding Tune trial: it reserves resources only for the trial's driver.
-ANYWHERE = PlacementGroupSchedulingStrategy(placement_group=None)  # type: ignore[arg-type]  # as its documentation says
-STORE_BYTES = 1 << 30  # maximum of decoded images queued per actor: seconds of work for the fastest GPU
-# One CPU has room for an actor and a decoder. Otherwise, after a loss of nodes, actors could take all CPUs of the other
-# nodes, no decoder could run, and the job would hang.
-ACTOR_CPUS, DECODER_CPUS = 0.9, 0.1
+CHUNK_IMAGES = 1000  # images per part: 10 million are 10,000 parts, and a lost actor costs seconds of work
+CHUNKS_PER_WORKER = 16  # a smaller job is cut into more chunks, so that all actors end together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,8 +180,6 @@ def caption_images(
     with alone(out):
         started = time.monotonic()
         captions, quarantine = Parts(out, "parts", "captions"), Parts(out, "parts", "quarantine")
-        for parts in (captions, quarantine):
-            parts.compact()
         captioned = _among(rows, captions.keys())
         missing = ~captioned if retry_bad else ~(captioned | _among(rows, quarantine.keys()))
         job = partial(
@@ -207,8 +201,6 @@ def caption_images(
             unread.update(report["unread"])
             if progress:
                 progress.update(done, len(rows))
-        for parts in (captions, quarantine):
-            parts.compact()
         return _publish(rows, out, captions, quarantine, captioned, unread, time.monotonic() - started)
 
 
@@ -219,11 +211,19 @@ def _work(
     work = []
     for modality in MODALITIES:
         of_modality = pc.equal(rows["modality"], modality).to_numpy()
-        chunks = fixed_chunks(rows.select(["image"]).filter(of_modality), missing[of_modality], section.batch)
+        images, wanted = rows.select(["image"]).filter(of_modality), missing[of_modality]
+        placed = images.append_column("place", pa.array(np.arange(len(images))))
+        chunks = fixed_chunks(placed, wanted, _chunk_images(int(wanted.sum()), section))
         if chunks.num_rows:
             captioner = with_absolute_model(getattr(section, modality))
             work.append((job(modality=modality, captioner=captioner), chunks))
     return work
+
+
+def _chunk_images(missing: int, section: CaptionSection) -> int:
+    """Return the images per chunk, a multiple of the batch."""
+    wanted = min(CHUNK_IMAGES, missing // (section.workers * CHUNKS_PER_WORKER))
+    return max(1, wanted // section.batch) * section.batch
 
 
 def _reports(
@@ -263,23 +263,12 @@ def _captioned(
 ) -> Iterator[dict[str, Any]]:
     """Caption chunks and yield the actors' report of each."""
     workers = min(section.workers, chunks.num_rows)
-    dataset = chunk_dataset(chunks)
-    dataset.context.execution_options.resource_limits = ExecutionResources.for_limits(
-        object_store_memory=STORE_BYTES * workers
-    )
-    decoded = dataset.map_batches(
-        partial(decode_chunk, job=job, size=size),
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ray.data.TaskPoolStrategy(size=section.decoders * workers),
-        num_cpus=DECODER_CPUS,
-    )
-    reports = decoded.map_batches(
+    reports = chunk_dataset(chunks, max_per_task=1).map_batches(
         CaptionActor,
-        fn_constructor_kwargs={"job": job},
+        fn_constructor_kwargs={"job": job, "batch": section.batch, "decoders": section.decoders, "size": size},
         batch_size=1,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=workers),
+        compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
         **resources,
     )
     yield from reports.iter_rows()

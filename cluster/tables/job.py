@@ -60,9 +60,9 @@ def fixed_chunks(rows: pa.Table, missing: npt.NDArray[np.bool_], size: int) -> p
     return pa.table({"start": starts * size, **lists})
 
 
-def chunk_dataset(chunks: pa.Table) -> ray.data.Dataset:
+def chunk_dataset(chunks: pa.Table, *, max_per_task: int = MAX_CHUNKS_PER_TASK) -> ray.data.Dataset:
     """Return a dataset of chunks that hands each to the next free worker and reports it as soon as it is done."""
-    per_task = max(1, min(MAX_CHUNKS_PER_TASK, chunks.num_rows // MIN_TASKS))
+    per_task = max(1, min(max_per_task, chunks.num_rows // MIN_TASKS))
     dataset = ray.data.from_arrow([chunks.slice(start, per_task) for start in range(0, chunks.num_rows, per_task)])
     dataset.context.target_max_block_size = 1  # one chunk per block
     return dataset

@@ -11,10 +11,12 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -25,6 +27,7 @@ from tests.paths import REPOSITORY
 from tests.processes import alive, command_line, descendants, kill_all, kill_tree
 from tests.quick import QUICK, copy_stages, records_of, space_of
 from tvilfm.config import Config, load_config
+from tvilfm.data.pixels import decode_files, open_pixels
 from tvilfm.datasets import read_dataset
 from tvilfm.datasets.caption_files import read_published
 from tvilfm.datasets.synthetic.layouts import Size, write_sysu_layout
@@ -59,6 +62,30 @@ from cluster.stages.base import fit_base
 from tvilfm.config import Config
 
 fit_base(Path(job["folder"]), Config.model_validate(job["config"]), job["inputs"])
+"""
+# Every node decodes three blocks and then waits in its next one until the test has lost a node.
+DECODE = """
+import time
+
+from cluster.stages import pixels
+from tvilfm.config import DataSection
+from tvilfm.datasets import read_dataset
+
+folder, root, decode = Path(job["folder"]), Path(job["root"]), pixels._decode
+
+
+def noted(batch, **options):
+    of_node = folder / f"raylet-{os.getppid()}"
+    with of_node.open("a") as file:
+        file.write(f"{batch['row'][0]}\\n")
+    while len(of_node.read_text().split()) > 3 and not (folder / "lost").exists():
+        time.sleep(0.02)
+    return decode(batch, **options)
+
+
+pixels._decode, pixels.BLOCK_IMAGES = noted, job["block"]
+section = DataSection(height=job["height"], width=job["width"], decode_batch=job["block"])
+pixels.decode_dataset(folder, root, read_dataset("synthetic", root), section)
 """
 SWEEP = """
 from cluster.sweep import sweep_space
@@ -173,6 +200,35 @@ def records(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == list(range(EPOCHS))
     return [{key: value for key, value in line.items() if "second" not in key} for line in lines]
+
+
+@pytest.mark.long
+def test_a_node_lost_in_decoding_costs_its_blocks_only(
+    tiny_benchmark: Path, processes: list[subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    block, height, width = 4, 128, 64  # a block above 100 KB is kept in the store of its node, and lost with it
+    job = {"folder": str(tmp_path), "root": str(tiny_benchmark), "block": block, "height": height, "width": width}
+    driver, raylets = start(DECODE, job, processes, nodes=2, cpus=1)
+
+    def blocks(raylet: int) -> list[int]:
+        file = tmp_path / f"raylet-{raylet}"
+        return [int(row) for row in file.read_text().split()] if file.exists() else []
+
+    wait_for(lambda: all(len(blocks(raylet)) > 3 for raylet in raylets), driver, "a node decodes nothing")
+    kept, lost = raylets
+    lose(lost)
+    (tmp_path / "lost").touch()
+    _, error = driver.communicate(timeout=400)
+    assert driver.returncode == 0, error
+
+    manifest = read_dataset("synthetic", tiny_benchmark)
+    expected = decode_files(tiny_benchmark, manifest["image"].to_pylist(), height=height, width=width)
+    np.testing.assert_array_equal(open_pixels(tmp_path / "pixels.npy"), expected)
+    assert set(blocks(kept)) | set(blocks(lost)) == set(range(0, manifest.num_rows, block))
+    # The block under way is decoded again, and at most those whose pixels the driver had not read; no other is.
+    again = [row for row, count in Counter(blocks(kept) + blocks(lost)).items() if count > 1]
+    assert blocks(lost)[-1] in again and set(again) <= set(blocks(lost))
+    assert len(blocks(kept)) == len(set(blocks(kept)))
 
 
 @pytest.mark.long

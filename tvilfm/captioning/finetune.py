@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ from tvilfm.captioning.colors import remove_colors
 from tvilfm.config import CaptionTrainSection
 from tvilfm.data.captions import texts_of
 from tvilfm.data.manifest import rows_of, select
+from tvilfm.models.weights import load_trained, on_host, trained_weights
 from tvilfm.terms import Modality
 
 IGNORED = -100  # label that the loss ignores
@@ -42,10 +43,11 @@ class Listener(Protocol):
     def on_step(self, record: Mapping[str, float | int]) -> None:
         """Receive epoch, step, num_steps and loss after each step."""
 
-    def on_epoch(self, record: Mapping[str, float | int], checkpoint: Path | None) -> None:
+    def on_epoch(self, record: Mapping[str, float | int], write: Callable[[Path], None] | None) -> None:
         """Receive the mean loss and the seconds after each epoch.
 
-        Worker 0 also passes a temporary checkpoint folder, which the listener has to copy; other workers pass None.
+        Worker 0 also passes a function that writes the checkpoint to a folder. It may be called later and by
+        another thread, during the next epochs. Other workers pass None.
         """
 
 
@@ -218,7 +220,8 @@ def finetune(
         autocast: half-precision type on CUDA; None = float32.
         rank: rank of this worker.
         workers: number of workers; more than one must have joined a process group.
-        resume: checkpoint folder to continue from: `model/` (a transformers folder), `trainer.pt`, `progress.json`.
+        resume: checkpoint folder to continue from: `trainer.pt` (weights, optimizer and scaler) and `progress.json`.
+            After the last epoch, a checkpoint also has `model/`, a transformers folder.
 
     Raises:
         FloatingPointError: when the loss is not finite; the message names the epoch and batch.
@@ -247,9 +250,10 @@ def finetune(
         if rank:
             listener.on_epoch(record, None)
             continue
-        with tempfile.TemporaryDirectory(prefix="tvilfm-checkpoint-") as folder:
-            _save(Path(folder), captioner, optimizer, scaler, epochs_done=epoch + 1)
-            listener.on_epoch(record, Path(folder))
+        states = on_host({"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
+        states["weights"] = trained_weights(model)
+        whole = captioner if epoch + 1 == section.epochs else None
+        listener.on_epoch(record, partial(_save, states=states, epochs_done=epoch + 1, whole=whole))
     model.eval()
 
 
@@ -259,26 +263,20 @@ def _averaging(model: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=True)
 
 
-def _save(
-    folder: Path,
-    captioner: Captioner,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    *,
-    epochs_done: int,
-) -> None:
-    """Write a checkpoint: `model/`, `trainer.pt` and `progress.json`."""
-    captioner.save(folder / "model")
-    torch.save({"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, folder / "trainer.pt")
+def _save(folder: Path, *, states: dict[str, Any], epochs_done: int, whole: Captioner | None) -> None:
+    """Write a checkpoint: `trainer.pt`, `progress.json` and, for the whole captioner, `model/`."""
+    torch.save(states, folder / "trainer.pt")
     (folder / "progress.json").write_text(json.dumps({"epochs_done": epochs_done}))
+    if whole is not None:
+        whole.save(folder / "model")
 
 
 def _restore(folder: Path, captioner: Captioner, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
     """Load a checkpoint and return how many epochs it has done."""
-    state = torch.load(folder / "trainer.pt", map_location=captioner.model.device, weights_only=True)
-    captioner.model.load_state_dict(type(captioner.model).from_pretrained(folder / "model").state_dict())
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
+    states = torch.load(folder / "trainer.pt", map_location=captioner.model.device, weights_only=True)
+    load_trained(captioner.model, states["weights"])
+    optimizer.load_state_dict(states["optimizer"])
+    scaler.load_state_dict(states["scaler"])
     return int(json.loads((folder / "progress.json").read_text())["epochs_done"])
 
 

@@ -171,7 +171,9 @@ class DriverSection(Section):
 class ClusterSection(Section):
     address: str | None = Field(None, description="Ray address; null = RAY_ADDRESS, or start Ray on this machine")
     train_workers: int = Field(
-        1, ge=1, description="Ray Train workers; each gets train.p / train_workers identities per batch"
+        1,
+        ge=1,
+        description="Ray Train workers, which share the images of a batch; a divisor of train.p x train.k",
     )
     gpus_per_worker: float = Field(
         0, ge=0, description="GPUs per worker (training, extraction, captions) and per serve encoder; 0 = CPU"

@@ -51,10 +51,16 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
-        if self.train.p % self.cluster.train_workers:
+        workers, images = self.cluster.train_workers, self.train.p * self.train.k
+        if images % workers:
             raise ValueError(
-                f"cluster.train_workers: expected a divisor of train.p = {self.train.p}, got "
-                f"{self.cluster.train_workers}. Every worker gets the same number of identities."
+                f"cluster.train_workers: expected a divisor of train.p x train.k = {images}, got {workers}. Every "
+                "worker gets the same number of images."
+            )
+        if self.caption.source == "finetuned" and workers > self.caption.train.batch:
+            raise ValueError(
+                f"cluster.train_workers: expected at most caption.train.batch = {self.caption.train.batch} while "
+                f"captioners are fine-tuned, got {workers}. Raise caption.train.batch or lower train_workers."
             )
         if self.data.name != "synthetic" and self.data.root is None:
             raise ValueError(

@@ -1,7 +1,7 @@
 """Training batches of three modalities: pixels or cached features of images, and tokens of their captions.
 
-Every worker makes all random draws for the global batch and keeps the part for its own identities. The batches of all
-workers together are therefore the batch that a single worker would get.
+Every worker makes all random draws for the global batch and keeps its own part, which may split an identity. The
+batches of all workers together are therefore the batch that a single worker would get.
 
 Shapes: B rows per modality on this worker, L tokens.
 """
@@ -120,6 +120,10 @@ class Captions:
         self._tokens = torch.stack([tokenize(texts, pad_to_context=True).int() for texts in sentences])
         self._lengths = self._tokens.argmax(dim=2) + 1
 
+    def token_ids(self) -> npt.NDArray[np.int32]:
+        """Return the ids of all tokens that occur, sorted."""
+        return np.unique(self._tokens.numpy())
+
     def batch(self, rows: npt.NDArray[np.int64], rephrased: npt.NDArray[np.bool_]) -> Tensor:
         """Return (B, L) int64 tokens of the captions of rows, or of the rephrases where `rephrased`; L = longest."""
         which, index = torch.from_numpy(rephrased).long(), torch.from_numpy(rows)
@@ -136,7 +140,7 @@ class TriModalDataset(Dataset[Batch]):
         pixels: uint8 (N, H, W, 3), memory-mapped, in the order of `manifest`; used if `views` is None.
         pad: border of the augmentation, pixels.
         seed: seed of the run.
-        rank, world_size: rank of this worker and number of workers, which share the identities of a batch.
+        rank, world_size: rank of this worker and number of workers, which share the images of a batch.
         captions: caption table; None in the base stage.
         llm_probability: probability of replacing a caption by its rephrase, independently for both captions of a row.
         views: recipe -> float (V, N, D) cached features of the N rows of a modality; None = read pixels.
@@ -168,6 +172,12 @@ class TriModalDataset(Dataset[Batch]):
                 Captions(captions, part["image"].to_pylist(), with_rephrases=llm_probability > 0)
                 for part in (rows.visible, rows.infrared)
             )
+
+    def token_ids(self) -> Tensor:
+        """Return the ids of all tokens that a batch of any worker may have, int64, sorted; none in the base stage."""
+        captions = [part for part in (self._visible_captions, self._infrared_captions) if part is not None]
+        ids = np.concatenate([np.empty(0, dtype=np.int64), *(part.token_ids() for part in captions)])
+        return torch.from_numpy(np.unique(ids))
 
     def __getitem__(self, batch: PKBatch) -> Batch:
         count = len(batch.labels)

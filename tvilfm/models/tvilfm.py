@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -176,10 +176,16 @@ class TVILFM(nn.Module):
             if module is not None:
                 module.eval()
 
-    def save_pretrained(self, folder: Path) -> None:
-        """Write `model.safetensors` and `config.json`."""
+    def save_pretrained(self, folder: Path, *, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write `model.safetensors` and `config.json`.
+
+        Args:
+            folder: created if missing.
+            weights: name -> weights to write in place of the network's own.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+        state = self.state_dict() | dict(weights or {})
+        state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
         save_file(state, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps({"model_type": "tvilfm", **asdict(self.spec)}, indent=2))
 

@@ -1,16 +1,20 @@
-"""Training checkpoints: the current model, the best model so far, and the optimizer state."""
+"""Training checkpoints: what training changes of the current and the best model, and the optimizer state."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from tvilfm.models import TVILFM
+
+CURRENT, BEST, TRAINER, PROGRESS = "current.safetensors", "best.safetensors", "trainer.pt", "progress.json"
+NETWORK = "network"  # in the checkpoint of the last epoch: folder of the whole selected network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,32 +32,45 @@ class Progress:
     best_epoch: int
 
 
-def save_checkpoint(
-    folder: Path,
-    model: TVILFM,
-    best: Path,
-    progress: Progress,
-    optimizer: list[dict[str, Any]],
-    scaler: dict[str, Any],
-) -> None:
-    """Write `model/`, `best/`, `trainer.pt` (optimizer and scaler state) and `progress.json`.
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The state of a stage after an epoch. It can be written during the next epochs.
 
-    Args:
-        folder: folder to write; created if missing.
-        model: the current network.
-        best: folder of the best model so far.
+    Attributes:
         progress: progress of the stage.
-        optimizer: `StageOptimizer.state_dict()`.
-        scaler: `GradScaler.state_dict()`.
+        current: `trained_weights` of the current network.
+        best: those of the best network so far; the same object if it is the current one.
+        optimizer: copy of `StageOptimizer.state_dict()`.
+        scaler: copy of `GradScaler.state_dict()`.
+        network: after the last epoch, the network, which is also written whole, with the best weights.
     """
-    model.save_pretrained(folder / "model")
-    shutil.copytree(best, folder / "best", dirs_exist_ok=True)
-    torch.save({"optimizer": optimizer, "scaler": scaler}, folder / "trainer.pt")
-    (folder / "progress.json").write_text(json.dumps(asdict(progress)))
 
+    progress: Progress
+    current: dict[str, Tensor]
+    best: dict[str, Tensor]
+    optimizer: list[dict[str, Any]]
+    scaler: dict[str, Any]
+    network: TVILFM | None = None
 
-def load_trainer(folder: Path) -> tuple[Progress, list[dict[str, Any]], dict[str, Any]]:
-    """Return the progress, optimizer state and scaler state from a checkpoint folder."""
-    state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
-    progress = Progress(**json.loads((folder / "progress.json").read_text()))
-    return progress, state["optimizer"], state["scaler"]
+    def write(self, folder: Path) -> None:
+        """Write the files of the checkpoint to an existing folder."""
+        save_file(self.current, folder / CURRENT)
+        if self.best is not self.current:
+            save_file(self.best, folder / BEST)
+        torch.save({"optimizer": self.optimizer, "scaler": self.scaler}, folder / TRAINER)
+        (folder / PROGRESS).write_text(json.dumps(asdict(self.progress)))
+        if self.network is not None:
+            self.network.save_pretrained(folder / NETWORK, weights=self.best)
+
+    @classmethod
+    def read(cls, folder: Path) -> Checkpoint:
+        """Read a folder of `write`, without the whole network."""
+        trainer = torch.load(folder / TRAINER, map_location="cpu", weights_only=True)
+        current = load_file(folder / CURRENT)
+        return cls(
+            progress=Progress(**json.loads((folder / PROGRESS).read_text())),
+            current=current,
+            best=load_file(folder / BEST) if (folder / BEST).exists() else current,
+            optimizer=trainer["optimizer"],
+            scaler=trainer["scaler"],
+        )

@@ -8,14 +8,13 @@ uninterrupted one.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -25,9 +24,10 @@ from tvilfm.data.tri_modal import TriModalDataset
 from tvilfm.losses.objective import JointObjective
 from tvilfm.models import TVILFM
 from tvilfm.models.backbone import image_format
-from tvilfm.training.checkpoint import Progress, load_trainer, save_checkpoint
-from tvilfm.training.distributed import rank, synchronise_batch_norm, world_size
-from tvilfm.training.optim import StageOptimizer, lr_factor
+from tvilfm.models.weights import load_trained, on_host, trained_weights
+from tvilfm.training.checkpoint import Checkpoint, Progress
+from tvilfm.training.distributed import average_rows, rank, synchronise_batch_norm, world_size
+from tvilfm.training.optim import TOKEN_EMBEDDING, StageOptimizer, lr_factor
 from tvilfm.training.prefetch import prefetch
 from tvilfm.training.readings import LossReadings
 from tvilfm.training.step import StageStep
@@ -41,10 +41,11 @@ class Listener(Protocol):
     def on_step(self, record: Mapping[str, float | int]) -> None:
         """Receive epoch, step, num_steps, steps_per_s and the loss terms of each step, once they are read."""
 
-    def on_epoch(self, record: Mapping[str, float | int], checkpoint: Path | None) -> None:
+    def on_epoch(self, record: Mapping[str, float | int], write: Callable[[Path], None] | None) -> None:
         """Receive the mean loss terms and validation scores after each epoch.
 
-        Rank 0 also passes a temporary checkpoint folder, which the listener has to copy; other ranks pass None.
+        Rank 0 also passes a function that writes the checkpoint to a folder. It may be called later and by
+        another thread, during the next epochs. Other ranks pass None.
         """
 
 
@@ -75,7 +76,7 @@ def train_stage(
     """Run a stage.
 
     Args:
-        model: the network at the start of the stage (weights are overwritten when resuming).
+        model: the network at the start of the stage. Resuming overwrites what the stage trains.
         sampler: sampler of the global batches.
         dataset: dataset that turns them into this worker's batches.
         settings: the stage's config sections.
@@ -83,7 +84,7 @@ def train_stage(
         validate: function that scores the model (rank 0 only); the model with the highest `score` is kept as the best.
             None keeps the last model.
         listener: receiver of step and epoch events.
-        resume: checkpoint folder of `save_checkpoint`.
+        resume: folder of `Checkpoint.write`.
 
     Returns:
         The trained network of the last epoch, in eval mode.
@@ -92,10 +93,9 @@ def train_stage(
         FloatingPointError: when a loss is not finite; the message names the term, epoch and batch.
     """
     schedule = settings.schedule
-    best_folder = tempfile.TemporaryDirectory(prefix="tvilfm-best-")
-    best = Path(best_folder.name)
-    progress, optimizer, scaler = _start(model, settings, device, best, resume)
-    step = _distributed(StageStep(model, JointObjective(settings.loss), pad=settings.pad), settings.loss, device)
+    progress, best, optimizer, scaler = _start(model, settings, device, resume)
+    one = StageStep(model, JointObjective(settings.loss), pad=settings.pad)
+    step = one if world_size() == 1 else distributed(one, settings.loss, device, dataset.token_ids())
 
     for epoch in range(progress.epochs_done, schedule.epochs):
         sampler.set_epoch(epoch)
@@ -113,50 +113,63 @@ def train_stage(
         if rank() != 0:
             listener.on_epoch(record, None)
             continue
+        current = trained_weights(model)
         if progress.best_epoch in (epoch, -1):
-            model.save_pretrained(best)
-        with tempfile.TemporaryDirectory(prefix="tvilfm-checkpoint-") as folder:
-            save_checkpoint(Path(folder), model, best, progress, optimizer.state_dict(), dict(scaler.state_dict()))
-            listener.on_epoch(record, Path(folder))
-    best_folder.cleanup()
+            best = current
+        checkpoint = Checkpoint(
+            progress=progress,
+            current=current,
+            best=best,
+            optimizer=on_host(optimizer.state_dict()),
+            scaler=dict(scaler.state_dict()),
+            network=model if last else None,
+        )
+        listener.on_epoch(record, checkpoint.write)
     return model
 
 
 def _start(
-    model: TVILFM, settings: StageSettings, device: torch.device, best: Path, resume: Path | None
-) -> tuple[Progress, StageOptimizer, torch.amp.GradScaler]:
-    """Prepare the network and return progress, optimizer and scaler, all as a checkpoint left them if there is one.
+    model: TVILFM, settings: StageSettings, device: torch.device, resume: Path | None
+) -> tuple[Progress, dict[str, Tensor], StageOptimizer, torch.amp.GradScaler]:
+    """Prepare the network and return progress, best weights, optimizer and scaler, as a checkpoint left them if any.
 
     Args:
-        model: network, moved to the device; its weights are overwritten when resuming.
+        model: network, moved to the device; resuming overwrites what the stage trains.
         settings: the stage's config sections.
         device: device of this worker.
-        best: folder that receives the checkpoint's best model.
-        resume: the checkpoint.
+        resume: folder of the checkpoint.
     """
-    progress = Progress(epochs_done=0, best_score=-1.0, best_epoch=-1)
-    states = None
-    if resume is not None:
-        progress, optimizer_state, scaler_state = load_trainer(resume)
-        states = optimizer_state, scaler_state
-        model.load_state_dict(TVILFM.from_pretrained(resume / "model").state_dict())
-        TVILFM.from_pretrained(resume / "best").save_pretrained(best)
     model.to(device).to(memory_format=image_format(device))
     if settings.freeze_visual:
         model.freeze_visual()
     synchronise_batch_norm(model.backbone, device)
     optimizer = StageOptimizer(model, settings.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and settings.train.autocast == "float16")
-    if states is not None:
-        optimizer.load_state_dict(states[0])
-        scaler.load_state_dict(states[1])
-    return progress, optimizer, scaler
+    if resume is None:
+        return Progress(epochs_done=0, best_score=-1.0, best_epoch=-1), {}, optimizer, scaler
+    checkpoint = Checkpoint.read(resume)
+    load_trained(model, checkpoint.current)
+    optimizer.load_state_dict(checkpoint.optimizer)
+    scaler.load_state_dict(checkpoint.scaler)
+    return checkpoint.progress, checkpoint.best, optimizer, scaler
 
 
-def _distributed(step: StageStep, loss: LossSection, device: torch.device) -> nn.Module:
-    """Return the step, with gradients averaged over all workers if there are several."""
-    if world_size() == 1:
-        return step
+def distributed(step: StageStep, loss: LossSection, device: torch.device, token_ids: Tensor) -> nn.Module:
+    """Return the step with gradients averaged over all workers.
+
+    Frozen parameters are not sent, and of the token embedding only the rows of `token_ids`.
+
+    Args:
+        step: the step, frozen as it will be trained.
+        loss: the stage's losses.
+        device: device of this worker.
+        token_ids: `TriModalDataset.token_ids`.
+    """
+    if step.model.text is not None:
+        average_rows(step.model.text.tower.token_embedding.weight, token_ids)
+        # The method that torch's own libraries use for this; there is no argument.
+        ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+        ignore(step, [f"model.{TOKEN_EMBEDDING}"])  # type: ignore[no-untyped-call]
     return DistributedDataParallel(
         step,
         device_ids=[device] if device.type == "cuda" else None,

@@ -9,7 +9,6 @@ import torch
 
 from tvilfm.config import OptimSection
 from tvilfm.models import TVILFM
-from tvilfm.training.distributed import world_size
 from tvilfm.training.row_adam import RowAdam
 
 TOKEN_EMBEDDING = "text.tower.token_embedding.weight"
@@ -93,8 +92,8 @@ class StageOptimizer:
         ]
         if model.text is not None and section.keep_unused_tokens:
             embedding = model.text.tower.token_embedding
-            # A dense gradient is as large as the vocabulary, but DDP's all-reduce and CUDA graphs require it.
-            embedding.sparse = world_size() == 1 and device.type == "cpu"
+            # A dense gradient is as large as the vocabulary, but CUDA graphs require it.
+            embedding.sparse = device.type == "cpu"
             self._optimizers.append(RowAdam(embedding.weight, lr=section.lr))
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:

@@ -40,17 +40,17 @@ class RowAdam(torch.optim.Optimizer):
             return
         state = self.state[table]
         if not state:
-            state["step"] = torch.zeros((), device=table.device)
+            state["steps"] = torch.zeros((), device=table.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(table), torch.zeros_like(table)
         rows, gradient_RD = _row_gradients(table.grad)
         changes_R1 = gradient_RD.any(dim=1, keepdim=True)
         if self.found_inf is not None:
             changes_R1 &= self.found_inf == 0
-            state["step"] += 1 - self.found_inf
+            state["steps"] += 1 - self.found_inf
         else:
-            state["step"] += 1
+            state["steps"] += 1
         beta1, beta2 = group["betas"]
-        steps = state["step"].double()
+        steps = state["steps"].double()
         size = group["lr"] * (1 - beta2**steps).sqrt() / (1 - beta1**steps)
         mean_RD = state["exp_avg"][rows].lerp(gradient_RD, 1 - beta1)
         square_RD = state["exp_avg_sq"][rows].lerp(gradient_RD.square(), 1 - beta2)

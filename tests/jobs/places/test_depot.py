@@ -24,7 +24,7 @@ from cluster.stages.registry import stages_of
 from cluster.stages.store import StageStore
 from tests.paths import REPOSITORY
 from tests.processes import kill, kill_tree
-from tests.quick import QUICK, results_of
+from tests.quick import QUICK, records_of, results_of
 from tvilfm.config import Config, load_config
 from tvilfm.evaluation.results import Results
 from tvilfm.models import TVILFM
@@ -35,7 +35,8 @@ from tvilfm.place import Place
 def uri(s3_endpoint: str) -> str:
     """A place in an object store that no other test has."""
     options = {"endpoint_override": s3_endpoint, "scheme": "http"}
-    fs.S3FileSystem(allow_bucket_creation=True, **options).create_dir("kept")
+    for bucket in ("kept", "moved"):
+        fs.S3FileSystem(allow_bucket_creation=True, **options).create_dir(bucket)
     return f"s3://kept/{uuid.uuid4().hex}?" + "&".join(f"{key}={value}" for key, value in options.items())
 
 
@@ -145,8 +146,36 @@ def _numbers(path: Path) -> list[object]:
     return results
 
 
+def _copied(uri: str) -> str:
+    """Copy a store to another bucket and return the URI of the copy."""
+    place, moved = Place(uri), uri.replace("s3://kept/", "s3://moved/")
+    fs.copy_files(place.path, Place(moved).path, place.filesystem, place.filesystem)
+    place.filesystem.delete_dir(place.path)
+    return moved
+
+
+def _copied_folder(folder: Path, target: Path) -> Path:
+    """Copy a folder as `cp -r` does, with new times of modification."""
+    return Path(shutil.copytree(folder, target, copy_function=shutil.copy))
+
+
 @pytest.mark.long
-def test_another_machine_goes_on_from_the_last_epoch_and_from_finished_stages(
+def test_a_run_copied_to_another_folder_with_its_dataset_is_finished_there(
+    undisturbed: Path, tiny_benchmark: Path, tmp_path: Path
+) -> None:
+    data, sweep = _copied_folder(tiny_benchmark, tmp_path / "data"), _copied_folder(undisturbed, tmp_path / "rows")
+    places = (f"data.root={data}", f"run.dir={sweep / 'trials'}", f"run.stages_dir={sweep / 'stages'}")
+    name = f"run.name={records_of(undisturbed)['joint'].name}"
+    config = load_config(REPOSITORY / "ray_config.yaml", [*QUICK, *places, name], size="tiny")
+    outcome = run(config, until="results")
+    assert outcome.made == () and outcome.results == results_of(undisturbed, "joint")
+    shutil.rmtree(outcome.stages["features"])
+    again = run(config, until="results")
+    assert again.made == ("features",) and again.results == outcome.results
+
+
+@pytest.mark.long
+def test_another_machine_goes_on_from_the_last_epoch_and_from_finished_stages_of_a_copied_store(
     uri: str, tiny_benchmark: Path, ray_session: None, tmp_path: Path
 ) -> None:
     epochs = 20  # of a fraction of a second each: workers continue for a moment when their driver is killed
@@ -167,18 +196,19 @@ def test_another_machine_goes_on_from_the_last_epoch_and_from_finished_stages(
     assert 1 <= len(before) < epochs
     shutil.rmtree(tmp_path / "first")
 
-    second = _config(uri, tmp_path / "second", tiny_benchmark, *longer)
+    uri, data = _copied(uri), _copied_folder(tiny_benchmark, tmp_path / "data")
+    second = _config(uri, tmp_path / "second", data, *longer)
     outcome = run(second)
     assert outcome.made == tuple(stages_of(second)[1:])  # pixels were finished
     # The seconds that an epoch took are those of the machine that is gone: it was not trained again.
     after = (outcome.stages["base"] / "metrics.jsonl").read_text().splitlines()
     assert after[0] == before[0] and len(after) == epochs
 
-    third = _config(uri, tmp_path / "third", tiny_benchmark, *longer)
+    third = _config(uri, tmp_path / "third", data, *longer)
     assert run(third).made == ()
     assert _numbers(third.run.path) == _numbers(second.run.path)
     # A machine that only serves it fetches what it needs, and that does not pass for the run.
-    fourth = _config(uri, tmp_path / "fourth", tiny_benchmark, *longer)
+    fourth = _config(uri, tmp_path / "fourth", data, *longer)
     served = finished_run(fourth)
     models = (served.here(served.model), outcome.stages["text"] / "model")
     weights = [TVILFM.from_pretrained(model).state_dict() for model in models]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ import ray.train
 import torch
 
 from cluster.stages.base import fit_base
+from cluster.stages.learning import read_records
 from cluster.stages.pixels import decode_dataset
 from cluster.stages.text import fit_text
-from cluster.stages.trainer import WorkerInputError, _Epochs, fit
+from cluster.stages.trainer import Reporter, WorkerInputError, _Epochs, bring, fit
 from tvilfm.config import ClusterSection, Config, load_config
 from tvilfm.datasets import read_dataset
 from tvilfm.datasets.caption_files import read_published
@@ -89,6 +92,34 @@ def test_a_workers_bad_input_ends_the_run_at_once(ray_session: None, tmp_path: P
     with pytest.raises(ValueError, match=f"^{re.escape(str(error))}$"):
         fit(fails, job, tmp_path, section, workers=rank + 1, depot=None)
     assert len((tmp_path / "attempts").read_text().split()) <= rank + 1
+
+
+@pytest.mark.slow
+def test_epochs_follow_while_a_checkpoint_is_written_and_checkpoints_count_in_their_order(
+    ray_session: None, tmp_path: Path
+) -> None:
+    def trains(job: dict[str, Any]) -> list[Any]:  # inside, so that workers need not import this file
+        reporter, followed, written = Reporter(Path(job["folder"]), 4, None), threading.Event(), []
+
+        def write(folder: Path, epoch: int) -> None:
+            assert followed.wait(60), "no epoch follows before the checkpoint is written"
+            written.append(epoch)
+            (folder / "epoch").write_text(str(epoch))
+
+        for epoch in range(4):
+            reporter.on_epoch({"epoch": epoch, "written": list(written)}, partial(write, epoch=epoch))
+            followed.set()
+        reporter.wait()
+        assert written == [0, 1, 2, 3]
+        return reporter.records
+
+    job = {"folder": str(tmp_path)}
+    records, last = fit(trains, job, tmp_path, ClusterSection(max_failures=0), workers=1, depot=None)
+    assert records[0]["written"] == [] and read_records(tmp_path / "metrics.jsonl") == records
+    assert [len(record["written"]) >= record["epoch"] - 1 for record in records] == [True] * 4  # at most two in memory
+    bring(last, "epoch", tmp_path / "epoch")
+    bring(last, "metrics.jsonl", tmp_path / "of-the-last.jsonl")
+    assert (tmp_path / "epoch").read_text() == "3" and read_records(tmp_path / "of-the-last.jsonl") == records
 
 
 @pytest.mark.long

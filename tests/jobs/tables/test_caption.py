@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,17 +14,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from PIL import Image
 
 from cluster.cli.app import main
 from cluster.tables.caption_worker import (
-    _PICTURE,
     PART_SCHEMA,
     QUARANTINE_SCHEMA,
     CaptionActor,
     CaptionJob,
-    decode_chunk,
+    decode_images,
 )
 from cluster.tables.captioning import Summary, caption_images
 from cluster.tables.images import list_images
@@ -234,113 +237,176 @@ def job_of(lab: SimpleNamespace, folder: Path, **keys: object) -> CaptionJob:
 
 
 def chunk_of(*images: str, start: int = 0) -> pa.Table:
-    return pa.table({"start": [start], "image": [list(images)]})
+    return pa.table({"start": [start], "image": [list(images)], "place": [list(range(start, start + len(images)))]})
+
+
+def actor_of(job: CaptionJob, *, batch: int = BATCH, size: tuple[int, int] | None = (HEIGHT, WIDTH)) -> CaptionActor:
+    return CaptionActor(job, batch=batch, decoders=2, size=size)
+
+
+def captions_of(job: CaptionJob) -> dict[str, str]:
+    found = job.captions.read()
+    return dict(zip(found["image"].to_pylist(), found["caption"].to_pylist(), strict=True))
+
+
+def expected_of(lab: SimpleNamespace, names: list[str]) -> dict[str, str]:
+    pictures = decode_files(lab.root, names, height=HEIGHT, width=WIDTH)
+    return dict(zip(names, Captioner.load(lab.captioner).caption(list(pictures)), strict=True))
 
 
 def test_a_chunk_that_is_handed_out_again_finds_its_part(
-    lab: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lab: SimpleNamespace, ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = job_of(lab, tmp_path)
-    (lab.root / "cam1" / "folder.png").mkdir(exist_ok=True)
-    images = (lab.names[0], lab.bad[0], "cam1/folder.png", lab.names[1])
-    chunk = decode_chunk(chunk_of(*images), job=job, size=(HEIGHT, WIDTH))
-    actor = CaptionActor(job)
+    actor, chunk = actor_of(job), chunk_of(lab.names[0], lab.bad[0], lab.names[1])
     first = actor(chunk)
-    assert first["done"].to_pylist() == [3]  # what cannot be read is neither captioned nor bad, and tried again
-    assert first["unread"].to_pylist() == [["expected a readable file, got OSError"]]
-    assert job.captions.read()["image"].to_pylist() == lab.names[:2]
+    assert first.to_pylist() == [{"done": 3, "unread": []}]
+    assert sorted(captions_of(job)) == lab.names[:2]
     assert job.quarantine.read()["image"].to_pylist() == [lab.bad[0]]
     monkeypatch.setattr(Captioner, "caption", lambda *arguments, **keys: pytest.fail("captioned twice"))
     assert actor(chunk).equals(first)
     assert len(list((tmp_path / "captions").iterdir())) == 1
 
 
-def test_a_chunk_that_is_handed_out_again_keeps_what_has_become_readable(lab: SimpleNamespace, tmp_path: Path) -> None:
-    job = job_of(lab, tmp_path)
-    actor, chunk = CaptionActor(job), decode_chunk(chunk_of(*lab.names[:2]), job=job, size=(HEIGHT, WIDTH))
-    ((first, second),) = chunk["pictures"].to_pylist()
-    unread = {"image": second["image"], "fault": "expected a readable file, got TimeoutError", "again": True}
-    assert actor(chunk.set_column(1, "pictures", pa.array([[first, unread]])))["done"].to_pylist() == [1]
+def test_a_chunk_that_is_handed_out_again_keeps_what_has_become_readable(
+    lab: SimpleNamespace, ray_session: None, tmp_path: Path
+) -> None:
+    """An image that cannot be read is neither captioned nor in quarantine, and tried again."""
+    root = tmp_path / "images"
+    (root / "later.png").mkdir(parents=True)
+    shutil.copy(lab.root / lab.names[0], root / "first.png")
+    job = job_of(lab, tmp_path, images=Place(str(root)))
+    actor, chunk = actor_of(job), chunk_of("first.png", "later.png")
+    assert actor(chunk).to_pylist() == [{"done": 1, "unread": ["expected a readable file, got OSError"]}]
+    assert list(captions_of(job)) == ["first.png"] and not job.quarantine.read().num_rows
+    (root / "later.png").rmdir()
+    shutil.copy(lab.root / lab.names[1], root / "later.png")
     assert actor(chunk)["done"].to_pylist() == [2]
-    assert job.captions.read()["image"].to_pylist() == lab.names[:2]
+    assert sorted(captions_of(job)) == ["first.png", "later.png"]
 
 
-def test_sampling_follows_the_seed_and_the_place_in_the_list(lab: SimpleNamespace, tmp_path: Path) -> None:
+def test_sampling_follows_the_seed_and_the_place_in_the_list(
+    lab: SimpleNamespace, ray_session: None, tmp_path: Path
+) -> None:
     sampling = lab.captioner.model_copy(update={"temperature": 5.0})
 
     def sentences(folder: str, seed: int, start: int) -> list[str]:
         job = job_of(lab, tmp_path / folder, captioner=sampling, seed=seed)
-        chunk = chunk_of(*lab.names[:BATCH], start=start)
-        CaptionActor(job)(decode_chunk(chunk, job=job, size=(HEIGHT, WIDTH)))
+        actor_of(job)(chunk_of(*lab.names[:BATCH], start=start))
         return job.captions.read()["caption"].to_pylist()
 
     assert sentences("first", 0, 0) == sentences("again", 0, 0)
     assert len({tuple(sentences(f"{seed}-{start}", seed, start)) for seed in (0, 1) for start in (0, BATCH)}) == 4
 
 
-def test_pictures_keep_their_size_for_a_captioner_that_squashes_none(lab: SimpleNamespace, tmp_path: Path) -> None:
-    job = job_of(lab, tmp_path)
-    chunk = decode_chunk(chunk_of(*lab.names[:3]), job=job, size=None)
-    sizes = [Image.open(lab.root / name).size for name in lab.names[:3]]
-    assert [(picture["width"], picture["height"]) for picture in chunk["pictures"].to_pylist()[0]] == sizes
-    CaptionActor(job)(chunk)
+def test_batches_are_cut_at_fixed_places_whatever_is_missing(
+    lab: SimpleNamespace, ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, caption_all = [], Captioner.caption
+
+    def noted(self: Captioner, images: list[np.ndarray], *, seed: int = 0) -> list[str]:
+        sizes.append(len(images))
+        return caption_all(self, images, seed=seed)
+
+    monkeypatch.setattr(Captioner, "caption", noted)
+    chunk = pa.table({"start": [8], "image": [lab.names[:5]], "place": [[9, 11, 12, 14, 15]]})
+    actor_of(job_of(lab, tmp_path), batch=4)(chunk)
+    assert sizes == [2, 3]
+    assert len(list((tmp_path / "captions").iterdir())) == 1
+
+
+def test_pictures_keep_their_size_for_a_captioner_that_squashes_none(
+    lab: SimpleNamespace, ray_session: None, tmp_path: Path
+) -> None:
+    job, names = job_of(lab, tmp_path), lab.names[:3]
+    sizes = [Image.open(lab.root / name).size for name in names]
+    found = [picture.pixels.shape for picture in decode_images(names, job, None) if picture.pixels is not None]
+    assert found == [(height, width, 3) for width, height in sizes]
+    actor_of(job, size=None)(chunk_of(*names))
     plain = Captioner.load(lab.captioner)
-    expected = plain.caption([np.asarray(Image.open(lab.root / name)) for name in lab.names[:3]])
+    expected = plain.caption([np.asarray(Image.open(lab.root / name)) for name in names])
     assert job.captions.read()["caption"].to_pylist() == expected
 
 
-def test_an_image_that_the_processor_refuses_goes_into_quarantine_alone(
-    lab: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("part", ["prompt_inputs", "caption"])
+@pytest.mark.parametrize("poisoned", [[2], [0, 7]])
+def test_images_with_which_the_captioner_fails_go_into_quarantine_alone(
+    lab: SimpleNamespace,
+    ray_session: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    part: str,
+    poisoned: list[int],
 ) -> None:
-    job, names = job_of(lab, tmp_path), lab.names[:4]
-    pictures = decode_chunk(chunk_of(*names), job=job, size=None).to_pylist()[0]["pictures"]
-    wide, shape = pictures[2], (8, 2000, 3)
-    wide |= {"image": "wide.jpg", "pixels": bytes(8 * 2000 * 3), "height": 8, "width": 2000}
-    chunk = pa.table({"start": [0], "pictures": pa.array([pictures], type=pa.list_(_PICTURE))})
-    actor, prompt_inputs = CaptionActor(job), Captioner.prompt_inputs
+    """Whatever fails, and whatever it raises: the batch is halved until the images are found."""
+    job, names = job_of(lab, tmp_path), lab.names[:BATCH]
+    poison = [picture.pixels for picture in decode_images([names[row] for row in poisoned], job, (HEIGHT, WIDTH))]
+    works = getattr(Captioner, part)
 
-    def refuses(self: Captioner, images: list[np.ndarray]) -> object:
-        if any(image.shape == shape for image in images):
-            raise ValueError("aspect ratio must be smaller than 200")
-        return prompt_inputs(self, images)
+    def fails(self: Captioner, images: list[np.ndarray], **keys: object) -> object:
+        if any(np.array_equal(image, bad) for image in images for bad in poison):
+            raise RuntimeError("aspect ratio must be smaller than 200\nat line 7")
+        return works(self, images, **keys)
 
-    monkeypatch.setattr(Captioner, "prompt_inputs", refuses)
-    assert actor(chunk)["done"].to_pylist() == [4]
-    (bad,) = job.quarantine.read().to_pylist()
-    assert bad["image"] == "wide.jpg" and "got 2000 x 8 pixels (aspect ratio must be" in bad["reason"]
-    kept = [name for row, name in enumerate(names) if row != 2]
-    expected = Captioner.load(lab.captioner).caption([np.asarray(Image.open(lab.root / name)) for name in kept])
-    found = job.captions.read()
-    assert dict(zip(found["image"].to_pylist(), found["caption"].to_pylist(), strict=True)) == dict(
-        zip(kept, expected, strict=True)
+    monkeypatch.setattr(Captioner, part, fails)
+    assert actor_of(job)(chunk_of(*names)).to_pylist() == [{"done": BATCH, "unread": []}]
+    bad = job.quarantine.read().to_pylist()
+    assert [row["image"] for row in bad] == [names[row] for row in poisoned]
+    reason = (
+        f"expected an image that the captioner accepts, got {WIDTH} x {HEIGHT} pixels (aspect ratio must be smaller"
     )
+    assert all(row["reason"] == f"{reason} than 200)" for row in bad)
+    monkeypatch.undo()
+    assert captions_of(job) == expected_of(lab, [name for row, name in enumerate(names) if row not in poisoned])
 
+
+def test_a_captioner_that_fails_with_every_image_ends_the_job_and_blames_none(
+    lab: SimpleNamespace, ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(self: Captioner, images: list[np.ndarray]) -> object:
-        raise RuntimeError("out of memory")
+        raise RuntimeError("the device is lost")
 
     monkeypatch.setattr(Captioner, "prompt_inputs", fails)
-    other = job_of(lab, tmp_path / "other")
-    with pytest.raises(RuntimeError, match="out of memory"):
-        CaptionActor(other)(chunk)
-    assert not other.quarantine.read().num_rows
+    job = job_of(lab, tmp_path)
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        actor_of(job)(chunk_of(*lab.names[:4]))
+    assert not job.quarantine.read().num_rows and not job.captions.read().num_rows
+
+
+def test_an_image_that_kills_its_decoder_goes_into_quarantine_alone(
+    lab: SimpleNamespace, ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison = lab.names[2]
+
+    @ray.remote(num_cpus=0.1, max_retries=0)
+    def dies(names: list[str], job: CaptionJob, size: tuple[int, int]) -> object:
+        if poison in names:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return decode_images(names, job, size)
+
+    monkeypatch.setattr("cluster.tables.caption_worker.decode_batch", dies)
+    job = job_of(lab, tmp_path)
+    assert actor_of(job)(chunk_of(*lab.names[:4]))["done"].to_pylist() == [4]
+    ((bad,),) = (job.quarantine.read().to_pylist(),)
+    assert bad["image"] == poison and bad["reason"].startswith("expected an image that can be decoded, got ")
+    assert sorted(captions_of(job)) == [name for name in lab.names[:4] if name != poison]
 
 
 def test_no_file_stops_a_decoding_task(lab: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fault(name: str) -> str:
-        chunk = decode_chunk(chunk_of(name), job=job_of(lab, tmp_path), size=(HEIGHT, WIDTH))
-        ((picture,),) = chunk["pictures"].to_pylist()
-        return picture["fault"]
+    def fault(name: str) -> str | None:
+        (picture,) = decode_images([name], job_of(lab, tmp_path), (HEIGHT, WIDTH))
+        return picture.fault
 
     assert fault(lab.names[0]) is None
     monkeypatch.setattr("cluster.tables.caption_worker.MAX_BYTES", 10)
-    assert fault(lab.names[0]).startswith("expected at most 0 MiB, got")
+    assert str(fault(lab.names[0])).startswith("expected at most 0 MiB, got")
     monkeypatch.undo()
 
     def fails(*arguments: object, **keys: object) -> None:
         raise KeyError("a decoder's own fault")
 
     monkeypatch.setattr("cluster.tables.caption_worker.decode", fails)
-    assert "a decoder's own fault" in fault(lab.names[0])
+    assert "a decoder's own fault" in str(fault(lab.names[0]))
 
 
 @pytest.mark.slow

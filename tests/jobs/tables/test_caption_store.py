@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from moto.server import DomainDispatcherApplication
 from PIL import Image
 from pyarrow import fs
 
@@ -75,6 +78,41 @@ def test_a_job_reads_from_and_writes_to_a_store(store: SimpleNamespace, ray_sess
 
     again = caption_images(rows, store.uri("images"), store.uri("out"), section, ClusterSection(), seed=0)
     assert (again.before, again.captioned, again.bad) == (10, 0, 1)
+
+
+@pytest.mark.slow
+def test_a_job_asks_the_store_once_per_chunk_and_the_next_one_writes_no_part(
+    store: SimpleNamespace, ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, batch, chunks = 64, 4, 4
+    monkeypatch.setattr("cluster.tables.captioning.CHUNKS_PER_WORKER", chunks)
+    build_conv_captioner(tmp_path / "model", ["a man in a coat"], height=HEIGHT, width=WIDTH, seed=0)
+    (tmp_path / "images").mkdir()
+    for seed in range(images):
+        (tmp_path / "images" / f"{seed:02d}.png").write_bytes(picture(seed))
+    section = CaptionSection(visible=CaptionerSection(model=str(tmp_path / "model"), max_new_tokens=2), batch=batch)
+    rows, requests = list_images(str(tmp_path / "images"), "visible"), Counter[str]()
+    answer = DomainDispatcherApplication.__call__
+
+    def counted(self: DomainDispatcherApplication, environ: dict[str, Any], respond: Any) -> Any:
+        if "/counted/parts/captions/" in environ["PATH_INFO"]:
+            requests[environ["REQUEST_METHOD"]] += 1
+        return answer(self, environ, respond)
+
+    monkeypatch.setattr(DomainDispatcherApplication, "__call__", counted)
+    root, out = str(tmp_path / "images"), store.uri("counted")
+    assert caption_images(rows, root, out, section, ClusterSection(), seed=0).captioned == images
+    assert requests["PUT"] == chunks < images // batch and requests["POST"] == 0
+    assert requests["HEAD"] <= 4 * chunks  # one before the chunk, the others when the parts are read at the end
+
+    parts = Parts(out, "parts", "captions")
+    parts.write("merged-by-an-older-version", parts.read())
+    (tmp_path / "images" / "new.png").write_bytes(picture(images))
+    requests.clear()
+    rows = list_images(root, "visible")
+    again = caption_images(rows, root, out, section, ClusterSection(), seed=0)
+    assert (again.before, again.captioned) == (images, 1)
+    assert (requests["PUT"], requests["DELETE"]) == (1, 0)
 
 
 def test_two_jobs_on_one_folder_of_a_store_do_each_other_no_harm(store: SimpleNamespace) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,21 +113,26 @@ def test_the_rate_rises_and_falls_in_straight_lines() -> None:
 
 
 class _Notes:
-    """A listener that keeps what it is told, and the checkpoint of one epoch."""
+    """A listener that keeps what it is told."""
 
-    def __init__(self, keep: Path | None = None) -> None:
+    def __init__(self) -> None:
         self.steps: list[dict[str, Any]] = []
         self.epochs: list[dict[str, Any]] = []
-        self._keep = keep
+        self._writes: list[Callable[[Path], None]] = []
 
     def on_step(self, record: dict[str, Any]) -> None:
         self.steps.append(record)
 
-    def on_epoch(self, record: dict[str, Any], checkpoint: Path | None) -> None:
+    def on_epoch(self, record: dict[str, Any], write: Callable[[Path], None] | None) -> None:
         self.epochs.append(record)
-        if self._keep is not None and record["epoch"] == 1:
-            assert checkpoint is not None
-            shutil.copytree(checkpoint, self._keep)
+        assert write is not None
+        self._writes.append(write)
+
+    def keep(self, epoch: int, folder: Path) -> Path:
+        """Write the checkpoint of an epoch, after those that followed it."""
+        folder.mkdir()
+        self._writes[epoch](folder)
+        return folder
 
 
 @pytest.fixture
@@ -164,11 +169,13 @@ def test_training_that_goes_on_from_a_checkpoint_ends_as_if_undisturbed(
 ) -> None:
     pairs, section = lesson
     train = CaptionTrainSection(epochs=4, batch=4, lr=1e-3, warmup_steps=2)
-    whole, notes = Captioner.load(section), _Notes(keep=tmp_path / "kept")
+    whole, notes = Captioner.load(section), _Notes()
     finetune(whole, pairs, train, seed=0, listener=notes)
-    assert json.loads((tmp_path / "kept" / "progress.json").read_text()) == {"epochs_done": 2}
+    kept = notes.keep(1, tmp_path / "kept")
+    assert {path.name for path in kept.iterdir()} == {"trainer.pt", "progress.json"}
+    assert json.loads((kept / "progress.json").read_text()) == {"epochs_done": 2}
     resumed, later = Captioner.load(section), _Notes()
-    finetune(resumed, pairs, train, seed=0, listener=later, resume=tmp_path / "kept")
+    finetune(resumed, pairs, train, seed=0, listener=later, resume=kept)
     assert [record["loss"] for record in later.steps] == [record["loss"] for record in notes.steps[2:]]
     state = resumed.model.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in whole.model.state_dict().items())

@@ -243,8 +243,12 @@ def test_a_value_out_of_bounds_names_the_dotted_key_and_the_value(override: str,
     ("overrides", "message"),
     [
         (
-            ["train.p=6", "cluster.train_workers=4"],
-            r"cluster\.train_workers: expected a divisor of train\.p = 6, got 4",
+            ["train.p=6", "train.k=3", "cluster.train_workers=4"],
+            r"cluster\.train_workers: expected a divisor of train\.p x train\.k = 18, got 4",
+        ),
+        (
+            ["caption.source=finetuned", "caption.train.batch=4", "cluster.train_workers=8"],
+            r"cluster\.train_workers: expected at most caption\.train\.batch = 4 while captioners are .* got 8",
         ),
         (["data.name=sysu_mm01"], r"data\.root: expected the folder of sysu_mm01, got null"),
         (

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from tvilfm.config import load_config
 from tvilfm.data.pixels import decode_files
@@ -21,6 +22,7 @@ from tvilfm.losses.objective import JointObjective
 from tvilfm.models import TVILFM, spec_from_config
 from tvilfm.training import step as step_module
 from tvilfm.training.distributed import synchronise_batch_norm
+from tvilfm.training.loop import distributed
 from tvilfm.training.optim import StageOptimizer
 from tvilfm.training.step import StageStep
 
@@ -56,12 +58,14 @@ def _train(rank: int, world_size: int, port: int, root: Path, stage: str, target
         synchronise_batch_norm(model.backbone, torch.device("cpu"))
         step = StageStep(model, JointObjective(config.loss), pad=PAD)
         optimizer = StageOptimizer(model, config.optim)
-        wrapped = DistributedDataParallel(step, broadcast_buffers=False) if world_size > 1 else step
         dataset = TriModalDataset(
             rows, manifest, pixels, pad=PAD, seed=0, rank=rank, world_size=world_size, captions=captions
         )
+        cpu = torch.device("cpu")
+        wrapped = distributed(step, config.loss, cpu, dataset.token_ids()) if world_size > 1 else step
+        sent = _count_sent(wrapped) if world_size > 1 else []
         record = []
-        sampler = rows.sampler(4, 2, seed=0)
+        sampler = rows.sampler(3, 2, seed=0)  # two workers share the images of the second identity
         for batch, _ in zip(sampler, range(STEPS), strict=False):
             optimizer.zero_grad()
             terms = wrapped(dataset[batch])
@@ -70,11 +74,41 @@ def _train(rank: int, world_size: int, port: int, root: Path, stage: str, target
             record.append(({name: term.item() for name, term in terms.items()}, gradients))
             optimizer.step(torch.amp.GradScaler("cpu", enabled=False))
         if rank == 0:
-            torch.save((record, model.state_dict()), target)
+            torch.save((record, model.state_dict(), sent, _sizes(model, dataset)), target)
     finally:
         step_module.augment = augment
         if world_size > 1:
             dist.destroy_process_group()
+
+
+def _count_sent(wrapped: nn.Module) -> list[int]:
+    """Bytes of every gradient that is averaged from now on: DDP's buckets, and what is sent besides."""
+    sent: list[int] = []
+
+    def counted_bucket(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        sent.append(bucket.buffer().nbytes)
+        return allreduce_hook(dist.group.WORLD, bucket)
+
+    counted_bucket.__annotations__ = {}  # DDP compares types, which are texts here
+    wrapped.register_comm_hook(None, counted_bucket)
+    reduce = dist.all_reduce
+
+    def counted(tensor: torch.Tensor, *arguments: object, **options: object) -> object:
+        if tensor.ndim == 2 and tensor.shape[1] == 32:  # rows of the token embedding; sums of BN layers have one axis
+            sent.append(tensor.nbytes)
+        return reduce(tensor, *arguments, **options)
+
+    dist.all_reduce = counted
+    return sent
+
+
+def _sizes(model: TVILFM, dataset: TriModalDataset) -> dict[str, int]:
+    """Bytes of the gradients of all trained parameters, of the token embedding, and of its rows that captions read."""
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    if model.text is None:
+        return {"trained": trained, "table": 0, "rows": 0}
+    weight = model.text.tower.token_embedding.weight
+    return {"trained": trained, "table": weight.nbytes, "rows": len(dataset.token_ids()) * weight[0].nbytes}
 
 
 @pytest.mark.slow
@@ -86,8 +120,8 @@ def test_two_processes_equal_one(stage: str, tiny_benchmark: Path, tmp_path: Pat
     _train(0, 1, 0, tiny_benchmark, stage, tmp_path / "one.pt")
     torch.multiprocessing.spawn(_train, args=(2, port, tiny_benchmark, stage, tmp_path / "two.pt"), nprocs=2)
 
-    (one, one_state), (two, two_state) = (torch.load(tmp_path / name) for name in ("one.pt", "two.pt"))
-    assert len(one) == 4  # 24 images, batches of 4 x 2
+    (one, one_state, *_), (two, two_state, sent, sizes) = (torch.load(tmp_path / name) for name in ("one.pt", "two.pt"))
+    assert len(one) == STEPS
     for (one_terms, one_gradients), (two_terms, two_gradients) in zip(one, two, strict=True):
         assert one_terms.keys() == two_terms.keys() == {"id", "wrt", "center"}
         for name, value in one_terms.items():
@@ -97,5 +131,8 @@ def test_two_processes_equal_one(stage: str, tiny_benchmark: Path, tmp_path: Pat
             torch.testing.assert_close(
                 two_gradients[name], gradient, rtol=1e-5, atol=1e-8 * float(gradient.abs().max())
             )
+    # Of the token embedding, only the rows of the captions are sent, and nothing of what is frozen.
+    assert sum(sent) == len(two) * (sizes["trained"] - sizes["table"] + sizes["rows"])
+    assert stage == "base" or 0 < sizes["rows"] < sizes["table"] / 100
     for name, value in one_state.items():
         torch.testing.assert_close(two_state[name], value, rtol=0, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")

@@ -35,4 +35,4 @@ def test_an_overflow_skips_the_step_and_its_count() -> None:
         optimizer.found_inf = torch.tensor(found)
         optimizer.step()
         assert torch.equal(table.weight, before) == bool(found)
-    assert optimizer.state[table.weight]["step"] == 1
+    assert optimizer.state[table.weight]["steps"] == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -36,8 +35,9 @@ from tvilfm.losses.objective import JointObjective
 from tvilfm.models import TVILFM, ModelSpec
 from tvilfm.models.backbone import DualStemResNet
 from tvilfm.models.tvilfm import parameter_digest
+from tvilfm.models.weights import load_trained, trained_weights
 from tvilfm.training import loop, stages
-from tvilfm.training.checkpoint import load_trainer
+from tvilfm.training.checkpoint import NETWORK, Checkpoint
 from tvilfm.training.loop import StageSettings, _evaluates, train_stage
 from tvilfm.training.pretrain import attribute_labels, pretrain
 from tvilfm.training.stages import StageData, train_base, train_text
@@ -55,14 +55,22 @@ class Recorder:
         self.folder = folder
         self.steps: list[dict[str, float | int]] = []
         self.epochs: list[dict[str, float | int]] = []
+        self._writes: list[tuple[Path, Callable[[Path], None]]] = []
 
     def on_step(self, record: dict[str, float | int]) -> None:
         self.steps.append(record)
 
-    def on_epoch(self, record: dict[str, float | int], checkpoint: Path | None) -> None:
+    def on_epoch(self, record: dict[str, float | int], write: Callable[[Path], None] | None) -> None:
         self.epochs.append(record)
-        assert checkpoint is not None
-        shutil.copytree(checkpoint, self.checkpoint(int(record["epoch"])))
+        assert write is not None
+        self._writes.append((self.checkpoint(int(record["epoch"])), write))
+
+    def written(self) -> Recorder:
+        """Write the checkpoints, long after their epochs: later training must not change them."""
+        for folder, write in self._writes:
+            folder.mkdir(parents=True)
+            write(folder)
+        return self
 
     def checkpoint(self, epoch: int) -> Path:
         return self.folder / f"epoch-{epoch}"
@@ -147,7 +155,7 @@ class Toy:
             listener=recorder,
             resume=resume,
         )
-        return trained, recorder
+        return trained, recorder.written()
 
 
 @pytest.fixture(scope="module")
@@ -184,13 +192,50 @@ def test_a_resumed_stage_ends_with_the_weights_of_the_undisturbed_one(toy: Toy, 
         text=text,
         epochs=4,
         resume=recorder.checkpoint(1),
-        model=toy.model(text=text).apply(lambda module: [p.data.zero_() for p in module.parameters()] and None),
+        model=_without_trained(toy.model(text=text), text=text),
     )
     assert [record["epoch"] for record in rest.epochs] == [2, 3]
     assert parameter_digest(resumed) == parameter_digest(whole)
-    assert parameter_digest(TVILFM.from_pretrained(rest.checkpoint(3) / "model")) == parameter_digest(whole)
+    assert parameter_digest(TVILFM.from_pretrained(rest.checkpoint(3) / NETWORK)) == parameter_digest(whole)
     for first, second in zip(recorder.epochs[2:], rest.epochs, strict=True):
         assert {k: v for k, v in first.items() if k != "seconds"} == {k: v for k, v in second.items() if k != "seconds"}
+
+
+def _without_trained(model: TVILFM, *, text: bool) -> TVILFM:
+    """Return the network with zeros in all weights that the stage trains."""
+    if text:
+        model.freeze_visual()
+    load_trained(model, {name: torch.zeros_like(value) for name, value in trained_weights(model).items()})
+    return model
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_a_checkpoint_holds_what_is_trained_once(toy: Toy, tmp_path: Path, text: bool) -> None:
+    """Bytes written per epoch, compared with the network, its best copy, both again and the optimizer, as before."""
+    validate, _ = scripted([0.7, 0.2, 0.1])
+    _, recorder = toy.run(tmp_path, text=text, epochs=3, validate=validate)
+    model = toy.model(text=text)
+    whole = sum(value.nbytes for value in model.state_dict().values())
+    if text:
+        model.freeze_visual()
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+
+    def written(epoch: int) -> int:
+        return sum(path.stat().st_size for path in recorder.checkpoint(epoch).rglob("*") if path.is_file())
+
+    # Adam has two moments. The current network of the first epoch is the best one.
+    assert written(0) == pytest.approx(3 * trained + buffers, rel=0.02)
+    assert written(1) == pytest.approx(4 * trained + 2 * buffers, rel=0.02)
+    assert written(2) == pytest.approx(4 * trained + 2 * buffers + whole, rel=0.02)  # with the result
+    before = 2 * whole + 2 * trained
+    assert written(1) < 0.75 * before if text else written(0) < 0.8 * before
+
+
+def test_the_checkpoint_of_another_network_is_refused(toy: Toy, tmp_path: Path) -> None:
+    _, recorder = toy.run(tmp_path / "base", epochs=1)
+    with pytest.raises(ValueError, match="checkpoint: expected the trained weights of this network, got others"):
+        toy.run(tmp_path / "text", text=True, epochs=2, resume=recorder.checkpoint(0))
 
 
 def test_the_checkpoint_of_the_last_epoch_needs_no_more_training(toy: Toy, tmp_path: Path) -> None:
@@ -261,7 +306,7 @@ def test_a_scaled_loss_trains_the_weights_of_an_unscaled_one(
     assert scales == [2.0**16] * len(recorder.steps)  # updated once a step
     _, rest = toy.run(tmp_path / "rest", text=text, epochs=2, resume=recorder.checkpoint(0))
     for each in (recorder, rest):  # a resumed stage counts the steps since the scale last changed from where it was
-        _, _, state = load_trainer(each.checkpoint(1))
+        state = Checkpoint.read(each.checkpoint(1)).scaler
         assert state["scale"] == 2.0**16 and state["_growth_tracker"] == len(recorder.steps)
 
 
@@ -297,32 +342,37 @@ def test_the_best_validation_is_kept_and_the_first_of_equals(toy: Toy, tmp_path:
     assert len(set(digests)) == 4
     for epoch, best in enumerate([0, 1, 1, 1]):
         folder = recorder.checkpoint(epoch)
-        assert parameter_digest(TVILFM.from_pretrained(folder / "best")) == digests[best]
-        assert parameter_digest(TVILFM.from_pretrained(folder / "model")) == digests[epoch]
-        progress, _, _ = load_trainer(folder)
+        checkpoint = Checkpoint.read(folder)
+        assert _digest(toy, checkpoint.best) == digests[best]
+        assert _digest(toy, checkpoint.current) == digests[epoch]
+        progress = checkpoint.progress
         assert (progress.epochs_done, progress.best_epoch) == (epoch + 1, best)
         assert progress.best_score == [0.2, 0.7][min(epoch, 1)]
     assert parameter_digest(trained) == digests[3]
     assert [record["val_mAP"] for record in recorder.epochs] == [0.2, 0.7, 0.7, 0.1]
 
 
+def _digest(toy: Toy, weights: dict[str, torch.Tensor]) -> str:
+    model = toy.model(text=False)
+    load_trained(model, weights)
+    return parameter_digest(model)
+
+
 def test_validation_comes_every_so_many_epochs_and_at_the_end(toy: Toy, tmp_path: Path) -> None:
     validate, digests = scripted([0.5, 0.3, 0.4])
     _, recorder = toy.run(tmp_path, epochs=5, eval_every=2, validate=validate)
     assert ["score" in record for record in recorder.epochs] == [False, True, False, True, True]
-    assert parameter_digest(TVILFM.from_pretrained(recorder.checkpoint(4) / "best")) == digests[0]
+    assert parameter_digest(TVILFM.from_pretrained(recorder.checkpoint(4) / NETWORK)) == digests[0]
     # Before the first validation the current weights stand in.
-    assert json.loads((recorder.checkpoint(0) / "progress.json").read_text())["best_epoch"] == -1
-    first = recorder.checkpoint(0)
-    assert (first / "best/model.safetensors").read_bytes() == (first / "model/model.safetensors").read_bytes()
+    first = Checkpoint.read(recorder.checkpoint(0))
+    assert first.progress.best_epoch == -1 and first.best is first.current
 
 
 def test_without_validation_the_last_epoch_is_kept(toy: Toy, tmp_path: Path) -> None:
     trained, recorder = toy.run(tmp_path, epochs=2)
     for epoch in (0, 1):
-        progress, _, _ = load_trainer(recorder.checkpoint(epoch))
-        assert progress.best_epoch == epoch
-    best = TVILFM.from_pretrained(recorder.checkpoint(1) / "best")
+        assert Checkpoint.read(recorder.checkpoint(epoch)).progress.best_epoch == epoch
+    best = TVILFM.from_pretrained(recorder.checkpoint(1) / NETWORK)
     assert parameter_digest(best) == parameter_digest(trained)
 
 
@@ -331,8 +381,8 @@ def test_the_best_model_survives_a_resume(toy: Toy, tmp_path: Path) -> None:
     _, recorder = toy.run(tmp_path / "first", epochs=2, validate=validate)
     later, _ = scripted([0.3, 0.4])
     _, rest = toy.run(tmp_path / "rest", epochs=4, validate=later, resume=recorder.checkpoint(1))
-    assert parameter_digest(TVILFM.from_pretrained(rest.checkpoint(3) / "best")) == digests[0]
-    progress, _, _ = load_trainer(rest.checkpoint(3))
+    assert parameter_digest(TVILFM.from_pretrained(rest.checkpoint(3) / NETWORK)) == digests[0]
+    progress = Checkpoint.read(rest.checkpoint(3)).progress
     assert (progress.best_epoch, progress.best_score) == (0, 0.9)
 
 
@@ -410,7 +460,7 @@ def test_of_equal_scores_rank1_keeps_the_later_epoch_and_map_the_earlier(
     overrides = ["train.base.epochs=4", "train.base.eval_every=1", f"train.base.select_by={select_by}"]
     recorder = Recorder(tmp_path)
     train_base(tiny_config(tiny_benchmark, *overrides), stage_data, backbone=None, device=CPU, listener=recorder)
-    progress, _, _ = load_trainer(recorder.checkpoint(3))
+    progress = Checkpoint.read(recorder.written().checkpoint(3)).progress
     assert progress.best_epoch == kept
 
 
