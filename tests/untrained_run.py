@@ -58,11 +58,11 @@ def draw_statistics(model: TVILFM) -> None:
             module.running_var.uniform_(0.5, 1.5)
 
 
-def write_untrained_run(folder: Path, benchmark: Path) -> UntrainedRun:
-    """A run folder as a finished run leaves it."""
+def write_untrained_run(folder: Path, benchmark: Path, *, seed: int = 0) -> UntrainedRun:
+    """A run folder as a finished run leaves it; the seed is that of its model."""
     overrides = [f"run.dir={folder}", f"data.root={benchmark}", "evaluate.batch=8", "cluster.extract_workers=1"]
     config = load_config(Path("ray_config.yaml"), overrides, size="tiny")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = TVILFM(spec_from_config(config.model, 6, with_text=True))
     draw_statistics(model)
     model.eval()

@@ -141,8 +141,16 @@ def import_command(
 
 
 @app.command("migrate")
-def migrate_command(config: ConfigOption = None, size: SizeOption = None, overrides: Overrides = None) -> None:
-    """Move the gallery in use to the run's model, if both models share a backbone. Needs no images."""
+def migrate_command(
+    images: Annotated[
+        str | None,
+        typer.Option(help="Folder or URI that the rows' images are in; encode them again.", show_default=False),
+    ] = None,
+    config: ConfigOption = None,
+    size: SizeOption = None,
+    overrides: Overrides = None,
+) -> None:
+    """Move the gallery in use to the run's model. Without --images, both models must share a backbone."""
     from cluster.places.finished import finished_run, gallery_of
     from tvilfm.retrieval.transfer import migrate_gallery
 
@@ -150,6 +158,17 @@ def migrate_command(config: ConfigOption = None, size: SizeOption = None, overri
     old, new = _open(settings), gallery_of(finished_run(settings), settings)
     if old.space_id == new.space_id:
         raise ValueError(f"gallery: expected a gallery of another model, got {old.space_id}, which is the run's model.")
+    if images is not None:
+        from cluster.tables.indexing import encode_again
+
+        indexed, left = encode_again(settings, old, images)
+        typer.echo("\n".join(indexed.lines()))
+        if left:
+            typer.echo(
+                f"{left} rows refer to images that are not below {images}, so space {old.space_id} stays in use. "
+                "Run the command again with the --images of the others, or delete these rows."
+            )
+        return
     written, left = migrate_gallery(old, new)
     typer.echo(f"gallery: {written} rows written to space {new.space_id}, which is in use now")
     if left:

@@ -117,26 +117,67 @@ def index(
     with session(config.cluster), plain_errors():
         check_reachable(config)
         gallery = gallery_of(run, config)
-        known = np.zeros(rows.num_rows, dtype=bool) if again else gallery.contains(rows["id"].to_pylist())
-        missing = rows.filter(pa.array(~known))
+        indexed = _fill(gallery, rows, root, run, config, again=again, faults=faults)
+        gallery.publish()
+    return indexed
+
+
+def encode_again(config: Config, old: Gallery, images: str) -> tuple[Indexed, int]:
+    """Encode the images of another model's gallery for the gallery of the run's model, which keeps their facts.
+
+    The run's gallery is put in use if no row of the old one is left behind. A killed job continues where it stopped.
+
+    Args:
+        config: as for `index`.
+        old: the gallery whose rows refer to the images.
+        images: folder or URI of the images.
+
+    Returns:
+        The result, and the number of rows whose images are elsewhere, which are left behind.
+
+    Raises:
+        ValueError: the run is not finished, or no image can be read.
+    """
+    run, prefix = finished_run(config), reference(Place(images), "")
+    rows = old.facts()
+    here = pc.fill_null(pc.starts_with(rows["image"], prefix), False)
+    left = rows.num_rows - pc.sum(here).as_py()
+    rows = rows.filter(here)
+    names = pc.utf8_slice_codeunits(rows["image"], len(prefix))
+    rows = rows.drop_columns("image").append_column("name", names)
+    with session(config.cluster), plain_errors():
+        check_reachable(config)
+        gallery = gallery_of(run, config)
+        indexed = _fill(gallery, rows, images, run, config, again=False, faults=[])
+        if not left:
+            gallery.publish()
+    return indexed, left
+
+
+def _fill(
+    gallery: Gallery, rows: pa.Table, root: str, run: FinishedRun, config: Config, *, again: bool, faults: list[str]
+) -> Indexed:
+    """Write the rows that a gallery does not have, or all of them again, and build the index of a large gallery."""
+    known = np.zeros(rows.num_rows, dtype=bool) if again else gallery.contains(rows["id"].to_pylist())
+    missing = rows.filter(pa.array(~known))
+    if "position" not in rows.column_names:
         # Equal scores rank in the order of the rows, however fast each worker is.
         first = gallery.reserve(missing.num_rows)
         missing = missing.append_column("position", pa.array(first + np.arange(missing.num_rows)))
-        written, unusable = 0, len(faults)
-        with counted("index", "images") as progress:
-            for report in _reports(missing, root, run, config, gallery.space_id):
-                written += report["written"]
-                faults += report["faults"]
-                progress.update(written + len(faults) - unusable, missing.num_rows)
-        if faults and not written and not known.any():
-            raise ValueError(f"--images: expected images, got {len(faults)} invalid files. First: {faults[0]}")
-        if gallery.count(config.gallery.exact_limit + 1) > config.gallery.exact_limit and gallery.unindexed():
-            with counted("build", "percent") as progress:
-                gallery.build_index(
-                    workers=config.cluster.extract_workers,
-                    on_progress=lambda share: progress.update(round(100 * share), 100),
-                )
-        gallery.publish()
+    written, unusable = 0, len(faults)
+    with counted("index", "images") as progress:
+        for report in _reports(missing, root, run, config, gallery.space_id):
+            written += report["written"]
+            faults += report["faults"]
+            progress.update(written + len(faults) - unusable, missing.num_rows)
+    if faults and not written and not known.any():
+        raise ValueError(f"--images: expected images, got {len(faults)} invalid files. First: {faults[0]}")
+    if gallery.count(config.gallery.exact_limit + 1) > config.gallery.exact_limit and gallery.unindexed():
+        with counted("build", "percent") as progress:
+            gallery.build_index(
+                workers=config.cluster.extract_workers,
+                on_progress=lambda share: progress.update(round(100 * share), 100),
+            )
     return Indexed(gallery=gallery, written=written, skipped=int(known.sum()), faults=faults)
 
 

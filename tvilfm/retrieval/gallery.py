@@ -404,6 +404,13 @@ class Gallery:
             arrays = [pa.array(columns[field.name], field.type) for field in self.exported]
             yield pa.RecordBatch.from_arrays(arrays, schema=self.exported)
 
+    def facts(self) -> pa.Table:
+        """Return all rows without vectors and thumbnails, in their order."""
+        names = ("id", "pid", "camid", "time", "image", "position")
+        rows = [row for page in self._pages(names) for row in page]
+        types = [self.exported.field(name).type for name in names]
+        return pa.table({name: pa.array([row[n] for row in rows], types[n]) for n, name in enumerate(names)})
+
     def _pages(self, names: Sequence[str]) -> Iterator[list[tuple[Any, ...]]]:
         """Yield columns of all rows, page by page, so that a lost connection costs one page."""
         query = sql.SQL(

@@ -96,7 +96,7 @@ def migrate_gallery(old: Gallery, new: Gallery) -> tuple[int, int]:
     if old.encoder != new.encoder:
         raise ValueError(
             "gallery: expected models with the same backbone, got different ones, whose raw features differ. "
-            "Encode the images again with tvilfm index."
+            "Encode the images again with tvilfm gallery migrate --images."
         )
     written = left = 0
     for batch in old.batches():
