@@ -78,6 +78,7 @@ def _facts(config: Config, run: FinishedRun, spaces: ModelSpaces) -> ModelFacts:
         captioner=config.serve.captioner is not None,
         weights=Weights(**run.config.evaluate.ensemble.weights),
         min_scores=min_scores,
+        min_score=config.serve.min_score,
     )
 
 

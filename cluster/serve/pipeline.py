@@ -13,7 +13,8 @@ from cluster.serve.searcher import GallerySearcher
 from tvilfm.config import ServeSection
 from tvilfm.retrieval.gallery import Gallery
 from tvilfm.retrieval.query import Query, Question
-from tvilfm.service.backend import Result, Search, entries_of
+from tvilfm.retrieval.store import Unavailable
+from tvilfm.service.backend import Busy, Result, Search, entries_of
 
 
 class Pipeline:
@@ -36,7 +37,9 @@ class Pipeline:
         observe: Callable[[str, float], None],
     ) -> None:
         self._encoder, self._searcher, self._gallery, self._observe = encoder, searcher, gallery, observe
-        self._batched = Batcher(self._answer, size=section.batch, wait_ms=section.batch_wait_ms)
+        self._batched = Batcher(
+            self._answer, size=section.batch, wait_ms=section.batch_wait_ms, shared=(Busy, Unavailable)
+        )
 
     async def answer(self, searches: Sequence[Search]) -> list[Result]:
         """Return the results of the searches of a request, after they were added to the audit trail."""
@@ -48,10 +51,11 @@ class Pipeline:
         with self._timed("search"):
             requests, versions = [one.request for one in searches], {one.min_version for one in searches}
             answers = await self._searcher.search((queries, requests, versions))
-        results = [Result.of(*row) for row in zip(searches, queries, answers, strict=True)]
-        await in_model_thread(self._gallery.note, entries_of(searches, results))
-        rest = iter(results)
-        return [[next(rest) for _ in group] for group in groups]
+        rest = map(Result.of, searches, queries, answers)
+        results = [[next(rest) for _ in group] for group in groups]
+        entries = [entry for group, own in zip(groups, results, strict=True) for entry in entries_of(group, own)]
+        await in_model_thread(self._gallery.note, entries)
+        return results
 
     async def _queries(self, asked: Sequence[Question | Query]) -> list[Query]:
         questions = [one for one in asked if isinstance(one, Question)]

@@ -15,6 +15,7 @@ from tvilfm.config import Config
 from tvilfm.retrieval.gallery import Gallery
 from tvilfm.retrieval.query import Query
 from tvilfm.retrieval.search import Answer, Request, Searcher
+from tvilfm.retrieval.store import Unavailable
 
 # Queries, their search options, and the versions of the gallery that it must be at least as new as, if they exist.
 Group = tuple[Sequence[Query], Sequence[Request], Collection[int]]
@@ -36,7 +37,7 @@ class GallerySearcher:
         replica = None if url is None else self._gallery.replica(url)
         self.searcher = Searcher(self._gallery, config.gallery, device=device, replica=replica)
         self._batch = config.serve.batch
-        self._batched = Batcher(self._search_groups, size=config.serve.batch)
+        self._batched = Batcher(self._search_groups, size=config.serve.batch, shared=(Unavailable,))
         self._lock = threading.Lock()  # one refresh at a time; searches continue meanwhile
         threading.Thread(target=self._follow, args=(config.serve.follow_s,), daemon=True).start()
 

@@ -209,7 +209,10 @@ class CaptionActor:
             return ray.get(decoded)
         except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
             if len(names) == 1:
-                return [Picture(image=names[0], fault=f"expected an image that can be decoded, got {_first(error)}")]
+                fault = f"expected an image that can be decoded, got {_first(error)}"
+                # Another task may have used up the memory.
+                again = isinstance(error, ray.exceptions.OutOfMemoryError)
+                return [Picture(image=names[0], fault=fault, again=again)]
         halves = (names[: len(names) // 2], names[len(names) // 2 :])
         return [picture for half in halves for picture in self._survivors(half, self._decode(half))]
 
@@ -219,8 +222,12 @@ class CaptionActor:
         A batch that fails is halved until the images are found that fail alone. If the captioner then fails with a gray
         image too, the fault is not the image's.
         """
+        from torch.cuda import OutOfMemoryError  # imported here as above
+
         try:
             return [self._caption(pictures, start)], []
+        except OutOfMemoryError:  # of a batch that is too large, whatever its images are
+            raise
         except Exception as error:  # processors and models raise what they like
             if len(pictures) == 1:
                 (picture,) = pictures

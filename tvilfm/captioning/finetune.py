@@ -30,7 +30,7 @@ from tvilfm.captioning.colors import remove_colors
 from tvilfm.config import CaptionTrainSection
 from tvilfm.data.captions import texts_of
 from tvilfm.data.manifest import rows_of, select
-from tvilfm.models.weights import load_trained, on_host, trained_weights
+from tvilfm.models.weights import OUTDATED, load_trained, on_host, trained_weights
 from tvilfm.terms import Modality
 
 IGNORED = -100  # label that the loss ignores
@@ -274,6 +274,8 @@ def _save(folder: Path, *, states: dict[str, Any], epochs_done: int, whole: Capt
 def _restore(folder: Path, captioner: Captioner, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
     """Load a checkpoint and return how many epochs it has done."""
     states = torch.load(folder / "trainer.pt", map_location=captioner.model.device, weights_only=True)
+    if "weights" not in states:
+        raise ValueError(OUTDATED)
     load_trained(captioner.model, states["weights"])
     optimizer.load_state_dict(states["optimizer"])
     scaler.load_state_dict(states["scaler"])

@@ -180,7 +180,8 @@ class Evaluator:
         They are the scores of the service: plain similarities, without re-ranking and soft votes.
 
         Returns:
-            One of `VOTES` -> its scores; empty if the default protocol searches infrared images.
+            One of `VOTES` -> its scores; empty if the default protocol searches infrared images, or if the galleries
+            have nobody else, as with one identity.
         """
         protocol = get_protocol(self._section.protocols[0])
         if protocol.query_modality != "infrared":
@@ -196,10 +197,11 @@ class Evaluator:
                 parts = self.part_vectors(query, texts, filter_text=False)
                 asked["ensemble-unfiltered"] = (kept, ensemble_query(parts, weights))
         galleries = [self.gallery(protocol, trial) for trial in range(protocol.num_trials)]
-        return {
+        scores = {
             name: pooled([self._best_scores(*of, gallery, protocol, base=name == "infrared") for gallery in galleries])
             for name, of in asked.items()
         }
+        return {name: of_name for name, of_name in scores.items() if of_name.present_N.size and of_name.absent_N.size}
 
     def _best_scores(
         self, query: pa.Table, vectors_QD: Tensor, gallery: pa.Table, protocol: Protocol, *, base: bool

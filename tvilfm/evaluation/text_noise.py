@@ -2,8 +2,8 @@
 
 Kinds that work on any caption change its words. Kinds that work on attributes need to know what is true about a person,
 which only the synthetic benchmark says; they write a new sentence in the wording of its captions. Each query has its
-own random numbers, and a higher level of a kind changes what a lower level changes, and more. So the differences
-between levels are not differences between draws.
+own random numbers. A higher level of a kind changes the words or attributes that a lower level changes, and more
+(`clauses` and `named`: a lower one). The wording of a sentence from attributes is drawn anew for each level.
 """
 
 from __future__ import annotations

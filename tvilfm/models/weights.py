@@ -9,12 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+OUTDATED = (
+    "checkpoint: expected one of this version, got one of another version. Delete the folder of the unfinished stage "
+    "and run again."
+)
 S = TypeVar("S")
 
 
 def on_host(state: S) -> S:
-    """Copy a nested state, such as an optimizer's, with all its tensors in the host's memory."""
-    copied: S = tree_map_only(Tensor, _copy, state)
+    """Copy a nested state, such as an optimizer's, with all its tensors in the host's memory.
+
+    Tensors keep their memory format: fused optimizers on CUDA require that of the parameters.
+    """
+    copied: S = tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
     return copied
 
 
@@ -24,7 +31,9 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     Frozen parameters are not included, because the network is built again with them.
     """
     state = model.state_dict()
-    return {name: _copy(state[name]) for name in sorted(_trained_names(model))}
+    names = sorted(_trained_names(model))
+    # safetensors writes contiguous tensors only
+    return {name: state[name].detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for name in names}
 
 
 def load_trained(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -46,7 +55,3 @@ def _trained_names(model: nn.Module) -> set[str]:
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     return trained | (model.state_dict().keys() - every)
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

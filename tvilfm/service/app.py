@@ -196,7 +196,8 @@ class _Handlers:
     async def _answers(self, request: Request, asked: Sequence[SearchQuery]) -> list[SearchAnswer]:
         if not self._backend.facts.text and any(query.sentence is not None for query in asked):
             raise HTTPException(422, "sentence: expected none, because the served model reads no text, got one.")
-        similar = {query.like: await self._like(query.like) for query in asked if query.like is not None}
+        liked = {query.like for query in asked if query.like is not None}
+        similar = {id: await self._like(id) for id in liked}
         least = [self._min_scores(query) for query in asked]
         async with self._decoded([query.image for query in asked]) as images:
             searches = [

@@ -71,7 +71,12 @@ class Result:
 
 
 def entries_of(searches: Sequence[Search], results: Sequence[Result]) -> list[NewEntry]:
-    """Return the entries of searches for the audit trail; none for a result of a version before `min_version`."""
+    """Return the entries of a request's searches for the audit trail.
+
+    A client gets no answer, so there are no entries, if a result is of a version before its `min_version`.
+    """
+    if any(result.answer.version < search.min_version for search, result in zip(searches, results, strict=True)):
+        return []
     return [
         NewEntry(
             "search",
@@ -81,7 +86,6 @@ def entries_of(searches: Sequence[Search], results: Sequence[Result]) -> list[Ne
             [hit.id for hit in result.answer.hits],
         )
         for search, result in zip(searches, results, strict=True)
-        if result.answer.version >= search.min_version
     ]
 
 
@@ -106,7 +110,7 @@ class Backend(Protocol):
     async def search(self, searches: Sequence[Search]) -> list[Result]:
         """Return one result per search, after they were added to the audit trail.
 
-        A result of a version before `Search.min_version` is not added.
+        They are not added if a result is of a version before `Search.min_version`.
         """
 
     async def upsert(self, rows: pa.Table, *, space_id: str, by: str | None) -> Change:

@@ -254,6 +254,7 @@ class ModelFacts(Message):
         description="score thresholds that the run fitted on validation identities: infrared alone, text alone, "
         "both with the default weights (ensemble), and both if nothing is subtracted (ensemble-unfiltered)",
     )
+    min_score: Literal["fitted"] | None = Field(None, description="min_score of requests that have none")
     depth_range: DepthRange = Field(None, description="scaling of images above 8 bits: data.depth_range of the run")
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tvilfm.models import TVILFM
+from tvilfm.models.weights import OUTDATED
 
 CURRENT, BEST, TRAINER, PROGRESS = "current.safetensors", "best.safetensors", "trainer.pt", "progress.json"
 NETWORK = "network"  # in the checkpoint of the last epoch: folder of the whole selected network
@@ -64,7 +65,13 @@ class Checkpoint:
 
     @classmethod
     def read(cls, folder: Path) -> Checkpoint:
-        """Read a folder of `write`, without the whole network."""
+        """Read a folder of `write`, without the whole network.
+
+        Raises:
+            ValueError: another version of this program wrote the folder.
+        """
+        if not (folder / CURRENT).exists():
+            raise ValueError(OUTDATED)
         trainer = torch.load(folder / TRAINER, map_location="cpu", weights_only=True)
         current = load_file(folder / CURRENT)
         return cls(

@@ -63,7 +63,7 @@ def train_base(
         resume: checkpoint to continue from.
 
     Returns:
-        The network after the last epoch; the checkpoint's `best/` is the selected one.
+        The network after the last epoch; the last checkpoint's `network/` is the selected one.
     """
     torch.manual_seed(config.run.seed)
     rows = TrainingRows.from_manifest(data.manifest, use_val=config.train.base.use_val)
@@ -97,7 +97,7 @@ def train_text(
         resume: checkpoint to continue from.
 
     Returns:
-        The network after the last epoch; the checkpoint's `best/` is the selected one.
+        The network after the last epoch; the last checkpoint's `network/` is the selected one.
     """
     torch.manual_seed(config.run.seed + 1)
     rows = TrainingRows.from_manifest(data.manifest, use_val=config.train.text.use_val)

@@ -328,6 +328,27 @@ def test_pictures_keep_their_size_for_a_captioner_that_squashes_none(
     assert job.captions.read()["caption"].to_pylist() == expected
 
 
+def test_a_lack_of_memory_is_no_images_fault(
+    lab: SimpleNamespace, ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_of(lab, tmp_path)
+
+    def killed(*_: object) -> None:
+        raise ray.exceptions.OutOfMemoryError("killed")
+
+    def full(*_: object, **__: object) -> list[str]:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Captioner, "caption", full)
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            actor_of(job)(chunk_of(*lab.names[:2]))
+    monkeypatch.setattr(ray, "get", killed)
+    report = actor_of(job)(chunk_of(*lab.names[:2]))
+    assert report["done"].to_pylist() == [0] and len(report["unread"].to_pylist()[0]) == 2
+    assert not job.quarantine.read().num_rows
+
+
 @pytest.mark.parametrize("part", ["prompt_inputs", "caption"])
 @pytest.mark.parametrize("poisoned", [[2], [0, 7]])
 def test_images_with_which_the_captioner_fails_go_into_quarantine_alone(

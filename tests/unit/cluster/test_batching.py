@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextvars import ContextVar
 
 import pytest
 
@@ -45,16 +46,60 @@ def test_what_comes_during_a_batch_is_the_next_one() -> None:
     asyncio.run(scenario())
 
 
-def test_a_batch_that_fails_fails_its_items_alone() -> None:
+def test_an_item_fails_for_its_own_fault_only() -> None:
     async def scenario() -> None:
         work = Doubling()
-        batcher = Batcher(work, size=2)
+        batcher = Batcher(work, size=3)
         tasks = [*await started(batcher, 1), *await started(batcher, 0, 2, 3)]
         work.goes_on.set()
-        first, *failed, last = await asyncio.gather(*tasks, return_exceptions=True)
-        assert (first, last) == (2, 6)
-        assert [str(error) for error in failed] == ["expected no zero"] * 2
+        first, failed, *others = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [first, *others] == [2, 4, 6] and str(failed) == "expected no zero"
         assert await batcher(4) == 8  # it is idle again
+
+    asyncio.run(scenario())
+
+
+def test_an_error_that_is_no_items_fault_ends_all_that_wait() -> None:
+    async def scenario() -> None:
+        work = Doubling()
+        batcher = Batcher(work, size=2, shared=(ValueError,))
+        tasks = [*await started(batcher, 0), *await started(batcher, 1, 2, 3)]
+        work.goes_on.set()
+        errors = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [str(error) for error in errors] == ["expected no zero"] * 4
+        assert work.batches == [[0]] and await batcher(4) == 8
+
+    asyncio.run(scenario())
+
+
+def test_a_batch_is_not_part_of_the_request_that_began_it() -> None:
+    request: ContextVar[str] = ContextVar("request", default="none")
+
+    async def scenario() -> None:
+        async def work(batch: list[int]) -> list[str]:
+            return [request.get()] * len(batch)
+
+        request.set("the first")
+        assert await Batcher(work, size=2)(1) == "none"
+
+    asyncio.run(scenario())
+
+
+def test_a_batch_that_is_cancelled_leaves_the_batcher_usable() -> None:
+    async def scenario() -> None:
+        calls = 0
+
+        async def work(batch: list[int]) -> list[int]:
+            nonlocal calls
+            calls += 1
+            if calls == 1:
+                raise asyncio.CancelledError
+            return batch
+
+        batcher = Batcher(work, size=2)
+        with pytest.raises(asyncio.CancelledError):
+            await batcher(1)
+        assert await batcher(2) == 2
 
     asyncio.run(scenario())
 
@@ -79,8 +124,9 @@ def test_a_batch_waits_for_more() -> None:
     async def scenario() -> None:
         work = Doubling()
         work.goes_on.set()
-        batcher = Batcher(work, size=2, wait_ms=1.0)
-        assert await asyncio.gather(batcher(1), batcher(2), batcher(3)) == [2, 4, 6]
-        assert work.batches == [[1, 2], [3]]
+        batcher = Batcher(work, size=3, wait_ms=50.0)
+        tasks = [*await started(batcher, 1), *await started(batcher, 2)]
+        assert await asyncio.gather(*tasks) == [2, 4]
+        assert work.batches == [[1, 2]]
 
     asyncio.run(scenario())

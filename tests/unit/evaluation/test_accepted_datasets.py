@@ -27,6 +27,7 @@ from tvilfm.evaluation.features import FeatureTable
 from tvilfm.evaluation.query_texts import draw_query_texts, sentences_of
 from tvilfm.models import TVILFM
 from tvilfm.models.encode import encode_pixels, encode_texts
+from tvilfm.report.build import build_results
 from tvilfm.training.stages import StageData, train_base, train_text
 
 # A dataset of the folder layout that works, and what may be odd about it; most oddities make the check refuse it.
@@ -134,7 +135,11 @@ def run_through(config: Config) -> list[CaseResult]:
     texts = sentences_of(query_texts)
     images = FeatureTable(keys=tuple(names), vectors_ND=np.concatenate(vectors))
     sentences = FeatureTable(keys=tuple(texts), vectors_ND=encode_texts(model, texts))
-    evaluator = Evaluator(model, manifest, query_texts, images, sentences, config.evaluate, filter_text=True)
+    tables = (manifest, query_texts, images, sentences, config.evaluate)
+    evaluator = Evaluator(model, *tables, filter_text=True)
+    build_results(evaluator, config)
+    if select(manifest, split="val", modality="infrared").num_rows:
+        build_results(Evaluator(model, *tables, filter_text=True, split="val"), config)
     return evaluator.evaluate()
 
 

@@ -163,6 +163,15 @@ def test_low_scores_are_left_out_if_the_run_has_fitted_scores(page: Page, asked:
     expect(page.get_by_label("leave out hits with a low score")).to_be_checked()
     page.get_by_label("leave out hits with a low score").uncheck()
     search(page)
+    assert "min_score" not in asked[-1]
+    status = STATUS | {"min_scores": {"text": 0.4}, "min_score": "fitted"}
+    page.route("**/v1/status", lambda route: route.fulfill(json=status))
+    page.reload()
+    expect(page.get_by_label("leave out hits with a low score")).to_be_checked()
+    search(page)
+    assert "min_score" not in asked[-1]
+    page.get_by_label("leave out hits with a low score").uncheck()
+    search(page)
     assert asked[-1]["min_score"] == "none"
 
 
