@@ -93,20 +93,23 @@ def delete_command(
     size: SizeOption = None,
     overrides: Overrides = None,
 ) -> None:
-    """Delete images from the gallery: rows, thumbnails and vectors, with an entry in the audit trail."""
+    """Delete images from the galleries of all models: rows, thumbnails and vectors, with entries in the audit trail."""
+    from tvilfm.retrieval.gallery import Gallery
+
     if sum(one is not None for one in (id, person, camera, before)) != 1:
         raise ValueError("delete: expected one of --id, --person, --camera and --before. Give exactly one.")
-    gallery = _open(described(config, size, overrides))
-    if id is not None:
-        change = gallery.delete(id)
-    elif person is not None:
-        change = gallery.delete_person(person)
-    elif camera is not None:
-        change = gallery.delete_camera(camera)
-    else:
-        assert before is not None
-        change = gallery.delete_before(before.replace(tzinfo=UTC))
-    typer.echo(f"gallery: {change.count} images deleted, {gallery.count()} left")
+    settings = described(config, size, overrides)
+    for gallery in Gallery.of_all_models(settings.gallery_url, section=settings.gallery):
+        if id is not None:
+            change = gallery.delete(id)
+        elif person is not None:
+            change = gallery.delete_person(person)
+        elif camera is not None:
+            change = gallery.delete_camera(camera)
+        else:
+            assert before is not None
+            change = gallery.delete_before(before.replace(tzinfo=UTC))
+        typer.echo(f"space {gallery.space_id}: {change.count} images deleted, {gallery.count()} left")
 
 
 @app.command("export")

@@ -143,10 +143,21 @@ class Gallery:
                     f"gallery.url: expected vectors of {space_id} in {url}, got those of {spaces}. Index the images "
                     "again under this model with tvilfm index, or serve the run that created the gallery."
                 )
-            raise ValueError(
-                f"gallery.url: expected a gallery, got {url}, which has none. Create one with tvilfm index."
-            )
+            raise _no_gallery(url)
         return cls(database, section or GallerySection(), match[0], share)
+
+    @classmethod
+    def of_all_models(cls, url: str, *, section: GallerySection | None = None) -> list[Gallery]:
+        """Open the galleries of all models in a database, oldest first; `url` and `section` as in `open`.
+
+        Raises:
+            ValueError: the database does not exist or has no gallery.
+        """
+        database = Database.open(url)
+        galleries = [cls(database, section or GallerySection(), row) for row in database.run(_galleries)]
+        if not galleries:
+            raise _no_gallery(url)
+        return galleries
 
     @classmethod
     def prepare(
@@ -639,6 +650,10 @@ class _Row:
     encoder: str
     heads: Heads
     in_use: bool
+
+
+def _no_gallery(url: str) -> ValueError:
+    return ValueError(f"gallery.url: expected a gallery, got {url}, which has none. Create one with tvilfm index.")
 
 
 def _galleries(connection: Connection) -> list[_Row]:

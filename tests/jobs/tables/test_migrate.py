@@ -38,24 +38,28 @@ def test_images_are_encoded_again_for_a_model_with_another_backbone(
     old = index(resolve(untrained_run.config.model_dump(mode="json"), [f"gallery.url={url}"])).gallery
     expected = index(resolve(config, [f"gallery.url={other}"])).gallery
 
-    def migrate(*options: str) -> tuple[int, str]:
-        arguments = ["gallery", "migrate", *options, "--size", "tiny", f"run.dir={tmp_path}", f"gallery.url={url}"]
+    def command(name: str, *options: str) -> tuple[int, str]:
+        arguments = ["gallery", name, *options, "--size", "tiny", f"run.dir={tmp_path}", f"gallery.url={url}"]
         monkeypatch.setattr("sys.argv", ["tvilfm", *arguments])
         with pytest.raises(SystemExit) as end:
             main()
         printed = capsys.readouterr()
         return int(end.value.code or 0), printed.out + printed.err
 
-    status, printed = migrate()
+    status, printed = command("migrate")
     assert status == 2 and "expected models with the same backbone" in printed
-    status, printed = migrate("--images", str(tiny_benchmark / "cam1"))
+    status, printed = command("migrate", "--images", str(tiny_benchmark / "cam1"))
     some = sum("/cam1/" in row["image"] for row in old.facts().to_pylist())
     assert status == 0 and f"{some} written" in printed and f"{old.count() - some} rows refer to images" in printed
     assert old.in_use
-    status, printed = migrate("--images", f"{tiny_benchmark}/cam1/..")
+    status, printed = command("migrate", "--images", f"{tiny_benchmark}/cam1/..")
     assert status == 0 and f"{some} skipped as existing" in printed
     new = Gallery.open(url)
     assert new.in_use and new.space_id == expected.space_id != old.space_id
     facts, raw = stored(new)
     assert facts == stored(old)[0]
+    person = facts[0]["pid"]
+    status, printed = command("delete", "--person", person)
+    assert status == 0 and printed.count("images deleted") == 2
+    assert all(person not in gallery.facts()["pid"].to_pylist() for gallery in Gallery.of_all_models(url))
     assert raw == [pytest.approx(row, abs=1e-5) for row in stored(expected)[1]]
