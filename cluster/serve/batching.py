@@ -85,7 +85,8 @@ class Batcher(Generic[Item, T]):
         except asyncio.CancelledError:
             for _, result in batch:
                 result.cancel()
-            raise
+            if self._task is None or self._task.cancelling():  # the process ends
+                raise
         else:
             for (_, result), value in zip(batch, results, strict=True):
                 if not result.done():
