@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from tvilfm.retrieval.store import Unavailable
 MIN_SERVER, MIN_PGVECTOR = 14, (0, 8)
 CONNECTIONS = 8  # of one process
 CONNECT_S, FIRST_S, PATIENCE_S = 5, 2.0, 10.0  # of a connection, and of the first and the second attempt
+PAUSE_S = 0.2  # between attempts to connect
 LOCK = 7_235_581  # advisory lock of changes of the schema
 INSTALL_PGVECTOR = (
     "Install it on the database server: apt install postgresql-18-pgvector (Debian, Ubuntu), dnf install pgvector_18 "
@@ -46,7 +48,7 @@ class Database:
     """
 
     def __init__(self, url: str, conninfo: str, *, patient: bool = True) -> None:
-        self.url, self._attempts = url, (False, True) if patient else (True,)
+        self.url, self._conninfo, self._attempts = url, conninfo, (False, True) if patient else (True,)
         logging.getLogger("psycopg.pool").setLevel(logging.ERROR)  # failures are reported by `run`
         self._pool = ConnectionPool(
             conninfo,
@@ -54,7 +56,7 @@ class Database:
             min_size=1,
             max_size=CONNECTIONS,
             timeout=PATIENCE_S,
-            reconnect_timeout=PATIENCE_S,  # pauses between attempts grow with it, and last after the server is back
+            reconnect_timeout=FIRST_S,  # then it gives up, and the next request makes it try again
             configure=_configure,
             check=ConnectionPool.check_connection,
             open=True,
@@ -100,7 +102,7 @@ class Database:
         """
         for number, is_last in enumerate(self._attempts):
             try:
-                with self._pool.connection(timeout=PATIENCE_S if number else FIRST_S) as connection:
+                with self._direct() if number else self._pool.connection(timeout=FIRST_S) as connection:
                     return work(connection)
             except errors.InsufficientPrivilege as error:
                 raise PermissionError(
@@ -115,6 +117,25 @@ class Database:
                 if not is_server(self.url):
                     _started(self.url)  # it may have been killed
         raise AssertionError("unreachable")
+
+    @contextmanager
+    def _direct(self) -> Iterator[Connection]:
+        """Provide a connection that is not of the pool, as soon as the server answers.
+
+        The pool pauses longer and longer between its attempts, also after the server is back.
+        """
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                connection = psycopg.connect(self._conninfo, connect_timeout=CONNECT_S)
+                break
+            except psycopg.OperationalError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(PAUSE_S)
+        with connection:
+            _configure(connection)
+            yield connection
 
     @contextmanager
     def session(self) -> Iterator[Connection]:

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -91,8 +92,9 @@ class Writer:
 
     def __init__(self, url: str, seed: int) -> None:
         code = f"from tests.jobs.serve.test_gallery_kill import write; write({url!r}, {seed})"
+        self.errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
         )
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -102,10 +104,15 @@ class Writer:
         """Wait until more than `count` writes are acknowledged."""
 
         def enough() -> bool:
-            assert self.process.poll() is None, "the writer ended by itself"
+            assert self.process.poll() is None, f"the writer ended by itself: {self.told()}"
             return self.acknowledged > count
 
         until(enough)
+
+    def told(self) -> str:
+        """What the process wrote to its standard error."""
+        self.errors.seek(0)
+        return self.errors.read()
 
     def _read(self) -> None:
         assert self.process.stdout
