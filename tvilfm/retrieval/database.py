@@ -114,15 +114,14 @@ class Database:
                     raise Unavailable(
                         f"gallery: expected an answer from the database, got: {_first_line(error)}. Retry."
                     ) from None
-                if not is_server(self.url):
-                    _started(self.url)  # it may have been killed
         raise AssertionError("unreachable")
 
     @contextmanager
     def _direct(self) -> Iterator[Connection]:
-        """Provide a connection that is not of the pool, as soon as the server answers.
+        """Provide a connection that is not of the pool, as soon as the server answers; start an embedded server.
 
-        The pool pauses longer and longer between its attempts, also after the server is back.
+        The pool pauses longer and longer between its attempts, also after the server is back. A server that is being
+        killed looks alive for a moment, so it is started again until it answers.
         """
         deadline = time.monotonic() + PATIENCE_S
         while True:
@@ -133,6 +132,7 @@ class Database:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(PAUSE_S)
+                _started(self.url)
         with connection:
             _configure(connection)
             yield connection
