@@ -446,7 +446,11 @@ def test_the_service_is_ready_when_every_part_answers(
     gone = Part(error=DeploymentUnavailableError(DeploymentID("Shard1")))
     with pytest.raises(Unavailable):
         asyncio.run(replica_of(config, Part(), Part(), gone).ready())
+    def away(*_: object, **__: object) -> None:
+        raise psycopg.OperationalError("connection refused")
+
     monkeypatch.setattr("tvilfm.retrieval.database.PATIENCE_S", 0.1)
+    monkeypatch.setattr(psycopg, "connect", away)
     service._gallery.database.close()
     with pytest.raises(Unavailable, match="expected an answer from the database"):
         asyncio.run(service.ready())
