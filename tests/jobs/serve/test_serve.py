@@ -446,6 +446,7 @@ def test_the_service_is_ready_when_every_part_answers(
     gone = Part(error=DeploymentUnavailableError(DeploymentID("Shard1")))
     with pytest.raises(Unavailable):
         asyncio.run(replica_of(config, Part(), Part(), gone).ready())
+
     def away(*_: object, **__: object) -> None:
         raise psycopg.OperationalError("connection refused")
 
