@@ -46,6 +46,12 @@ def kill_all(pids: Iterable[int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+def kill_server(folder: Path) -> None:
+    """Kill the embedded database server of a folder with all its processes."""
+    server = int((folder / "postmaster.pid").read_text().split()[0])
+    kill_all([server, *descendants(server)])
+
+
 def kill_tree(process: subprocess.Popen[Any]) -> None:
     """Kill a process and all that it started, at once."""
     kill_all([process.pid, *descendants(process.pid)])

@@ -164,7 +164,7 @@ def migrate_command(
     if images is not None:
         from cluster.tables.indexing import encode_again
 
-        indexed, left = encode_again(settings, old, images)
+        indexed, left = encode_again(settings, old, new, images)
         typer.echo("\n".join(indexed.lines()))
         if left:
             typer.echo(

@@ -122,7 +122,7 @@ def index(
     return indexed
 
 
-def encode_again(config: Config, old: Gallery, images: str) -> tuple[Indexed, int]:
+def encode_again(config: Config, old: Gallery, new: Gallery, images: str) -> tuple[Indexed, int]:
     """Encode the images of another model's gallery for the gallery of the run's model, which keeps their facts.
 
     The run's gallery is put in use if no row of the old one is left behind. A killed job continues where it stopped.
@@ -130,6 +130,7 @@ def encode_again(config: Config, old: Gallery, images: str) -> tuple[Indexed, in
     Args:
         config: as for `index`.
         old: the gallery whose rows refer to the images.
+        new: the gallery of the run's model.
         images: folder or URI of the images.
 
     Returns:
@@ -147,10 +148,9 @@ def encode_again(config: Config, old: Gallery, images: str) -> tuple[Indexed, in
     rows = rows.drop_columns("image").append_column("name", names)
     with session(config.cluster), plain_errors():
         check_reachable(config)
-        gallery = gallery_of(run, config)
-        indexed = _fill(gallery, rows, images, run, config, again=False, faults=[])
+        indexed = _fill(new, rows, images, run, config, again=False, faults=[])
         if not left:
-            gallery.publish()
+            new.publish()
     return indexed, left
 
 

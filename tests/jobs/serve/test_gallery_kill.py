@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from tests.processes import descendants, kill_all, until
+from tests.processes import kill_server, until
 from tvilfm.retrieval.exact import ExactIndex
 from tvilfm.retrieval.gallery import Gallery
 from tvilfm.retrieval.rows import Where, vector_column, vectors_of
@@ -136,12 +136,6 @@ class Writer:
         self.process.kill()
         self.process.wait()
         self._reader.join()
-
-
-def kill_server(folder: Path) -> None:
-    """Kill the database server with all its processes."""
-    server = int((folder / "postmaster.pid").read_text().split()[0])
-    kill_all([server, *descendants(server)])
 
 
 @pytest.mark.long

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import descendants, kill_all
+from tests.processes import kill_server
 from tvilfm.retrieval import database
 from tvilfm.retrieval.database import Database
 from tvilfm.retrieval.embedded import start_server
@@ -18,11 +18,6 @@ from tvilfm.retrieval.store import Unavailable
 
 def ask(connected: Database) -> int:
     return connected.run(lambda connection: connection.execute("SELECT 1").fetchone()[0])  # type: ignore[index]
-
-
-def kill_server(folder: Path) -> None:
-    server = int((folder / "postmaster.pid").read_text().split()[0])
-    kill_all([server, *descendants(server)])
 
 
 def test_a_database_is_used_again_soon_after_a_long_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

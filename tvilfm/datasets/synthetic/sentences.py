@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -86,10 +87,7 @@ def observe(person: Person, rendering: Rendering, rng: np.random.Generator, *, i
 
 def write_sentence(believed: dict[str, str], rng: np.random.Generator) -> str:
     """Return a sentence about the reported attributes, in the style of the published captions."""
-
-    def word(value: str) -> str:
-        options = SYNONYMS.get(value, (value,))
-        return options[int(rng.integers(len(options)))]
+    word = partial(_word, rng=rng)
 
     def phrase(*names: str, last: str) -> str:
         words = [word(believed[name]) for name in names if name in believed and believed[name] != "plain"]
@@ -139,7 +137,7 @@ def write_freely(believed: dict[str, str], rng: np.random.Generator, *, some: bo
     parts = [list(nouns)[place] for place in rng.permutation(len(nouns))]
     if some and parts:
         parts = parts[: int(rng.integers(1, len(parts) + 1))]
-    person = _pick(SYNONYMS[believed["sex"]], rng) if "sex" in believed and rng.random() < 0.8 else "person"
+    person = _word(believed["sex"], rng) if "sex" in believed and rng.random() < 0.8 else "person"
     form = rng.integers(3)
     if form == 0:  # notes
         notes = [nouns[part] for part in parts]
@@ -156,9 +154,7 @@ def write_freely(believed: dict[str, str], rng: np.random.Generator, *, some: bo
 
 def _nouns(believed: dict[str, str], rng: np.random.Generator) -> dict[str, str]:
     """Return part -> its words: `red coat`, `coat in red` or `coat coloured red`."""
-
-    def word(value: str) -> str:
-        return _pick(SYNONYMS.get(value, (value,)), rng)
+    word = partial(_word, rng=rng)
 
     def noun(thing: str, *names: str) -> str:
         said = [word(believed[name]) for name in names if believed.get(name, "plain") != "plain"]
@@ -183,6 +179,10 @@ def _nouns(believed: dict[str, str], rng: np.random.Generator) -> dict[str, str]
     if believed.get("hat", "none") != "none":
         nouns["hat"] = word(believed["hat"])
     return nouns
+
+
+def _word(value: str, rng: np.random.Generator) -> str:
+    return _pick(SYNONYMS.get(value, (value,)), rng)
 
 
 def _pick(options: Sequence[str], rng: np.random.Generator) -> str:
